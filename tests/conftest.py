@@ -1,0 +1,25 @@
+"""Shared fixtures. tvlens is imported inside them: jaxtyping's import hook must come first."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("tvlens", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("tvlens")
+
+
+@pytest.fixture(scope="session")
+def demo_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished demo study: the one CI made, or one made here."""
+    if given := os.environ.get("TVLENS_DEMO_STUDY"):
+        return Path(given)
+    from tvlens.study.demo import run_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "study"
+    run_demo(folder)
+    return folder
