@@ -1,0 +1,269 @@
+"""The command line: thin commands over the Python functions, one sentence per error.
+
+Exit status: 0 done; 2 the request cannot be met; 3 it ran and the verdict is negative;
+130 interrupted; 1 a bug.
+"""
+
+import json as json_format
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .errors import TvlensError
+
+if TYPE_CHECKING:
+    from .study.plan import StudyPlan
+    from .study.store import Study
+
+app = typer.Typer(
+    help="What did fine-tuning do to this model?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Base = Annotated[str, typer.Argument(help="Folder, org/model[@revision], or demo:base.")]
+Tuned = Annotated[list[str], typer.Argument(help="Fine-tunes: folders, adapters, hub ids.")]
+Out = Annotated[Path, typer.Option("--out", help="Study folder to write.")]
+Prompts = Annotated[str | None, typer.Option(help="Prompt file (.jsonl, .txt) or demo:NAME.")]
+MetricName = Annotated[str | None, typer.Option("--metric", help="Name or package.module:function.")]
+Names = Annotated[list[str] | None, typer.Option("--tuned-name", help="A name per fine-tune.")]
+Controls = Annotated[list[str] | None, typer.Option("--control", help="A control fine-tune.")]
+CheckExact = Annotated[int, typer.Option(min=0, help="Components checked exactly, per kind.")]
+CheckSeconds = Annotated[float, typer.Option(min=1.0, help="Time for exact checks.")]
+Chat = Annotated[Literal["auto", "on", "off"], typer.Option(help="Apply the chat template.")]
+Neurons = Annotated[Literal["top", "all"], typer.Option(help="Per-prompt rows of neurons.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on without bad prompt lines.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, or a torch device.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON summary.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the study in --out.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep tables that are already complete.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result.")]
+
+
+@app.command()
+def compare(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    prompts: Prompts = None,
+    metric: MetricName = None,
+    control: Controls = None,
+    tuned_name: Names = None,
+    check_exact: CheckExact = 8,
+    check_seconds: CheckSeconds = 60.0,
+    chat: Chat = "auto",
+    neurons: Neurons = "top",
+    skip_bad_lines: SkipBad = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+    resume: Resume = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """What was written, what kind it is, and what it does: the whole study."""
+    from .study.plan import StudyPlan
+
+    plan = StudyPlan(
+        base=base,
+        tuned=tuple(tuned),
+        tuned_names=tuple(tuned_name or ()),
+        controls=tuple(control or ()),
+        prompts=prompts,
+        metric=metric,
+        check_exact=check_exact,
+        check_seconds=check_seconds,
+        chat=chat,
+        neurons=neurons,
+        skip_bad_lines=skip_bad_lines,
+        device=device,
+        seed=seed,
+    )
+    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
+
+
+@app.command()
+def decompose(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    control: Controls = None,
+    tuned_name: Names = None,
+    seed: Seed = 0,
+    json: Json = False,
+    resume: Resume = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """The weights side alone: what was written and what kind it is. Loads no model."""
+    from .study.plan import StudyPlan
+
+    plan = StudyPlan(
+        base=base,
+        tuned=tuple(tuned),
+        tuned_names=tuple(tuned_name or ()),
+        controls=tuple(control or ()),
+        stages=("decompose",),
+        seed=seed,
+    )
+    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
+
+
+@app.command()
+def attribute(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    prompts: Prompts = None,
+    metric: MetricName = None,
+    tuned_name: Names = None,
+    check_exact: CheckExact = 8,
+    check_seconds: CheckSeconds = 60.0,
+    chat: Chat = "auto",
+    neurons: Neurons = "top",
+    skip_bad_lines: SkipBad = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+    resume: Resume = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """The attribution side alone: which parts the behaviour on the prompts depends on."""
+    from .study.plan import StudyPlan
+
+    plan = StudyPlan(
+        base=base,
+        tuned=tuple(tuned),
+        tuned_names=tuple(tuned_name or ()),
+        prompts=prompts,
+        metric=metric,
+        stages=("attribute",),
+        check_exact=check_exact,
+        check_seconds=check_seconds,
+        chat=chat,
+        neurons=neurons,
+        skip_bad_lines=skip_bad_lines,
+        device=device,
+        seed=seed,
+    )
+    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
+
+
+@app.command()
+def inspect(base: Base, tuned: Tuned, json: Json = False) -> None:
+    """What would be compared and what not and why, from headers alone."""
+    from .study.inspection import inspection
+
+    for spec in tuned:
+        found = inspection(base, spec)
+        typer.echo(json_format.dumps(found, indent=1) if json else _inspection_text(found))
+
+
+@app.command()
+def report(study: Annotated[Path, typer.Argument(help="A study folder.")]) -> None:
+    """Make report.html again from the tables of a study."""
+    from .reporting.report import render_report
+
+    typer.echo(f"report: {render_report(study)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Study folder to write.")] = Path("tvlens-demo"),
+    json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the shipped base with its medical fine-tune, with a format control."""
+    from .study.demo import demo_plan
+
+    _run(demo_plan(), out, json=json, resume=False, force=force, quiet=quiet)
+
+
+def _run(
+    plan: "StudyPlan", out: Path, *, json: bool, resume: bool, force: bool, quiet: bool
+) -> None:
+    from .study.runner import run_study
+
+    with _Progress(shown=not quiet and not json) as progress:
+        study = run_study(plan, out, force=force, resume=resume, progress=progress)
+    summary = study_summary(study)
+    typer.echo(json_format.dumps(summary, indent=1) if json else _summary_text(summary))
+
+
+def study_summary(study: "Study") -> dict[str, object]:
+    """The result of a study in a few JSON values."""
+    manifest = study.manifest
+    return {
+        "study": str(study.folder),
+        "report": str(study.folder / "report.html"),
+        "identical": manifest["identical"],
+        "headline": manifest.get("headline", {}),
+        "warnings": manifest["warnings"],
+        "tables": {name: len(study.table(name)) for name in study.tables},
+        "seconds": manifest["stages"],
+    }
+
+
+def _summary_text(summary: dict[str, object]) -> str:
+    lines = [f"warning: {text}" for text in summary["warnings"]]  # type: ignore[attr-defined]
+    for name, same in summary["identical"].items():  # type: ignore[attr-defined]
+        if same:
+            lines.append(f"{name}: identical to the base, bit for bit; there is nothing to explain.")
+    for name, headline in summary["headline"].items():  # type: ignore[attr-defined]
+        lines.append(f"{name}: {headline.get('sentence', '')}")
+    return "\n".join([*lines, f"report: {summary['report']}"])
+
+
+def _inspection_text(found: dict[str, object]) -> str:
+    return "\n".join(f"{key.replace('_', ' ')}: {value}" for key, value in found.items())
+
+
+class _Progress:
+    """Stage names on standard error, with a spinner on a terminal and plain lines elsewhere."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._status = None
+
+    def __enter__(self) -> "_Progress":
+        if self._shown and sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("starting")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(text)
+        elif self._shown:
+            typer.echo(text, err=True)
+
+
+def main() -> None:
+    """Run the command line and turn what went wrong into a sentence and an exit status."""
+    try:
+        app(standalone_mode=False)
+    except TvlensError as error:
+        typer.echo(f"tvlens: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("tvlens: interrupted; complete tables were kept.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
+        show = getattr(error, "show", None)
+        if callable(show):
+            show()
+        sys.exit(int(code))

@@ -1,0 +1,228 @@
+"""One face over a TransformerLens model: checked hook names, plain logits, left as found.
+
+``LensModel`` wraps a ``TransformerBridge`` (TransformerLens 3.9 and 4.x). The bridge keeps the
+checkpoint's own weights: no folding and no centring, so a weight here is the weight on disk.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import AdapterError, CheckpointError, HostError
+
+HookList = Sequence[tuple[str, Callable[..., Any]]]
+"""Pairs of a hook name and a function of (tensor, hook)."""
+
+
+class LensModel:
+    """A hooked language model whose parameters are never written.
+
+    Attributes:
+        model: The TransformerLens model.
+        n_layers: Blocks.
+        n_heads: Query heads of a block.
+        n_kv_heads: Key and value heads of a block.
+        d_head: Width of a head.
+        d_model: Width of the residual stream.
+        d_mlp: Neurons of a block.
+        d_vocab: Tokens of the output.
+        hook_names: Every name that ``hooks`` accepts.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.cfg
+        self.model = model
+        self.n_layers: int = config.n_layers
+        self.n_heads: int = config.n_heads
+        self.n_kv_heads: int = getattr(config, "n_key_value_heads", None) or config.n_heads
+        self.d_head: int = config.d_head
+        self.d_model: int = config.d_model
+        self.d_mlp: int = config.d_mlp
+        self.d_vocab: int = config.d_vocab
+        self.hook_names: frozenset[str] = frozenset(model.hook_dict)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        adapter: Path | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "LensModel":
+        """Build the model of a checkpoint folder; an adapter is merged into this copy.
+
+        Raises:
+            CheckpointError: The folder holds no causal language model that loads.
+            AdapterError: The adapter does not fit the checkpoint.
+            HostError: TransformerLens does not know the architecture.
+        """
+        loaded = _huggingface_model(Path(folder), dtype)
+        if adapter is not None:
+            loaded = _merged_adapter(loaded, Path(adapter), dtype)
+        return cls(_bridge(loaded.eval().to(device), str(folder)))
+
+    @classmethod
+    def wrap(cls, bridge: Any) -> "LensModel":
+        """A model that the caller made; it is used as it is and never changed.
+
+        Raises:
+            HostError: The object has no hooks.
+        """
+        if not hasattr(bridge, "hook_dict") or not hasattr(bridge, "cfg"):
+            raise HostError(
+                f"expected a TransformerBridge, got {type(bridge).__name__}.",
+                hint="Build one with TransformerBridge.boot_transformers, or pass a folder.",
+            )
+        return cls(bridge)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return next(self.model.parameters()).dtype
+
+    def __call__(
+        self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """The logits of right-padded ``ids``; ``mask`` is 1 at real tokens."""
+        where = self.device
+        return self.model(ids.to(where), attention_mask=mask.to(where))
+
+    @contextmanager
+    def hooks(self, fwd: HookList = (), bwd: HookList = ()) -> Iterator["LensModel"]:
+        """Hooks for the time of the block, removed afterwards whatever happens.
+
+        Raises:
+            HostError: The model has no hook of a name, or the hook needs a setting that is off.
+        """
+        self.require_hooks(name for name, _ in (*fwd, *bwd))
+        entered = False
+        try:
+            with self.model.hooks(fwd_hooks=list(fwd), bwd_hooks=list(bwd)):
+                entered = True
+                yield self
+        except ValueError as error:
+            if entered:
+                raise
+            raise HostError(f"TransformerLens refuses a hook: {error}") from error
+
+    def require_hooks(self, names: Any) -> None:
+        """Refuse names that this model lacks, since TransformerLens 3.9 ignores them silently.
+
+        Raises:
+            HostError: Naming the first three.
+        """
+        if missing := sorted(set(names) - self.hook_names):
+            raise HostError(
+                f"this model has no hook {', '.join(map(repr, missing[:3]))}.",
+                hint="LensModel.hook_names lists those it has.",
+            )
+
+    @contextmanager
+    def frozen(self) -> Iterator["LensModel"]:
+        """No parameter needs a gradient for the time of the block; flags are put back.
+
+        Raises:
+            HostError: The model is in training mode, or the caller is in inference mode.
+        """
+        self.require_eval()
+        if torch.is_inference_mode_enabled():
+            raise HostError(
+                "gradients cannot be taken inside torch.inference_mode().",
+                hint="Use torch.no_grad() around the call instead, or nothing.",
+            )
+        parameters = list(self.model.parameters())
+        flags = [parameter.requires_grad for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield self
+        finally:
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
+
+    def require_eval(self) -> None:
+        """Refuse a model in training mode, where dropout would make numbers random.
+
+        Raises:
+            HostError: Some module is in training mode.
+        """
+        if any(module.training for module in self._running_modules()):
+            raise HostError("the model is in training mode.", hint="Call model.eval() first.")
+
+    def _running_modules(self) -> Iterator[torch.nn.Module]:
+        root = getattr(self.model, "original_model", self.model)
+        yield from root.modules()
+
+
+def leaf(activation: Tensor, hook: Any) -> Tensor:
+    """A forward hook for ``hook_embed``: the graph of a frozen model starts here."""
+    return activation.detach().requires_grad_(True)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _huggingface_model(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if not folder.is_dir():
+        raise CheckpointError(f"expected a checkpoint folder, got {str(folder)!r}.")
+    try:
+        with _quiet_loading():
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} does not load as a causal language model: {error}",
+            hint="It needs config.json and safetensors of an architecture transformers knows.",
+        ) from error
+
+
+def _merged_adapter(model: Any, adapter: Path, dtype: torch.dtype) -> Any:
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise AdapterError(f"expected an adapter folder, got {str(adapter)!r}.")
+    try:
+        tuned = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        merged = tuned.merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise AdapterError(f"the adapter {adapter} does not fit the base model: {error}") from error
+    return merged.to(dtype)
+
+
+def _bridge(model: Any, name: str) -> Any:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    try:
+        bridge = build_bridge_from_module(
+            model, type(model).__name__, hf_config=model.config, tokenizer=None
+        )
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        raise HostError(
+            f"TransformerLens cannot wrap {type(model).__name__} of {name}: {error}",
+            hint="`tvlens decompose` needs no hooked model and may still work.",
+        ) from error
+    return bridge.eval()

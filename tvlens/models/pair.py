@@ -1,0 +1,107 @@
+"""A base model and its fine-tune, hooked, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import HostError, IncomparableModelsError
+from .lens import LensModel
+from .metrics import Metric, Run
+from .prompts import Batch
+
+_SHAPE = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp")
+
+
+class HookedPair:
+    """The two models of a pair, ready for forward and backward passes.
+
+    Attributes:
+        base: The base model.
+        tuned: Its fine-tune.
+        tokenizer: The tuned model's tokenizer, the base's where it has none, or None.
+        base_name: What tables call the base.
+        tuned_name: What tables call the fine-tune.
+    """
+
+    def __init__(
+        self,
+        pair: Any,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Load both models of ``pair`` (a ``tvlens`` Pair, or the two folders)."""
+        base, tuned, adapter, names = _folders(pair)
+        self.base = LensModel.load(base, device=device, dtype=dtype)
+        self.tuned = LensModel.load(tuned, adapter=adapter, device=device, dtype=dtype)
+        self.base_name, self.tuned_name = names
+        self.tokenizer = _tokenizer([adapter or tuned, tuned, base])
+        self._require_same_shape()
+
+    @classmethod
+    def of(
+        cls,
+        base: LensModel,
+        tuned: LensModel,
+        *,
+        tokenizer: Any = None,
+        names: tuple[str, str] = ("base", "tuned"),
+    ) -> "HookedPair":
+        """A pair of models that the caller made.
+
+        Raises:
+            IncomparableModelsError: Their shapes differ.
+        """
+        pair = cls.__new__(cls)
+        pair.base, pair.tuned, pair.tokenizer = base, tuned, tokenizer
+        pair.base_name, pair.tuned_name = names
+        pair._require_same_shape()
+        return pair
+
+    def reference_logits(
+        self, metric: Metric, batch: Batch
+    ) -> Float[Tensor, "batch pos d_vocab"] | None:
+        """The logits that ``metric`` compares with, or None where it compares with none."""
+        if metric.reference is None:
+            return None
+        model = self.base if metric.reference == "base" else self.tuned
+        with torch.no_grad():
+            return model(batch.ids, batch.mask)
+
+    def values(self, model: LensModel, metric: Metric, batch: Batch) -> Float[Tensor, " batch"]:
+        """The metric of every prompt on one of the two models."""
+        reference = self.reference_logits(metric, batch)
+        with torch.no_grad():
+            return metric(Run(model(batch.ids, batch.mask), reference), batch)
+
+    def _require_same_shape(self) -> None:
+        for name in _SHAPE:
+            base, tuned = getattr(self.base, name), getattr(self.tuned, name)
+            if base != tuned:
+                raise IncomparableModelsError(f"{name} is {base} in the base, {tuned} in the tuned.")
+
+
+def _folders(pair: Any) -> tuple[Path, Path, Path | None, tuple[str, str]]:
+    """Base folder, folder of the tuned weights, adapter folder if any, and names."""
+    if isinstance(pair, tuple):
+        base, tuned = (Path(folder) for folder in pair)
+        adapter = (tuned / "adapter_config.json").is_file()
+        names = (base.name, tuned.name)
+    elif hasattr(pair, "base") and hasattr(pair, "tuned"):
+        base, tuned = Path(pair.base.folder), Path(pair.tuned.folder)
+        adapter = pair.tuned.is_adapter
+        names = (pair.base_name, pair.tuned_name)
+    else:
+        raise HostError(f"expected a Pair or two folders, got {type(pair).__name__}.")
+    return (base, base, tuned, names) if adapter else (base, tuned, None, names)
+
+
+def _tokenizer(folders: list[Path]) -> Any:
+    from transformers import AutoTokenizer
+
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return None

@@ -1,0 +1,100 @@
+"""What was asked, enough to run it again: the content of ``study.yaml``."""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import StudyError
+
+Stage = Literal["decompose", "attribute", "evaluate"]
+STAGES: tuple[Stage, ...] = ("decompose", "attribute", "evaluate")
+
+
+class StudyPlan(BaseModel):
+    """The options of one study.
+
+    Attributes:
+        base: Model specification of the base.
+        tuned: Model specifications of the fine-tunes.
+        tuned_names: Names of the fine-tunes in every table; folder names where not given.
+        controls: Specifications of control fine-tunes: classified beside each fine-tune.
+        prompts: Prompt file, ``demo:NAME``, or None for the shipped neutral texts.
+        metric: Metric name or ``package.module:function``; None chooses by the prompts.
+        stages: Which stages to run.
+        evaluate: Held-out text files to measure, by domain name.
+        check_exact: Components in the exact sample of each kind.
+        seed: Seed of every random draw.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str
+    tuned: tuple[str, ...] = Field(min_length=1)
+    tuned_names: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    prompts: str | None = None
+    metric: str | None = None
+    stages: tuple[Stage, ...] = ("decompose", "attribute")
+    evaluate: dict[str, str] = {}
+    chat: Literal["auto", "on", "off"] = "auto"
+    neurons: Literal["top", "all"] = "top"
+    check_exact: int = Field(default=8, ge=0)
+    check_seconds: float = Field(default=60.0, gt=0)
+    skip_bad_lines: bool = False
+    device: str = "auto"
+    dtype: Literal["float32"] = "float32"
+    seed: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fine-tunes' names, one each and all different.
+
+        Raises:
+            StudyError: Names and fine-tunes differ in number, or two names are the same.
+        """
+        names = self.tuned_names or tuple(name_of(spec) for spec in self.tuned)
+        if len(names) != len(self.tuned):
+            raise StudyError(f"{len(self.tuned)} fine-tunes but {len(names)} names: {names}.")
+        if len(set(names)) != len(names):
+            raise StudyError(
+                f"two fine-tunes are called the same: {names}.",
+                hint="Give each a name with --tuned-name.",
+            )
+        return names
+
+    @property
+    def command(self) -> str:
+        """The command line that runs this plan again."""
+        words = ["tvlens", "compare", self.base, *self.tuned]
+        for control in self.controls:
+            words += ["--control", control]
+        for flag, value in (("--prompts", self.prompts), ("--metric", self.metric)):
+            words += [flag, value] if value else []
+        return " ".join([*words, "--seed", str(self.seed), "--out", "DIR"])
+
+    def save(self, folder: Path) -> Path:
+        """Write ``study.yaml``."""
+        path = folder / "study.yaml"
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), "utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> "StudyPlan":
+        """Read a plan.
+
+        Raises:
+            StudyError: The file is missing, is not YAML, or holds an option that does not exist.
+        """
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text("utf-8")))
+        except OSError as error:
+            raise StudyError(f"there is no study plan at {path}.") from error
+        except (ValidationError, yaml.YAMLError) as error:
+            raise StudyError(f"{path} is not a study plan: {error}") from error
+
+
+def name_of(spec: str) -> str:
+    """The short name of a model specification: its last path part, or ``med`` of ``demo:med``."""
+    return spec.rstrip("/").replace(":", "/").rpartition("/")[2] or spec

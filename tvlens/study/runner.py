@@ -1,0 +1,177 @@
+"""Runs the stages of a plan into a study folder; a killed run resumes at the last whole table."""
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import StudyError, TvlensError
+from ..reporting.report import render_report
+from ..tables import Table, concatenated
+from ..weights.matching import load_pair
+from . import stages
+from .plan import StudyPlan
+from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json
+
+if TYPE_CHECKING:
+    from ..weights.matching import Pair
+
+Progress = Callable[[str], None]
+PACKAGES = ("tvlens", "torch", "transformer-lens", "transformers", "safetensors", "scipy")
+
+
+def run_study(
+    plan: StudyPlan,
+    folder: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Study:
+    """Run ``plan`` into ``folder`` and write its report.
+
+    Args:
+        plan: What to do.
+        folder: The study folder; made if absent. A study of the same pair grows.
+        force: Replace another study that is there.
+        resume: Keep a stage's tables where all of them are already whole.
+        progress: Called with one line at the start of each stage.
+
+    Raises:
+        StudyError: The folder holds another pair's study, or a table of another plan.
+        TvlensError: The models or prompts cannot be used; a refused load report is written.
+    """
+    say = progress or (lambda text: None)
+    say("reading and matching the checkpoints")
+    pairs = _pairs(plan, folder)
+    prepared_folder(folder, _inputs(pairs), force=force)
+    _check_resume(plan, folder, resume=resume)
+    plan.save(folder)
+    run = _Run(plan, folder, pairs, say, resume)
+    run.write_manifest()
+    write_json(folder / "load_report.json", load_reports(pairs))
+    for name in plan.stages:
+        run.stage(name)
+    say("writing the report")
+    render_report(folder)
+    return Study(folder)
+
+
+class _Run:
+    """The state of one run: what is measured and written while stages pass."""
+
+    def __init__(
+        self, plan: StudyPlan, folder: Path, pairs: "list[Pair]", say: Progress, resume: bool
+    ) -> None:
+        self.plan, self.folder, self.pairs = plan, folder, pairs
+        self.say, self.resume = say, resume
+        self.measured: dict[str, dict[str, float]] = _earlier(folder, "stages")
+        self.facts: dict[str, Any] = _earlier(folder, "facts")
+        self.warnings: list[str] = [w for pair in pairs for w in pair.load_report.warnings]
+
+    def stage(self, name: str) -> None:
+        """Run one stage for every pair and save its tables."""
+        stage = stages.STAGES[name]
+        if self.resume and name in self.measured:
+            self.say(f"{name}: kept")
+            return
+        made: dict[str, list[Table]] = {}
+        with self.timed(name):
+            for pair in self.pairs:
+                self.say(f"{name}: {pair.tuned_name}")
+                output = stage(self.plan, pair, self.say)
+                self.warnings += output.warnings
+                self.facts.setdefault(pair.tuned_name, {}).update(output.facts)
+                for table in output.tables:
+                    made.setdefault(table.name, []).append(table)
+            for table_name, parts in made.items():
+                concatenated(table_name, parts, order=ORDERS.get(table_name, "")).save(self.folder)
+        self.write_manifest()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Record the seconds and the peak resident memory of what runs inside."""
+        start = time.perf_counter()
+        yield
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.measured[name] = {
+            "seconds": round(time.perf_counter() - start, 2),
+            "peak_resident_bytes": peak,
+        }
+
+    def write_manifest(self) -> None:
+        """Write versions, inputs and what is known so far."""
+        content = {
+            "format": 1,
+            "versions": {"python": platform.python_version(), **_versions()},
+            "command": self.plan.command,
+            "inputs": _inputs(self.pairs),
+            "identical": {p.tuned_name: p.load_report.identical for p in self.pairs},
+            "seed": self.plan.seed,
+            "dtype": self.plan.dtype,
+            "device": self.plan.device,
+            "stages": self.measured,
+            "warnings": list(dict.fromkeys(self.warnings)),
+            "headline": {
+                name: facts["headline"] for name, facts in self.facts.items() if "headline" in facts
+            },
+            "facts": self.facts,
+        }
+        write_json(self.folder / MANIFEST, content)
+
+
+def _pairs(plan: StudyPlan, folder: Path) -> "list[Pair]":
+    pairs = []
+    for spec, name in zip(plan.tuned, plan.names, strict=True):
+        try:
+            pairs.append(load_pair(plan.base, spec, names=("base", name)))
+        except TvlensError as error:
+            _write_refusal(folder, error)
+            raise
+    return pairs
+
+
+def _write_refusal(folder: Path, error: TvlensError) -> None:
+    report = getattr(error, "report", None)
+    if report is None or (folder / MANIFEST).exists() or folder.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "load_report.json", report.to_dict())
+
+
+def load_reports(pairs: "list[Pair]") -> dict[str, Any]:
+    """The load report of a single pair, or ``{"pairs": [...]}`` for several fine-tunes."""
+    reports = [{"tuned_name": p.tuned_name, **p.load_report.to_dict()} for p in pairs]
+    return reports[0] if len(reports) == 1 else {"pairs": reports}
+
+
+def _inputs(pairs: "list[Pair]") -> dict[str, Any]:
+    inputs: dict[str, Any] = {"base": pairs[0].base.sha256()}
+    inputs.update({pair.tuned_name: pair.tuned.sha256() for pair in pairs})
+    return inputs
+
+
+def _check_resume(plan: StudyPlan, folder: Path, *, resume: bool) -> None:
+    path = folder / "study.yaml"
+    if not (resume and path.is_file()):
+        return
+    earlier = StudyPlan.load(path)
+    if earlier != plan:
+        raise StudyError(
+            f"{folder} was made with other options, so its tables cannot be kept.",
+            hint="Use the options of its study.yaml, or --force to start again.",
+        )
+
+
+def _earlier(folder: Path, key: str) -> dict[str, Any]:
+    path = folder / MANIFEST
+    return dict(json.loads(path.read_text("utf-8")).get(key, {})) if path.is_file() else {}
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}

@@ -1,0 +1,179 @@
+"""A study folder: its files, whose pair it holds, and a view of it for notebooks."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ..errors import StudyError
+from ..tables import Table
+from .plan import StudyPlan
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+ORDERS = {
+    "weights": "relative_delta",
+    "attribution": "score",
+    "labels": "structured_share",
+    "tests": "effect",
+}
+"""The column that ``Table.top`` ranks by, per table."""
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished or growing study folder.
+
+    Attributes:
+        folder: Where the files are.
+    """
+
+    folder: Path
+
+    @cached_property
+    def plan(self) -> StudyPlan:
+        """What was asked."""
+        return StudyPlan.load(self.folder / "study.yaml")
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Versions, inputs with hashes, seconds and memory per stage."""
+        return read_json(self.folder / MANIFEST)
+
+    @property
+    def load_report(self) -> dict[str, Any]:
+        """What was compared, tensor by tensor, and what was not and why."""
+        return read_json(self.folder / "load_report.json")
+
+    def table(self, name: str) -> Table:
+        """The table ``name``.
+
+        Raises:
+            StudyError: The stage that makes it has not run.
+        """
+        path = self.folder / f"{name}.parquet"
+        if not path.is_file():
+            raise StudyError(f"this study has no table {name!r}; it has {self.tables}.")
+        return Table.load(path, order=ORDERS.get(name, ""))
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables that exist."""
+        return sorted(path.stem for path in self.folder.glob("*.parquet"))
+
+    @property
+    def weights(self) -> Table:
+        """Measures of every component's tuning vector."""
+        return self.table("weights")
+
+    @property
+    def labels(self) -> Table:
+        """One label a component."""
+        return self.table("labels")
+
+    @property
+    def attribution(self) -> Table:
+        """Scores: component x method x prompt."""
+        return self.table("attribution")
+
+    @property
+    def fidelity(self) -> Table:
+        """How far the estimates agree with exact patching."""
+        return self.table("fidelity")
+
+    def joined(self, part: str | None = None, method: str = "weight_ig") -> pd.DataFrame:
+        """Weights beside mean attribution scores, one row per part of a site.
+
+        Args:
+            part: Keep this part of the weights only, such as ``OV``; None keeps all.
+            method: Which attribution to put beside them.
+        """
+        weights = self.weights.to_frame()
+        if part is not None:
+            weights = weights[weights["part"] == part]
+        scores = self.attribution.where(method=method).to_frame()
+        means = scores.groupby(["tuned", "site"], as_index=False)["score"].mean()
+        return weights.merge(means, on=["tuned", "site"], how="left", validate="many_to_one")
+
+    def plot(self, what: str = "heads", tuned: str | None = None) -> "go.Figure":
+        """A plotly heat map of layers against heads (relative change of W_O).
+
+        Raises:
+            StudyError: ``what`` is not ``heads``.
+        """
+        import plotly.express as px
+
+        if what != "heads":
+            raise StudyError(f"there is no plot {what!r}; there is 'heads'.")
+        frame = self.weights.where(kind="head", part="W_O").to_frame()
+        frame = frame[frame["tuned"] == (tuned or self.plan.names[0])]
+        grid = frame.pivot(index="layer", columns="index", values="relative_delta")
+        return px.imshow(grid, labels={"x": "head", "y": "layer", "color": "|delta| / |W_O|"})
+
+    def _repr_html_(self) -> str:
+        names = ", ".join(self.plan.names)
+        page = self.folder / "report.html"
+        return f"<p>tvlens study of {names} against {self.plan.base}: {page}</p>"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        StudyError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise StudyError(f"cannot read {path}: {error}") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+    partial.replace(path)
+
+
+def prepared_folder(folder: Path, inputs: Mapping[str, Any], *, force: bool) -> None:
+    """Make ``folder`` ready for a study of ``inputs``, or refuse.
+
+    Args:
+        folder: The study folder; made if absent.
+        inputs: Model names with their files' hashes; the identity of the pair.
+        force: Replace the files of another study.
+
+    Raises:
+        StudyError: The folder holds another pair's study, or files that are no study.
+    """
+    if folder.is_file():
+        raise StudyError(f"--out {folder} is a file; give a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = folder / MANIFEST
+    if manifest.is_file() and not force and read_json(manifest).get("inputs") != inputs:
+        raise StudyError(
+            f"{folder} holds the study of another pair.",
+            hint="Give another --out, or --force to replace it.",
+        )
+    others = [p for p in folder.iterdir() if p.name != MANIFEST]
+    if not manifest.is_file() and others and not _only_refused(folder) and not force:
+        raise StudyError(
+            f"{folder} is not empty and holds no study.",
+            hint="Give another --out, or --force to write into it.",
+        )
+    if force:
+        for pattern in ("*.parquet", "*.json", "study.yaml", "report.html"):
+            for path in folder.glob(pattern):
+                path.unlink()
+
+
+def _only_refused(folder: Path) -> bool:
+    report = folder / "load_report.json"
+    return report.is_file() and len(list(folder.iterdir())) == 1
