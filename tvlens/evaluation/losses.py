@@ -7,14 +7,16 @@ Units: nats per token of the model's own tokenizer; lower is better. Losses of t
 only where both use one tokenizer.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from ..tables import Table
+
 if TYPE_CHECKING:
     from ..models.lens import LensModel
-    from ..models.metrics import Metric
     from ..models.prompts import Batch
 
 EVALUATION_SCHEMA = pa.schema(
@@ -34,18 +36,36 @@ DRAWS = 1000  # percentile ends are then stable to about 2 % of the interval's w
 CHUNK = 16  # texts a forward pass: about 1,000 tokens, where two CPU cores are already full
 
 
-def held_out_losses(
-    lens: "LensModel", batch: "Batch", metric: "Metric", *, chunk: int = CHUNK
-) -> np.ndarray:
+def losses_table(
+    model: str, lens: "LensModel", tasks: Mapping[str, "Batch"], *, seed: int = 0
+) -> Table:
+    """The held-out loss of one model on every task.
+
+    Args:
+        model: What the table calls the model.
+        lens: The model.
+        tasks: Tokenised texts by domain.
+        seed: Seed of the bootstrap.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in EVALUATION_SCHEMA.names}
+    for task, batch in tasks.items():
+        values = held_out_losses(lens, batch)
+        low, high = bootstrap_interval(values, seed=seed)
+        row = (model, task, "held_out", "loss", values.mean(), low, high, len(values), "nats/token")
+        for name, value in zip(EVALUATION_SCHEMA.names, row, strict=True):
+            columns[name].append(value)
+    return Table.of("evaluation", EVALUATION_SCHEMA, columns)
+
+
+def held_out_losses(lens: "LensModel", batch: "Batch", *, chunk: int = CHUNK) -> np.ndarray:
     """One loss per text, in nats per token; memory O(chunk * pos * d_vocab)."""
     import torch
 
-    from ..models.metrics import Run
+    from ..models.metrics import SHIPPED, Run
 
-    values = []
+    loss = SHIPPED["loss"]
     with torch.no_grad():
-        for part in batch.chunks(chunk):
-            values.append(metric(Run(lens(part.ids, part.mask)), part))
+        values = [loss(Run(lens(p.ids, p.mask)), p) for p in batch.chunks(chunk)]
     return torch.cat(values).double().cpu().numpy()
 
 

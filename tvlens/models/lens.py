@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import AdapterError, CheckpointError, HostError
+from tvlens.errors import AdapterError, CheckpointError, HostError
 
 HookList = Sequence[tuple[str, Callable[..., Any]]]
 """Pairs of a hook name and a function of (tensor, hook)."""
@@ -35,6 +35,7 @@ class LensModel:
     """
 
     def __init__(self, model: Any) -> None:
+        """Read the sizes of ``model``, a TransformerBridge."""
         config = model.cfg
         self.model = model
         self.n_layers: int = config.n_layers

@@ -14,7 +14,8 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import MetricError
+from tvlens.errors import MetricError
+
 from .prompts import Batch, PromptSet
 
 
@@ -65,8 +66,9 @@ class Metric:
         values = self.function(run, batch)
         if not isinstance(values, Tensor) or values.shape != (len(batch),):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise MetricError(f"{self.name} gave {shape}, expected one number for each of "
-                              f"{len(batch)} prompts.")
+            raise MetricError(
+                f"{self.name} gave {shape}, expected one number for each of {len(batch)} prompts."
+            )
         return values
 
 
@@ -89,9 +91,7 @@ def _log_probs_of_next(
     return chosen - ahead.logsumexp(-1)
 
 
-def _masked_sum(
-    values: Float[Tensor, "batch pos"], mask: Tensor
-) -> Float[Tensor, " batch"]:
+def _masked_sum(values: Float[Tensor, "batch pos"], mask: Tensor) -> Float[Tensor, " batch"]:
     """Sum over the positions where ``mask`` is true; elsewhere not even a NaN gets through."""
     return reduce(values.masked_fill(~mask, 0.0), "batch pos -> batch", "sum")
 
@@ -152,7 +152,7 @@ def default_metric(prompts: PromptSet) -> Metric:
 
 
 def resolve_metric(
-    metric: "None | str | Metric | Callable[..., Tensor]", prompts: PromptSet
+    metric: "str | Metric | Callable[..., Tensor] | None", prompts: PromptSet
 ) -> Metric:
     """The metric that is meant by a name, ``module:function``, a callable or None.
 

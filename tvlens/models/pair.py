@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import HostError, IncomparableModelsError
+from tvlens.errors import HostError, IncomparableModelsError
+
 from .lens import LensModel
 from .metrics import Metric, Run
 from .prompts import Batch
@@ -80,7 +81,9 @@ class HookedPair:
         for name in _SHAPE:
             base, tuned = getattr(self.base, name), getattr(self.tuned, name)
             if base != tuned:
-                raise IncomparableModelsError(f"{name} is {base} in the base, {tuned} in the tuned.")
+                raise IncomparableModelsError(
+                    f"{name} is {base} in the base, {tuned} in the tuned."
+                )
 
 
 def _folders(pair: Any) -> tuple[Path, Path, Path | None, tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ..tables import Table
+from ..tables import Table, concatenated
 from ..weights.matching import load_pair
 from .plan import StudyPlan, name_of
 
@@ -77,6 +77,151 @@ def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     return StageOutput((weights, labels.tests, labels.labels), facts)
 
 
+def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
+    """Attribute the metric on the prompts to activations and weights, and check the estimates."""
+    from ..models.metrics import resolve_metric
+    from ..models.pair import HookedPair
+    from ..models.prompts import load_prompts, tokenised
+
+    hooked = HookedPair(pair, device=_device(plan))
+    asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
+    metric = resolve_metric(plan.metric, asked)
+    batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
+    scores = _scores(hooked, batch, metric, say)
+    say("checking estimates against exact patching")
+    exact, fidelity, findings = _checked(plan, hooked, batch, metric, scores)
+    attribution = concatenated("attribution", [*scores, *exact], order="score")
+    say("attributing tokens")
+    prompt_table = _prompts_table(hooked, asked, batch, metric)
+    facts = {"metric": metric.name, "unit": metric.unit, "prompts": len(batch)}
+    return StageOutput(
+        (prompt_table, attribution, fidelity, findings),
+        facts,
+        (*_prompt_warnings(plan, asked), *batch.warnings),
+    )
+
+
+def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
+    neutral = "no prompts were given: the shipped neutral texts were used, with the metric loss."
+    warnings = (neutral,) if plan.prompts is None else ()
+    if asked.skipped:
+        left_out = f"{len(asked.skipped)} bad prompt lines were left out: {asked.skipped[0]}"
+        warnings = (*warnings, left_out)
+    return warnings
+
+
+def _device(plan: StudyPlan) -> str:
+    import torch
+
+    if plan.device != "auto":
+        return plan.device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def _scores(hooked: "HookedPair", batch: "Batch", metric: Any, say: Progress) -> list[Table]:
+    """Every estimate of the study, cheapest first."""
+    from ..attribution.activations import attribute_activations
+    from ..attribution.weights import attribute_weights
+
+    tables = []
+    if any(len(ids) for ids in batch.corrupt_ids):
+        say("activations, clean into corrupt")
+        tables.append(
+            attribute_activations(hooked, batch, metric, direction="clean_into_corrupt")
+        )
+    for direction in ("tuned_into_base", "base_into_tuned"):
+        say(f"activations, {direction.replace('_', ' ')}")
+        tables.append(attribute_activations(hooked, batch, metric, direction=direction))
+    for at in ("base", "tuned"):
+        say(f"weights, first order at {at}")
+        tables.append(attribute_weights(hooked, batch, metric, estimator="first_order", at=at))
+    say("weights, integrated along the line from base to tuned")
+    tables.append(attribute_weights(hooked, batch, metric, estimator="ig", at="path"))
+    return tables
+
+
+def _checked(
+    plan: StudyPlan, hooked: "HookedPair", batch: "Batch", metric: Any, scores: list[Table]
+) -> tuple[list[Table], Table, Table]:
+    """Exact rows of a sample, the agreement of each estimate with them, and findings."""
+    from ..attribution.fidelity import check_fidelity, findings_table
+
+    exact, fidelity = check_fidelity(
+        hooked,
+        batch,
+        metric,
+        concatenated("attribution", scores),
+        count=plan.check_exact,
+        seconds=plan.check_seconds,
+        seed=plan.seed,
+    )
+    return [exact], fidelity, findings_table(concatenated("attribution", [*scores, exact]))
+
+
+def _prompts_table(
+    hooked: "HookedPair", asked: "PromptSet", batch: "Batch", metric: Any
+) -> Table:
+    """Each prompt as the models read it, its metric at both ends, and its tokens' scores."""
+    from ..attribution.positions import token_scores
+
+    scores = token_scores(hooked, batch, metric)
+    prompts = [asked[number] for number in batch.numbers]
+    lengths = batch.mask.sum(1).tolist()
+    ids = [row[:n].tolist() for row, n in zip(batch.ids, lengths, strict=True)]
+    decode = hooked.tokenizer.decode if hooked.tokenizer is not None else str
+    starts = batch.prompt_lengths.tolist()
+    columns: dict[str, list[Any]] = {
+        "prompt": batch.numbers,
+        "tuned": [hooked.tuned_name] * len(batch),
+        "text": [p.prompt for p in prompts],
+        "answer": [p.answer for p in prompts],
+        "wrong": [p.wrong for p in prompts],
+        "corrupt": [p.corrupt for p in prompts],
+        "group": [p.group for p in prompts],
+        "split": [p.split for p in prompts],
+        "rendered": list(batch.texts),
+        "ids": ids,
+        "answer_start": starts,
+        "answer_end": [s + len(a) for s, a in zip(starts, batch.answer_ids, strict=True)],
+        "tokens": [[decode([i]) for i in row] for row in ids],
+        "token_scores": [row[:n].tolist() for row, n in zip(scores, lengths, strict=True)],
+        "metric": [metric.name] * len(batch),
+        "metric_base": hooked.values(hooked.base, metric, batch).tolist(),
+        "metric_tuned": hooked.values(hooked.tuned, metric, batch).tolist(),
+    }
+    return Table.of("prompts", PROMPTS_SCHEMA, columns)
+
+
+def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
+    """Held-out loss per domain of the base, the fine-tune and the controls."""
+    from ..evaluation.losses import losses_table
+    from ..models.lens import LensModel
+    from ..models.pair import tokenizer_in
+    from ..models.prompts import load_texts, tokenised
+
+    tokenizer = tokenizer_in([pair.tuned.folder, pair.base.folder])
+    tasks = {
+        task: tokenised(load_texts(spec), tokenizer, chat=plan.chat)
+        for task, spec in plan.evaluate.items()
+    }
+    models = {"base": pair.base, pair.tuned_name: pair.tuned}
+    for spec in plan.controls:
+        control = load_pair(plan.base, spec, names=("base", name_of(spec)))
+        models[control.tuned_name] = control.tuned
+    made = []
+    for name, source in models.items():
+        say(f"held-out losses of {name}")
+        folder, adapter = source.folder, None
+        if source.is_adapter:
+            folder, adapter = pair.base.folder, source.folder
+        lens = LensModel.load(folder, adapter=adapter, device=_device(plan))
+        made.append(losses_table(name, lens, tasks, seed=plan.seed))
+    return StageOutput((concatenated("evaluation", made),))
+
+
 STAGES: dict[str, Callable[[StudyPlan, "Pair", Progress], StageOutput]] = {
     "decompose": decompose_stage,
+    "attribute": attribute_stage,
+    "evaluate": evaluate_stage,
 }

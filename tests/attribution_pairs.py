@@ -1,0 +1,79 @@
+"""Tiny random pairs for the attribution tests: nothing in them is an identity or a zero."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+SIZES = {"n_layers": 2, "n_heads": 4, "d_model": 32, "d_head": 8, "d_mlp": 24, "d_vocab": 40}
+
+
+def config(family: str, *, tied: bool = True):
+    import transformers
+
+    if family == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_inner=24, n_positions=32,
+            bos_token_id=0, eos_token_id=0,
+        )
+    shape = {
+        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 32,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }
+    if family == "neox":
+        return transformers.GPTNeoXConfig(**shape)
+    return transformers.LlamaConfig(
+        **shape, num_key_value_heads=2, tie_word_embeddings=tied, attention_bias=True
+    )
+
+
+def hf_model(family: str, *, seed: int = 0, tied: bool = True) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config(family, tied=tied), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            centre = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
+            parameter.copy_(centre + 0.25 * torch.randn_like(parameter))
+    return model
+
+
+def noised(model: nn.Module, *, scale: float = 0.02, seed: int = 1) -> None:
+    """Add noise of ``scale`` times each tensor's own root mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(scale * parameter.pow(2).mean().sqrt() * noise)
+
+
+def hooked_pair(
+    family: str, change: Callable[[nn.Module], None] = noised, *, tied: bool = True
+):
+    """A random base and the same base after ``change``."""
+    from tvlens.models.lens import LensModel, _bridge
+    from tvlens.models.pair import HookedPair
+
+    base, tuned = hf_model(family, tied=tied), hf_model(family, tied=tied)
+    change(tuned)
+    return HookedPair.of(*(LensModel.wrap(_bridge(model, family)) for model in (base, tuned)))
+
+
+def batch(*, lengths: tuple[int, ...] = (9, 6, 11, 7), seed: int = 3):
+    """Prompts of different lengths with answers of two tokens and one wrong token."""
+    from tvlens.models.prompts import Batch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(1, 40, (count,), generator=generator).tolist()
+
+    return Batch.of_ids(
+        [ids(n) for n in lengths],
+        answers=[ids(2) for _ in lengths],
+        wrongs=[ids(1) for _ in lengths],
+    )

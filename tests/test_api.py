@@ -1,0 +1,34 @@
+"""The public surface, exactly, and what importing it costs."""
+
+import subprocess
+import sys
+
+import tvlens
+
+
+def test_every_public_name_loads_and_no_other_is_public() -> None:
+    assert tvlens.__all__ == sorted(tvlens.__all__)
+    assert len(tvlens.__all__) <= 25
+    assert {*tvlens._HOMES, "Component", "TvlensError"} == set(tvlens.__all__)
+    for name in tvlens.__all__:
+        assert getattr(tvlens, name) is not None
+
+
+def test_import_loads_neither_torch_nor_the_host() -> None:
+    code = (
+        "import sys, tvlens, tvlens.cli;"
+        "heavy = {'torch', 'transformer_lens', 'transformers', 'pandas'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_weights_side_does_not_load_the_host() -> None:
+    code = (
+        "import sys, tvlens.weights.matching, tvlens.geometry.classify;"
+        "heavy = {'transformer_lens', 'transformers', 'peft'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,90 @@
+"""tvlens: what did fine-tuning do to this model?
+
+    import tvlens as tv
+
+    pair = tv.load_pair("demo:base", "demo:med")        # lazy; pair.load_report
+    study = tv.compare(pair, tv.prompts("demo:med"))    # everything
+
+Names are loaded when first used: ``import tvlens`` loads neither torch nor TransformerLens.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .components import Component
+from .errors import TvlensError
+
+if TYPE_CHECKING:
+    from .attribution.activations import attribute_activations
+    from .attribution.exact import exact_weights
+    from .attribution.weights import attribute_weights
+    from .geometry.classify import classify
+    from .geometry.decompose import decompose
+    from .models.metrics import Metric
+    from .models.pair import HookedPair
+    from .models.prompts import load_prompts as prompts
+    from .reporting.report import render_report
+    from .study.plan import StudyPlan
+    from .study.runner import run_study
+    from .study.store import Study
+    from .tables import Table
+    from .weights.matching import Pair, load_pair
+    from .weights.vector import TuningVector, tuning_vector
+
+_HOMES = {
+    "HookedPair": ("models.pair", "HookedPair"),
+    "Metric": ("models.metrics", "Metric"),
+    "Pair": ("weights.matching", "Pair"),
+    "Study": ("study.store", "Study"),
+    "StudyPlan": ("study.plan", "StudyPlan"),
+    "Table": ("tables", "Table"),
+    "TuningVector": ("weights.vector", "TuningVector"),
+    "attribute_activations": ("attribution.activations", "attribute_activations"),
+    "attribute_weights": ("attribution.weights", "attribute_weights"),
+    "classify": ("geometry.classify", "classify"),
+    "decompose": ("geometry.decompose", "decompose"),
+    "exact_weights": ("attribution.exact", "exact_weights"),
+    "load_pair": ("weights.matching", "load_pair"),
+    "prompts": ("models.prompts", "load_prompts"),
+    "render_report": ("reporting.report", "render_report"),
+    "run_study": ("study.runner", "run_study"),
+    "tuning_vector": ("weights.vector", "tuning_vector"),
+}
+"""Public name -> the module that holds it and its name there."""
+
+__all__ = [
+    "Component",
+    "HookedPair",
+    "Metric",
+    "Pair",
+    "Study",
+    "StudyPlan",
+    "Table",
+    "TuningVector",
+    "TvlensError",
+    "attribute_activations",
+    "attribute_weights",
+    "classify",
+    "decompose",
+    "exact_weights",
+    "load_pair",
+    "prompts",
+    "render_report",
+    "run_study",
+    "tuning_vector",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module at first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"tvlens has no {name!r}; it has {', '.join(__all__)}.")
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return list(__all__)

@@ -1,0 +1,301 @@
+"""Where a hooked pair's weights live, and the base model at other weights.
+
+A *site* is a module of the host that owns weights: a linear map, a norm, an embedding. A
+component (a head, a neuron, a matrix) is a set of slices of sites. ``WeightPath`` writes
+
+    theta(s) = (1 - s) base + s tuned
+
+into the modules that the host really reads (so GPT-2's views of a fused tensor and GPT-NeoX's
+copies are right), or one component's slices alone, and puts every bit back when it is left.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..components import Component, Kind
+from ..errors import HostError
+from ..models.lens import LensModel
+from ..models.pair import HookedPair
+
+End = Literal["base", "tuned"]
+
+
+class LinearCut(NamedTuple):
+    """How heads or neurons cut a linear map.
+
+    Attributes:
+        weight: The part's name in the key.
+        bias: The bias's name in the key.
+        side: The side of the map whose entries belong to one head or neuron.
+        kind: What those entries make up.
+    """
+
+    weight: str
+    bias: str
+    side: Literal["in", "out"]
+    kind: Kind
+
+
+LINEAR = {
+    "attn.q": LinearCut("W_Q", "b_Q", "out", "head"),
+    "attn.k": LinearCut("W_K", "b_K", "out", "kv_head"),
+    "attn.v": LinearCut("W_V", "b_V", "out", "kv_head"),
+    "attn.o": LinearCut("W_O", "b_O", "in", "head"),
+    "mlp.gate": LinearCut("W_gate", "b_gate", "out", "neuron"),
+    "mlp.in": LinearCut("W_in", "b_in", "out", "neuron"),
+    "mlp.out": LinearCut("W_out", "b_out", "in", "neuron"),
+}
+NORMS = ("ln1", "ln2", "ln1_post", "ln2_post")
+EMBEDDINGS = {"embed": ("W_E", "b_E"), "pos_embed": ("W_pos", "b_pos"), "unembed": ("W_U", "b_U")}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module of the host that owns weights.
+
+    Attributes:
+        name: The host's name, which its hook names start with.
+        layer: Block number, None outside the blocks.
+        role: Name within the block: a key of ``LINEAR`` or ``EMBEDDINGS``, or a norm's name.
+        module: The module whose ``weight`` and ``bias`` the forward pass reads.
+    """
+
+    name: str
+    layer: int | None
+    role: str
+    module: nn.Module = field(repr=False, compare=False)
+
+    @property
+    def tensors(self) -> list[str]:
+        """``weight`` and ``bias``, as far as they are parameters."""
+        return [n for n in ("weight", "bias") if self.module._parameters.get(n) is not None]
+
+    @property
+    def stored_in_out(self) -> bool:
+        """Whether the weight is stored [d_in, d_out] (Conv1D) rather than [d_out, d_in]."""
+        return type(self.module).__name__ == "Conv1D"
+
+    def component(self, tensor: str) -> Component:
+        """The component of a disjoint kind that one of ``tensors`` is."""
+        if self.role in LINEAR:
+            cut = LINEAR[self.role]
+            kind, part = ("matrix", cut.weight) if tensor == "weight" else ("bias", cut.bias)
+        elif self.role in EMBEDDINGS:
+            kind = "embedding" if tensor == "weight" else "bias"
+            part = EMBEDDINGS[self.role][tensor == "bias"]
+        else:
+            kind, part = "norm", f"{self.role}.{tensor[0]}"
+        return Component(kind, self.layer, None, part)
+
+    def cut_axis(self, tensor: str) -> int | None:
+        """The stored tensor's axis that heads or neurons divide, None where they do not."""
+        if self.role not in LINEAR:
+            return None
+        reads = LINEAR[self.role].side == "in"
+        if tensor == "bias":
+            return None if reads else 0
+        return int(reads != self.stored_in_out)
+
+
+def weight_sites(lens: LensModel) -> list[Site]:
+    """The sites of ``lens`` in the order of its forward pass."""
+    found = [_site(lens.model, "embed", None), _site(lens.model, "pos_embed", None)]
+    for layer in range(lens.n_layers):
+        for role in ("ln1", *list(LINEAR)[:4], "ln1_post", "ln2", *list(LINEAR)[4:], "ln2_post"):
+            found.append(_site(lens.model, role, layer))
+    found += [_site(lens.model, "ln_final", None), _site(lens.model, "unembed", None)]
+    return [site for site in found if site is not None]
+
+
+def _site(model: nn.Module, role: str, layer: int | None) -> Site | None:
+    name = role if layer is None else f"blocks.{layer}.{role}"
+    owner: object = model
+    for step in name.split("."):
+        if not isinstance(owner, nn.Module):
+            return None
+        owner = owner._modules.get(step)
+    module = getattr(owner, "original_component", None)
+    if not isinstance(module, nn.Module) or module._parameters.get("weight") is None:
+        return None
+    return Site(name, layer, role, module)
+
+
+class Piece(NamedTuple):
+    """A slice of one site's weight or bias; ``axis`` None means the whole tensor."""
+
+    site: str
+    tensor: str
+    axis: int | None = None
+    start: int = 0
+    length: int = 0
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The view of ``whole`` that this piece is."""
+        return whole if self.axis is None else whole.narrow(self.axis, self.start, self.length)
+
+
+def pieces(component: Component, lens: LensModel, sites: Iterable[Site]) -> list[Piece]:
+    """The slices that make up ``component``.
+
+    Raises:
+        HostError: The model has no weights under that key.
+    """
+    if component.kind == "kv_group":
+        found = [p for part in _group(component, lens) for p in pieces(part, lens, sites)]
+    elif component.index is None:
+        found = [
+            Piece(s.name, t) for s in sites for t in s.tensors if s.component(t) == component
+        ]
+    else:
+        width = 1 if component.kind == "neuron" else lens.d_head
+        found = [
+            Piece(site.name, tensor, axis, component.index * width, width)
+            for site in sites
+            if site.layer == component.layer and _fine_kind(site) == component.kind
+            for tensor in site.tensors
+            if (axis := site.cut_axis(tensor)) is not None
+        ]
+    if not found:
+        raise HostError(f"the model has no weights for {component}.")
+    return found
+
+
+def _fine_kind(site: Site) -> str | None:
+    return LINEAR[site.role].kind if site.role in LINEAR else None
+
+
+def _group(component: Component, lens: LensModel) -> list[Component]:
+    share = lens.n_heads // lens.n_kv_heads
+    first = (component.index or 0) * share
+    heads = [Component("head", component.layer, first + i) for i in range(share)]
+    return [Component("kv_head", component.layer, component.index), *heads]
+
+
+Weights = dict[tuple[str, str], Tensor]
+
+
+@dataclass(frozen=True)
+class WeightPath:
+    """The base model of a pair, movable along the line from base to tuned.
+
+    Attributes:
+        lens: The base model, whose weights are written in place.
+        sites: Its sites.
+        base: A copy of the base's tensors by (site, ``weight`` or ``bias``); 1 x parameters.
+        tuned: The tuned model's own tensors, not copied.
+    """
+
+    lens: LensModel
+    sites: list[Site]
+    base: Weights
+    tuned: Weights
+
+    def delta(self, site: Site, tensor: str) -> Tensor:
+        """Tuned minus base of one tensor, as stored; made on request so that none is kept."""
+        return self.tuned[site.name, tensor] - self.base[site.name, tensor]
+
+    def move(self, s: float) -> None:
+        """Write theta(s); exact at both ends."""
+        for site in self.sites:
+            for tensor in site.tensors:
+                key, live = (site.name, tensor), site.module._parameters[tensor].data
+                if s in (0.0, 1.0):
+                    live.copy_(self.base[key] if s == 0.0 else self.tuned[key])
+                else:
+                    torch.lerp(self.base[key], self.tuned[key], s, out=live)
+
+    @contextmanager
+    def placed(self, parts: list[Piece], end: End) -> Iterator[None]:
+        """Give ``parts`` their base or tuned weights for a while; what was there comes back."""
+        source = self.base if end == "base" else self.tuned
+        modules = {site.name: site.module for site in self.sites}
+        live = [p.of(modules[p.site]._parameters[p.tensor].data) for p in parts]
+        before = [tensor.clone() for tensor in live]
+        try:
+            for part, tensor in zip(parts, live, strict=True):
+                tensor.copy_(part.of(source[part.site, part.tensor]))
+            yield
+        finally:
+            for tensor, old in zip(live, before, strict=True):
+                tensor.copy_(old)
+
+
+@contextmanager
+def weight_path(hooked: HookedPair) -> Iterator[WeightPath]:
+    """A path for ``hooked``; on leaving, also by an exception, the base is bit for bit as before.
+
+    Tied embeddings are parted meanwhile, so that reading and writing tokens are two components.
+
+    Raises:
+        HostError: The weights are not float32 or float64, or the models' sites differ.
+    """
+    sites, others = weight_sites(hooked.base), weight_sites(hooked.tuned)
+    _check_alike(sites, others)
+    tuned = {(o.name, t): o.module._parameters[t].data for o in others for t in o.tensors}
+    with _parted(sites):
+        live = {(s.name, t): s.module._parameters[t].data for s in sites for t in s.tensors}
+        base = {key: tensor.clone() for key, tensor in live.items()}
+        try:
+            yield WeightPath(hooked.base, sites, base, tuned)
+        finally:
+            for key, tensor in live.items():
+                tensor.copy_(base[key])
+
+
+def _check_alike(sites: list[Site], others: list[Site]) -> None:
+    shapes, wanted = (
+        {(s.name, t): tuple(s.module._parameters[t].shape) for s in found for t in s.tensors}
+        for found in (sites, others)
+    )
+    for key in shapes.keys() | wanted.keys():
+        if shapes.get(key) != wanted.get(key):
+            raise HostError(
+                f"{'.'.join(key)} has shape {shapes.get(key)} in base and {wanted.get(key)} in tuned.",
+                hint="Attribution to weights needs two models of one architecture.",
+            )
+    for site in (*sites, *others):
+        if (dtype := site.module._parameters["weight"].dtype) not in (torch.float32, torch.float64):
+            raise HostError(
+                f"weights move in float32 or float64, but {site.name} is {dtype}: a small step "
+                "would be rounded away.",
+                hint="Load the pair with dtype=torch.float32.",
+            )
+
+
+@contextmanager
+def _parted(sites: list[Site]) -> Iterator[None]:
+    by_role = {site.role: site.module for site in sites}
+    embed, unembed = by_role["embed"], by_role.get("unembed")
+    if unembed is None or embed._parameters["weight"] is not unembed._parameters["weight"]:
+        yield
+        return
+    shared = unembed._parameters["weight"]
+    unembed._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    try:
+        yield
+    finally:
+        unembed._parameters["weight"] = shared
+
+
+def all_components(lens: LensModel, sites: Iterable[Site]) -> list[Component]:
+    """Every component with weights: the disjoint kinds, then heads, kv heads and neurons."""
+    disjoint = [site.component(tensor) for site in sites for tensor in site.tensors]
+    counts = {"head": lens.n_heads, "kv_head": lens.n_kv_heads, "neuron": lens.d_mlp}
+    fine = [
+        Component(kind, layer, index)
+        for kind, count in counts.items()
+        for layer in range(lens.n_layers)
+        for index in range(count)
+    ]
+    return disjoint + fine
+
+
+def canonical(site: Site, weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "d_in d_out"]:
+    """A linear site's stored weight as [d_in, d_out]."""
+    return weight if site.stored_in_out else weight.mT

@@ -1,0 +1,270 @@
+"""The tables of attribution: one row per component, method and prompt.
+
+``score`` > 0 says that the metric is higher because the component is tuned rather than base
+(within one model: clean rather than corrupt), whichever of the two models was run.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from scipy import stats
+from torch import Tensor
+
+from tvlens.components import Component, Kind, key_columns
+from tvlens.errors import HostError
+from tvlens.tables import Table, concatenated, keyed_schema
+
+Direction = Literal["tuned_into_base", "base_into_tuned", "clean_into_corrupt"]
+
+ATTRIBUTION_SCHEMA = keyed_schema(
+    ("method", pa.string()),
+    ("space", pa.string()),
+    ("estimator", pa.string()),
+    ("direction", pa.string()),
+    ("at", pa.string()),
+    ("prompt", pa.int32()),
+    ("score", pa.float64()),
+    ("metric", pa.string()),
+    ("unit", pa.string()),
+    ("n", pa.int32()),
+    ("geometric_part", pa.string()),
+    ("nodes", pa.int32()),
+    ("gap", pa.float64()),
+    ("n_tokens", pa.int32()),
+    ("mean_abs", pa.float64()),
+    ("sd", pa.float64()),
+    ("ci_low", pa.float64()),
+    ("ci_high", pa.float64()),
+    ("status", pa.string()),
+)
+
+FIDELITY_SCHEMA = pa.schema(
+    [
+        ("method", pa.string()),
+        ("kind", pa.string()),
+        ("stratum", pa.string()),
+        ("n", pa.int32()),
+        ("spearman", pa.float64()),
+        ("spearman_worst", pa.float64()),
+        ("slope", pa.float64()),
+        ("sign_agreement", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("sum_insert", pa.float64()),
+        ("sum_remove", pa.float64()),
+        ("sum_ig", pa.float64()),
+        ("metric_change", pa.float64()),
+        ("passed", pa.bool_()),
+    ]
+)
+
+NEURONS_PER_PROMPT = 1_000
+"""Neurons with a row for every prompt; the contract's number, which keeps tables flat."""
+_INDEXED = ("head", "kv_head", "kv_group", "neuron")
+_CONFIDENCE = 0.95
+
+
+class Cut(NamedTuple):
+    """What one tensor of scores is about.
+
+    Attributes:
+        kind: Kind of the components.
+        part: The activation or the weight, None for a whole site.
+        layered: Whether the components belong to blocks; embeddings and the final norm do not.
+    """
+
+    kind: Kind
+    part: str | None = None
+    layered: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRun:
+    """How scores were made: everything that their rows have in common.
+
+    Attributes:
+        method: Label of the four that follow.
+        space: ``activation`` or ``weight``.
+        estimator: ``first_order``, ``ig``, ``exact``.
+        direction: What was put where.
+        at: Where gradients were taken: ``base``, ``tuned`` or ``path``.
+        metric: Name of the metric.
+        unit: Its unit.
+        base: Name of the base model.
+        tuned: Name of the fine-tune.
+        prompts: Number of every batch row in its prompt set.
+        n_tokens: Tokens of every batch row.
+        nodes: Integration nodes.
+        gap: Per prompt: what completeness leaves unexplained, in metric units.
+        status: ``ok`` or ``incomplete``.
+        geometric_part: The part of the difference that was used, None for all of it.
+        heads_per_kv: Query heads that share a kv head.
+        tied: Parts whose tensor is shared with another row.
+    """
+
+    method: str
+    space: str
+    estimator: str
+    direction: str
+    at: str
+    metric: str
+    unit: str
+    base: str
+    tuned: str
+    prompts: Sequence[int]
+    n_tokens: Sequence[int] = ()
+    nodes: int | None = None
+    gap: Sequence[float] = ()
+    status: str = "ok"
+    geometric_part: str | None = None
+    heads_per_kv: int = 1
+    tied: frozenset[str] = frozenset()
+
+
+def attribution_table(
+    scores: Mapping[Cut, Float[Tensor, "batch layer index"]],
+    run: MethodRun,
+    *,
+    neurons: int | None = NEURONS_PER_PROMPT,
+) -> Table:
+    """The rows of ``scores``.
+
+    Every component has a row per prompt. Neurons instead have one row over all prompts (``prompt``
+    null, ``score`` the mean) and rows per prompt only where ``mean_abs`` is largest.
+
+    Args:
+        scores: One tensor per cut; layer and index are the component's own numbers.
+        run: What the rows have in common.
+        neurons: How many neurons get rows per prompt, over all layers; None for all of them.
+    """
+    tables = []
+    for cut, values in scores.items():
+        array = values.detach().double().cpu().numpy()
+        components = cut_components(cut, array.shape[1], array.shape[2])
+        flat = array.reshape(len(array), -1)
+        if cut.kind != "neuron":
+            tables.append(_per_prompt(components, flat, run))
+            continue
+        tables.append(_over_prompts(components, flat, run))
+        top = _largest(flat, len(components) if neurons is None else neurons)
+        tables.append(_per_prompt([components[i] for i in top], flat[:, top], run))
+    return concatenated("attribution", tables, order="score")
+
+
+def sampled_table(
+    components: Sequence[Component], scores: Float[Tensor, "batch component"], run: MethodRun
+) -> Table:
+    """One row per prompt for each of a chosen list of components, neurons included."""
+    return _per_prompt(list(components), scores.detach().double().cpu().numpy(), run)
+
+
+def cut_components(cut: Cut, layers: int, indices: int) -> list[Component]:
+    """The components of a cut in the order of its flattened layer and index axes.
+
+    Raises:
+        HostError: The cut has no layer or no index, but the tensor has several.
+    """
+    numbered = cut.kind in _INDEXED
+    if (not cut.layered and layers > 1) or (not numbered and indices > 1):
+        raise HostError(f"{cut.kind} {cut.part}: expected one number, got {layers} by {indices}.")
+    return [
+        Component(cut.kind, layer if cut.layered else None, i if numbered else None, cut.part)
+        for layer in range(layers)
+        for i in range(indices)
+    ]
+
+
+def stratified_components(
+    table: Table, kind: str, *, top: int, random: int, seed: int = 0
+) -> dict[str, list[Component]]:
+    """Components of a kind to check exactly: the largest scores, and a random draw of the rest.
+
+    Neurons are ranked by the ``mean_abs`` of their rows over all prompts, others by the mean
+    magnitude of their rows per prompt.
+    """
+    frame = table.where(kind=kind).to_frame()
+    if kind == "neuron":
+        frame = frame[frame["prompt"].isna()]
+    size = frame["mean_abs"].fillna(frame["score"].abs())
+    keys = ["kind", "layer", "index", "part"]
+    means = frame.assign(size=size).groupby(keys, dropna=False, sort=False)["size"].mean()
+    ranked = [_component(key) for key in means.sort_values(ascending=False, kind="stable").index]
+    rest = ranked[top:]
+    drawn = np.random.default_rng(seed).permutation(len(rest))[:random]
+    return {"top": ranked[:top], "random": [rest[i] for i in sorted(drawn)]}
+
+
+def _component(key: tuple[object, ...]) -> Component:
+    kind, layer, index, part = (None if value != value else value for value in key)
+    numbers = (None if n is None else int(str(int(n))) for n in (layer, index))  # type: ignore
+    return Component(str(kind), *numbers, None if part is None else str(part))  # type: ignore
+
+
+def _largest(flat: ndarray, count: int) -> ndarray:
+    """Columns of the largest mean magnitude, in their own order."""
+    order = np.argsort(-np.abs(flat).mean(axis=0), kind="stable")
+    return np.sort(order[:count])
+
+
+def _shared_columns(components: list[Component], run: MethodRun) -> dict[str, Sequence[object]]:
+    count = len(components)
+    same = ("base", "tuned", "method", "space", "estimator", "direction", "at", "metric", "unit")
+    same = (*same, "geometric_part", "nodes", "status")
+    return {
+        **key_columns(components, kv_index=[_kv_index(c, run.heads_per_kv) for c in components]),
+        **{name: [getattr(run, name)] * count for name in same},
+        "tied": [c.part in run.tied for c in components],
+    }
+
+
+def _kv_index(component: Component, heads_per_kv: int) -> int | None:
+    if component.index is None or component.kind == "neuron":
+        return None
+    return component.index // heads_per_kv if component.kind == "head" else component.index
+
+
+def _per_prompt(components: list[Component], flat: ndarray, run: MethodRun) -> Table:
+    batch = len(run.prompts)
+    repeated = _repeated(_shared_columns(components, run), batch)
+    each = len(components)
+    columns: dict[str, Sequence[object]] = {
+        **repeated,
+        "prompt": np.repeat(np.asarray(run.prompts, dtype=np.int32), each),
+        "score": flat.reshape(-1),
+    }
+    if len(run.n_tokens):
+        columns["n_tokens"] = np.repeat(np.asarray(run.n_tokens, dtype=np.int32), each)
+    if len(run.gap):
+        columns["gap"] = np.repeat(np.asarray(run.gap, dtype=np.float64), each)
+    return Table.of("attribution", ATTRIBUTION_SCHEMA, columns, order="score")
+
+
+def _repeated(columns: Mapping[str, Sequence[object]], times: int) -> dict[str, Sequence[object]]:
+    return {name: list(values) * times for name, values in columns.items()}
+
+
+def _over_prompts(components: list[Component], flat: ndarray, run: MethodRun) -> Table:
+    batch = len(flat)
+    mean = flat.mean(axis=0)
+    columns = {
+        **_shared_columns(components, run),
+        "score": mean,
+        "n": [batch] * len(components),
+        "mean_abs": np.abs(flat).mean(axis=0),
+    }
+    if batch > 1:
+        sd = flat.std(axis=0, ddof=1)
+        half = stats.t.ppf((1 + _CONFIDENCE) / 2, batch - 1) * sd / np.sqrt(batch)
+        columns |= {"sd": sd, "ci_low": mean - half, "ci_high": mean + half}
+    return Table.of("attribution", ATTRIBUTION_SCHEMA, columns, order="score")
+
+
+def stacked_layers(layers: Iterable[Float[Tensor, "batch index"]]) -> Tensor:
+    """Scores of one cut, layer by layer, as one tensor [batch, layer, index]."""
+    return torch.stack(list(layers), dim=1)

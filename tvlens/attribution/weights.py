@@ -1,0 +1,399 @@
+"""Attribution to weights: how much of a behaviour's change each component's delta carries.
+
+For a component c with base weights W and delta D, and theta(s) = base + s (tuned - base),
+
+    score_c(s) = < d metric / d W_c at theta(s), D_c >          first order: s = 0 or s = 1
+    score_c    = integral over s in [0, 1] of score_c(s)        integrated gradients
+
+in the metric's units; a score above 0 means that the metric is higher because c is tuned. By the
+fundamental theorem the integrated scores of the disjoint kinds sum to metric(tuned) -
+metric(base) for every prompt [1]; ``gap`` is what the quadrature leaves. First order at base
+estimates inserting c alone into the base, at tuned removing c alone from the tuned model; the
+integral is the average effect of c while everything else has moved equally far.
+
+No gradient of a parameter is ever formed. At a linear map y = x W the score is
+sum over positions of g . (x D), with g the gradient at y, so hooks on x and y suffice; the terms
+of that sum by entry of y (or of x, for W_O and W_out) are the scores of heads and neurons.
+Prompts are independent rows, so one backward of the summed metric serves all of them. Beside
+the two models this holds one copy of the base's weights and, while a site is scored, its delta.
+
+[1] Sundararajan, Taly and Yan 2017, https://arxiv.org/abs/1703.01365
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import einsum, rearrange, reduce
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..components import DISJOINT_KINDS, Component
+from ..errors import HostError
+from ..models.lens import HookList, leaf
+from ..models.metrics import Metric, Run
+from ..models.pair import HookedPair
+from ..models.prompts import Batch
+from ..tables import Table
+from .sites import LINEAR, Site, WeightPath, canonical, weight_path
+
+Estimator = Literal["ig", "first_order"]
+At = Literal["base", "tuned", "path"]
+
+NODE_COUNTS = (8, 12, 16, 24)
+"""Gauss-Legendre nodes tried in turn; they do not nest."""
+COMPLETE = 0.002
+"""Relative gap at which more nodes are not worth their passes."""
+INCOMPLETE = 0.1
+"""Relative gap above which scores are marked ``incomplete``."""
+NOISE = 1e-4
+"""Metric units; an fp32 metric moves by 2e-5 to 4e-5 with the layout of the batch."""
+LOGITS_AT_ONCE = 2**26
+"""Logits of one chunk of prompts (256 MB in fp32, held a few times over)."""
+TOKENS_AT_ONCE = 4096
+"""Tokens of one chunk of prompts: bounds the activations that the backward pass keeps."""
+
+METHODS = {
+    ("first_order", "base"): "weight_first_order_base",
+    ("first_order", "tuned"): "weight_first_order_tuned",
+    ("ig", "path"): "weight_ig",
+}
+"""The label of an estimator and where its gradient is taken."""
+
+Rows = dict[tuple[str, str], Float[Tensor, "batch rows"]]
+"""Scores by (site, ``weight`` or ``bias``): one column per entry of the side that is cut."""
+
+
+@dataclass(frozen=True)
+class WeightScores:
+    """Scores of every component on every prompt.
+
+    Attributes:
+        method: The method's label.
+        components: The disjoint kinds first, then heads, kv heads and neurons.
+        values: Scores in the metric's units, float64.
+        change: metric(tuned) - metric(base) of every prompt.
+        nodes: Quadrature nodes; 1 for a first-order estimate.
+    """
+
+    method: str
+    components: list[Component]
+    values: Float[Tensor, "component prompt"]
+    change: Float[Tensor, " prompt"]
+    nodes: int
+
+    @property
+    def gap(self) -> Float[Tensor, " prompt"]:
+        """What the disjoint kinds leave of the change, in metric units."""
+        disjoint = torch.tensor([c.kind in DISJOINT_KINDS for c in self.components])
+        return self.change - self.values[disjoint].sum(0)
+
+    @property
+    def completeness(self) -> float:
+        """mean |gap| / mean |change|; 0 is perfect. Means first: a prompt's change may be 0."""
+        scale = max(float(self.change.abs().mean()), NOISE)
+        return float(self.gap.abs().mean()) / scale
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the scores of an integral must not be trusted to sum up."""
+        return self.method == "weight_ig" and self.completeness > INCOMPLETE
+
+
+def attribute_weights(
+    hooked: HookedPair,
+    batch: Batch,
+    metric: Metric,
+    *,
+    estimator: Estimator = "ig",
+    at: At = "path",
+) -> Table:
+    """The attribution table of every component with weights, one row per prompt.
+
+    Args:
+        hooked: The pair; both models are left bit for bit as they were.
+        batch: Tokenised prompts.
+        metric: What is attributed.
+        estimator: Integrated gradients, or the gradient at one end.
+        at: ``path`` for ``ig``; ``base`` or ``tuned`` for ``first_order``.
+
+    Raises:
+        HostError: The weights are not float32, or the pair's difference is not all in its sites.
+        ValueError: ``estimator`` and ``at`` do not go together.
+    """
+    from .tables import weight_table
+
+    return weight_table(weight_scores(hooked, batch, metric, estimator=estimator, at=at))
+
+
+def weight_scores(
+    hooked: HookedPair,
+    batch: Batch,
+    metric: Metric,
+    *,
+    estimator: Estimator = "ig",
+    at: At = "path",
+) -> WeightScores:
+    """The scores behind ``attribute_weights``, as arrays.
+
+    Keeps O(components x prompts) float64; activations of one chunk of prompts at a time.
+    """
+    if (estimator, at) not in METHODS:
+        known = ", ".join(f"{e} at {a}" for e, a in METHODS)
+        raise ValueError(f"expected {known}; got {estimator} at {at}.")
+    with hooked.base.frozen(), weight_path(hooked) as path:
+        parts = chunks(batch, hooked.base.d_vocab)
+        _check_whole_difference(hooked, path, parts[0])
+        change = torch.cat([metric_change(hooked, metric, part) for part in parts])
+        for nodes in NODE_COUNTS if estimator == "ig" else (1,):
+            rule = gauss_legendre(nodes) if at == "path" else [(float(at == "tuned"), 1.0)]
+            rows = _over_chunks([_averaged(hooked, path, metric, part, rule) for part in parts])
+            components, values = _by_component(path, rows)
+            scores = WeightScores(METHODS[estimator, at], components, values, change, nodes)
+            if scores.completeness <= COMPLETE:
+                break
+    return scores
+
+
+def gauss_legendre(nodes: int) -> list[tuple[float, float]]:
+    """Nodes and weights of the Gauss-Legendre rule on [0, 1]; exact to degree 2 nodes - 1."""
+    where, weight = np.polynomial.legendre.leggauss(nodes)
+    return [(float((x + 1) / 2), float(w / 2)) for x, w in zip(where, weight, strict=True)]
+
+
+def chunks(batch: Batch, d_vocab: int) -> list[Batch]:
+    """``batch`` in runs of prompts whose logits and activations fit ``LOGITS_AT_ONCE``."""
+    width = max(1, batch.ids.shape[1])
+    size = max(1, min(LOGITS_AT_ONCE // (width * d_vocab), TOKENS_AT_ONCE // width))
+    return list(batch.chunks(size))
+
+
+def metric_change(hooked: HookedPair, metric: Metric, batch: Batch) -> Float[Tensor, " batch"]:
+    """metric(tuned) - metric(base) of every prompt; the base must be at its own weights."""
+    tuned, base = (hooked.values(lens, metric, batch) for lens in (hooked.tuned, hooked.base))
+    return (tuned - base).double().cpu()
+
+
+def _check_whole_difference(hooked: HookedPair, path: WeightPath, batch: Batch) -> None:
+    """The base moved to the other end must be the tuned model, else a weight is no site."""
+    first = batch.rows([0])
+    with torch.no_grad():
+        wanted = hooked.tuned(first.ids, first.mask)
+        path.move(1.0)
+        got = hooked.base(first.ids, first.mask)
+        path.move(0.0)
+    error, size = float((got - wanted).abs().max()), float(wanted.abs().max())
+    if not error <= 1e-3 * size:
+        raise HostError(
+            f"moving all known weights to the tuned model's leaves logits {error:.3g} away from "
+            f"it (they reach {size:.3g}).",
+            hint="This architecture has weights that tvlens cannot attribute to, or the two "
+            "models' configurations differ.",
+        )
+
+
+def _averaged(
+    hooked: HookedPair,
+    path: WeightPath,
+    metric: Metric,
+    batch: Batch,
+    rule: list[tuple[float, float]],
+) -> Rows:
+    """The scores of one chunk averaged over ``rule``; the path is back at base afterwards."""
+    reference = hooked.reference_logits(metric, batch)
+    total: Rows = {}
+    for s, weight in rule:
+        path.move(s)
+        for key, rows in _node_rows(path, metric, batch, reference).items():
+            total[key] = total.get(key, 0.0) + weight * rows.double()
+    path.move(0.0)
+    return total
+
+
+def _node_rows(
+    path: WeightPath, metric: Metric, batch: Batch, reference: Tensor | None
+) -> Rows:
+    """One forward and backward at the weights as they are."""
+    scorer = _Scorer(path, batch.ids.to(path.lens.device))
+    fwd, bwd = scorer.hooks()
+    with torch.enable_grad(), path.lens.hooks(fwd=fwd, bwd=bwd):
+        logits = path.lens(batch.ids, batch.mask)
+        metric(Run(logits, reference), batch).sum().backward()
+    rows = scorer.finish()
+    wanted = {(site.name, tensor) for site in path.sites for tensor in site.tensors}
+    if silent := sorted(wanted - rows.keys()):
+        raise HostError(f"no gradient reached {'.'.join(silent[0])}: its hook did not fire.")
+    return rows
+
+
+class _Scorer:
+    """The hooks of one pass: inputs are kept on the way up, scores made on the way down."""
+
+    def __init__(self, path: WeightPath, ids: Int[Tensor, "batch pos"]) -> None:
+        self.path, self.ids = path, ids
+        self.inputs: dict[str, Tensor] = {}
+        self.rows: Rows = {}
+        self.leaves: dict[str, Tensor] = {}
+
+    def hooks(self) -> tuple[HookList, HookList]:
+        """Forward and backward hooks for every site."""
+        fwd: list[tuple[str, Callable[..., Any]]] = []
+        bwd: list[tuple[str, Callable[..., Any]]] = []
+        for site in self.path.sites:
+            if site.role == "embed":
+                fwd.append(("hook_embed", self._leaf(site)))
+                continue
+            fwd.append((f"{site.name}.hook_in", self._kept(site)))
+            if site.role == "pos_embed":
+                fwd.append((f"{site.name}.hook_out", self._leaf(site)))
+                continue
+            bwd.append((f"{site.name}.hook_out", self._scored(site)))
+        return fwd, bwd
+
+    def finish(self) -> Rows:
+        """Score the embeddings, where the graph begins and so no backward hook belongs."""
+        for site in self.path.sites:
+            if (start := self.leaves.get(site.name)) is None or start.grad is None:
+                continue
+            if site.role == "embed":
+                self._embed(site, start)
+            else:
+                where = self.inputs.pop(site.name).expand(len(self.ids), -1)
+                self._summed(site, start.grad * self.path.delta(site, "weight")[where])
+        return self.rows
+
+    def _scored(self, site: Site) -> Callable[..., None]:
+        named = {"unembed": self._unembed, **dict.fromkeys(LINEAR, self._linear)}
+        scores = named.get(site.role, self._norm)
+
+        def hook_function(gradient: Tensor, hook: Any) -> None:
+            with torch.no_grad():
+                scores(site, gradient.detach())
+
+        return hook_function
+
+    def _kept(self, site: Site) -> Callable[..., None]:
+        def hook_function(activation: Tensor, hook: Any) -> None:
+            self.inputs[site.name] = activation.detach()
+
+        return hook_function
+
+    def _leaf(self, site: Site) -> Callable[..., Tensor]:
+        def hook_function(activation: Tensor, hook: Any) -> Tensor:
+            start = leaf(activation.expand(len(self.ids), -1, -1), hook)
+            self.leaves[site.name] = start
+            return start
+
+        return hook_function
+
+    def _linear(self, site: Site, gradient: Tensor) -> None:
+        x = rearrange(self.inputs.pop(site.name), "batch pos ... -> batch pos (...)")
+        g = rearrange(gradient, "batch pos ... -> batch pos (...)")
+        delta = canonical(site, self.path.delta(site, "weight"))
+        if LINEAR[site.role].side == "out":
+            terms = g * einsum(x, delta, "batch pos d_in, d_in d_out -> batch pos d_out")
+        else:
+            terms = x * einsum(g, delta, "batch pos d_out, d_in d_out -> batch pos d_in")
+        self.rows[site.name, "weight"] = reduce(terms, "batch pos row -> batch row", "sum")
+        self._bias(site, g)
+
+    def _bias(self, site: Site, g: Float[Tensor, "batch pos d_out"]) -> None:
+        if "bias" in site.tensors:
+            summed = reduce(g, "batch pos d_out -> batch d_out", "sum")
+            self.rows[site.name, "bias"] = summed * self.path.delta(site, "bias")
+
+    def _norm(self, site: Site, g: Tensor) -> None:
+        normalised = _normalised(self.inputs.pop(site.name), site.module)
+        self._summed(site, g * normalised * self.path.delta(site, "weight"))
+        self._bias(site, g)
+
+    def _embed(self, site: Site, start: Tensor) -> None:
+        scale = _scale(start.detach(), site.module, self.ids)
+        self._summed(site, scale * start.grad * self.path.delta(site, "weight")[self.ids])
+
+    def _unembed(self, site: Site, g: Tensor) -> None:
+        """As wide as the vocabulary, so only where the metric reads the logits."""
+        rows, positions = g.abs().amax(-1).nonzero(as_tuple=True)
+        read, x = g[rows, positions], self.inputs.pop(site.name)[rows, positions]
+        delta = canonical(site, self.path.delta(site, "weight"))
+        moved = einsum(x, delta, "read d_model, d_model d_vocab -> read d_vocab")
+        scores = reduce(read * moved, "read d_vocab -> read", "sum")
+        self.rows[site.name, "weight"] = _per_prompt(scores, rows, len(g))
+        if "bias" in site.tensors:
+            terms = reduce(read * self.path.delta(site, "bias"), "read d_vocab -> read", "sum")
+            self.rows[site.name, "bias"] = _per_prompt(terms, rows, len(g))
+
+    def _summed(self, site: Site, terms: Float[Tensor, "batch pos d_model"]) -> None:
+        total = reduce(terms, "batch pos d_model -> batch", "sum")
+        self.rows[site.name, "weight"] = rearrange(total, "batch -> batch 1")
+
+
+def _per_prompt(
+    scores: Float[Tensor, " read"], rows: Int[Tensor, " read"], count: int
+) -> Float[Tensor, "batch 1"]:
+    total = scores.new_zeros(count).index_add(0, rows, scores)
+    return rearrange(total, "batch -> batch 1")
+
+
+def _normalised(x: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Tensor:
+    """The input of a norm's gain: centred (LayerNorm only) and divided by its root mean square."""
+    epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+    if epsilon is None:
+        raise HostError(f"{type(norm).__name__} has no epsilon, so its input cannot be normalised.")
+    if isinstance(norm, nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+def _scale(
+    activation: Float[Tensor, "batch pos d_model"],
+    embed: nn.Module,
+    ids: Int[Tensor, "batch pos"],
+) -> float:
+    """The factor that a family puts on its embeddings (sqrt(d_model) in Gemma, mostly 1)."""
+    rows = embed._parameters["weight"][ids]
+    scale = float((activation * rows).sum() / rows.pow(2).sum().clamp_min(1e-30))
+    return 1.0 if abs(scale - 1.0) < 1e-4 else scale
+
+
+def _over_chunks(parts: list[Rows]) -> Rows:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _by_component(
+    path: WeightPath, rows: Rows
+) -> tuple[list[Component], Float[Tensor, "component prompt"]]:
+    """Scores of the disjoint kinds, then of heads, kv heads and neurons."""
+    disjoint = [(site, tensor) for site in path.sites for tensor in site.tensors]
+    components = [site.component(tensor) for site, tensor in disjoint]
+    values = [
+        rearrange(rows[site.name, tensor].sum(-1), "prompt -> 1 prompt")
+        for site, tensor in disjoint
+    ]
+    for (kind, layer), total in _fine(path, rows).items():
+        components += [Component(kind, layer, index) for index in range(total.shape[1])]
+        values.append(rearrange(total, "prompt index -> index prompt"))
+    return components, torch.cat(values).cpu()
+
+
+def _fine(path: WeightPath, rows: Rows) -> dict[tuple[Any, int | None], Tensor]:
+    """Sums over the parts of each head, kv head and neuron: [prompt, index] by kind and layer."""
+    kinds = {"head": path.lens.d_head, "kv_head": path.lens.d_head, "neuron": 1}
+    total: dict[tuple[Any, int | None], Tensor] = {}
+    for kind, width in kinds.items():
+        for site in path.sites:
+            if site.role not in LINEAR or LINEAR[site.role].kind != kind:
+                continue
+            for tensor in site.tensors:
+                if site.cut_axis(tensor) is None:
+                    continue
+                share = reduce(
+                    rows[site.name, tensor],
+                    "prompt (index width) -> prompt index",
+                    "sum",
+                    width=width,
+                )
+                total[kind, site.layer] = total.get((kind, site.layer), 0.0) + share
+    return total

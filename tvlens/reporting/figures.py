@@ -1,0 +1,333 @@
+"""Geometry and colours of the page's figures: numbers in, rectangles and marks out.
+
+The templates draw what is here as inline SVG, so a figure needs no script. Signed values take a
+blue-white-red scale that is symmetric about zero; magnitudes take a scale that darkens from zero.
+Labels differ by shape as well as by colour (Okabe and Ito's palette).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+Colour = tuple[int, int, int]
+
+SIGNED: tuple[Colour, ...] = (
+    (33, 102, 172),
+    (146, 197, 222),
+    (247, 247, 247),
+    (244, 165, 130),
+    (178, 24, 43),
+)
+MAGNITUDE: tuple[Colour, ...] = (
+    (252, 251, 253),
+    (203, 201, 226),
+    (158, 154, 200),
+    (106, 81, 163),
+    (63, 0, 125),
+)
+EMPTY = "#e4e4e8"
+MAX_POINTS = 4000  # a browser lays out this many marks at once without a pause
+SVG_WIDTH = 680  # the column's width at 1280 px
+
+
+class Cell(NamedTuple):
+    """One rectangle of a heat map."""
+
+    x: float
+    y: float
+    fill: str
+    ink: str
+    text: str
+    title: str
+
+
+class Tick(NamedTuple):
+    """A label at a place on an axis."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Values to be drawn as a heat map.
+
+    Attributes:
+        name: Part of the figure's id.
+        title: What a cell holds.
+        values: Rows x columns; NaN where there is nothing.
+        rows: Row names.
+        columns: Column names.
+        signed: Whether zero is the middle of the scale.
+        unit: Unit of the values, empty for a ratio.
+        what: How a tooltip names a row and a column: ``layer {} head {}``.
+    """
+
+    name: str
+    title: str
+    values: Float[np.ndarray, "row column"]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    signed: bool = False
+    unit: str = ""
+    what: str = "{} {}"
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A heat map ready to draw; lengths in SVG units, one unit a pixel at full width."""
+
+    name: str
+    title: str
+    width: float
+    height: float
+    cell_width: float
+    cell_height: float
+    left: float
+    top: float
+    cells: tuple[Cell, ...]
+    row_ticks: tuple[Tick, ...]
+    column_ticks: tuple[Tick, ...]
+    stops: tuple[str, ...]
+    low: str
+    high: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a label is drawn: a colour and an SVG path around the origin."""
+
+    colour: str
+    path: str
+
+
+MARKS: dict[str, Mark] = {
+    "unchanged": Mark("#b0b0b8", "M-1.5 0h3"),
+    "unresolved": Mark("#8a8a94", "M-1.5 0a1.5 1.5 0 1 0 3 0a1.5 1.5 0 1 0-3 0"),
+    "mixed": Mark("#000000", "M-2.2 0a2.2 2.2 0 1 0 4.4 0a2.2 2.2 0 1 0-4.4 0"),
+    "amplified": Mark("#d55e00", "M0-4L3.5 2.5H-3.5Z"),
+    "attenuated": Mark("#0072b2", "M0 4L3.5-2.5H-3.5Z"),
+    "flipped": Mark("#cc79a7", "M0-4.4L3 0L0 4.4L-3 0Z"),
+    "rewired": Mark("#009e73", "M-2.6-2.6h5.2v5.2h-5.2Z"),
+    "new_read": Mark("#b88600", "M-1-4h2v3h3v2h-3v3h-2v-3h-3v-2h3Z"),
+    "new_write": Mark("#3a9bdc", "M0-4.6L1.4-1.4L4.6 0L1.4 1.4L0 4.6L-1.4 1.4L-4.6 0L-1.4-1.4Z"),
+}
+OTHER_MARK = Mark("#8a8a94", "M-1.5-1.5h3v3h-3Z")
+LABELS = tuple(MARKS)
+
+
+class Point(NamedTuple):
+    """One mark of the scatter."""
+
+    x: float
+    y: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """The points of one label, how many there are and how many are drawn."""
+
+    label: str
+    mark: Mark
+    points: tuple[Point, ...]
+    total: int
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A scatter ready to draw."""
+
+    name: str
+    x_title: str
+    y_title: str
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    groups: tuple[Group, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    zero: float | None
+    total: int
+    drawn: int
+
+
+def number(value: object, digits: int = 3) -> str:
+    """A number for people with ``digits`` significant digits; a dash where there is none."""
+    if value is None or isinstance(value, str) or not np.isfinite(float(value)):  # pyright: ignore[reportArgumentType]
+        return value if isinstance(value, str) else "–"
+    return f"{float(value):.{digits}g}"  # pyright: ignore[reportArgumentType]
+
+
+def colour_at(scale: tuple[Colour, ...], position: float) -> Colour:
+    """The colour at ``position`` in 0..1 of a scale of equally spaced anchors."""
+    place = min(max(position, 0.0), 1.0) * (len(scale) - 1)
+    start = min(int(place), len(scale) - 2)
+    share = place - start
+    low, high = scale[start], scale[start + 1]
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+def hex_code(colour: Colour) -> str:
+    """``#rrggbb``."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def ink_on(colour: Colour) -> str:
+    """Black or white, whichever has more contrast with ``colour`` (WCAG relative luminance)."""
+    channels = [c / 255 for c in colour]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#fff" if luminance < 0.179 else "#1b1b24"  # 0.179: equal contrast with both
+
+
+def heat_map(grid: Grid, *, tooltips: bool = True) -> HeatMap:
+    """The drawing of ``grid``; cells wide enough carry their value as text."""
+    n_rows, n_columns = grid.values.shape
+    cell_width = float(np.clip((SVG_WIDTH - 60) // max(n_columns, 1), 13, 58))
+    cell_height = float(np.clip(440 // max(n_rows, 1), 13, 26))
+    finite = np.abs(grid.values[np.isfinite(grid.values)])
+    limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    scale = SIGNED if grid.signed else MAGNITUDE
+    left, top = 44.0, 22.0
+    cells = [
+        _cell(grid, row, column, limit, tooltips=tooltips, written=cell_width >= 44)._replace(
+            x=left + column * cell_width, y=top + row * cell_height
+        )
+        for row in range(n_rows)
+        for column in range(n_columns)
+    ]
+    return HeatMap(
+        name=grid.name,
+        title=grid.title,
+        width=max(left + n_columns * cell_width + 8, 260.0),
+        height=top + n_rows * cell_height + 46,
+        cell_width=cell_width,
+        cell_height=cell_height,
+        left=left,
+        top=top,
+        cells=tuple(cells),
+        row_ticks=_ticks(grid.rows, top, cell_height),
+        column_ticks=_ticks(grid.columns, left, cell_width),
+        stops=tuple(hex_code(colour) for colour in scale),
+        low=number(-limit if grid.signed else 0.0),
+        high=number(limit),
+        unit=grid.unit,
+    )
+
+
+def _ticks(names: tuple[str, ...], start: float, step: float) -> tuple[Tick, ...]:
+    room = max(len(name) for name in names) * 7 if names else 0
+    every = 1 if step >= 26 or room <= step + 3 else -(-room // int(step))
+    return tuple(
+        Tick(start + (place + 0.5) * step, name)
+        for place, name in enumerate(names)
+        if place % every == 0
+    )
+
+
+def _cell(grid: Grid, row: int, column: int, limit: float, *, tooltips: bool, written: bool) -> Cell:
+    value = float(grid.values[row, column])
+    where = grid.what.format(grid.rows[row], grid.columns[column])
+    if not np.isfinite(value):
+        return Cell(0, 0, EMPTY, "", "", f"{where}: no value" if tooltips else "")
+    position = value / limit / 2 + 0.5 if grid.signed else value / limit
+    colour = colour_at(SIGNED if grid.signed else MAGNITUDE, position)
+    said = f"{where}: {number(value, 4)} {grid.unit}".rstrip() if tooltips else ""
+    return Cell(0, 0, hex_code(colour), ink_on(colour), number(value, 2) if written else "", said)
+
+
+def sampled_by_label(labels: pd.Series, limit: int = MAX_POINTS) -> np.ndarray:
+    """Positions of at most ``limit`` rows, evenly spaced within each label, rare labels whole.
+
+    Labels are served from the rarest on; each may take an equal share of what is left, so the
+    common ones (usually ``unresolved``) give way first. Nothing is drawn at random.
+    """
+    counts = labels.value_counts().sort_index(kind="stable").sort_values(kind="stable")
+    left, kept = limit, []
+    for served, (label, count) in enumerate(counts.items()):
+        quota = min(int(count), left // (len(counts) - served))
+        rows = np.flatnonzero((labels == label).to_numpy())
+        kept.append(rows[(np.arange(quota) * len(rows)) // max(quota, 1)])
+        left -= quota
+    return np.sort(np.concatenate(kept)) if kept else np.arange(0)
+
+
+def label_scatter(name: str, frame: pd.DataFrame, *, tooltips: bool = True) -> Scatter:
+    """Gain against residual of the rows of ``frame``, by label.
+
+    Args:
+        name: Part of the figure's id.
+        frame: Columns ``component gain residual label``, no nulls.
+        tooltips: Whether each mark names its component.
+    """
+    left, right, top, bottom, width, height = 62.0, 664.0, 14.0, 372.0, 680.0, 424.0
+    drawn = frame.iloc[sampled_by_label(frame["label"])]
+    x_low, x_high = _limits(drawn["gain"])
+    y_low, y_high = _limits(drawn["residual"], from_zero=True)
+    x = left + (drawn["gain"] - x_low) / (x_high - x_low) * (right - left)
+    y = bottom - (drawn["residual"] - y_low) / (y_high - y_low) * (bottom - top)
+    placed = drawn.assign(x=x.round(1), y=y.round(1))
+    return Scatter(
+        name=name,
+        x_title="gain along the base vector  <delta, w> / |w|²".replace("<", "⟨").replace(">", "⟩"),
+        y_title="residual",
+        width=width,
+        height=height,
+        left=left,
+        right=right,
+        top=top,
+        bottom=bottom,
+        groups=_groups(placed, frame["label"].value_counts(), tooltips),
+        x_ticks=_round_ticks(x_low, x_high, left, right),
+        y_ticks=_round_ticks(y_low, y_high, bottom, top),
+        zero=left - x_low / (x_high - x_low) * (right - left) if x_low < 0 < x_high else None,
+        total=len(frame),
+        drawn=len(drawn),
+    )
+
+
+def _groups(placed: pd.DataFrame, totals: pd.Series, tooltips: bool) -> tuple[Group, ...]:
+    known = [label for label in LABELS if label in totals.index]
+    others = sorted(set(totals.index) - set(LABELS))
+    groups = []
+    for label in [*others, *known]:
+        rows = placed[placed["label"] == label]
+        points = (
+            Point(x, y, f"{component}: gain {number(gain)}, residual {number(residual)}")
+            if tooltips
+            else Point(x, y, "")
+            for component, gain, residual, x, y in zip(
+                *(rows[c] for c in ("component", "gain", "residual", "x", "y")), strict=True
+            )
+        )
+        groups.append(
+            Group(label, MARKS.get(label, OTHER_MARK), tuple(points), int(totals[label]))
+        )
+    return tuple(groups)
+
+
+def _limits(values: pd.Series, *, from_zero: bool = False) -> tuple[float, float]:
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    low = min(low, 0.0) if from_zero else low
+    room = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
+    return (low if from_zero and low == 0.0 else low - room), high + room
+
+
+def _round_ticks(low: float, high: float, start: float, end: float) -> tuple[Tick, ...]:
+    rough = (high - low) / 5
+    size = 10.0 ** np.floor(np.log10(rough))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough)
+    places = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
+    return tuple(
+        Tick(round(start + (v - low) / (high - low) * (end - start), 1), number(v + 0.0))
+        for v in places.tolist()
+    )

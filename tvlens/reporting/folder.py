@@ -1,0 +1,160 @@
+"""A study folder as the report reads it: each file or nothing, never a guess.
+
+Columns that a table lacks are filled with nulls, so that a page can be made from the tables of an
+older version; a file that is not there leaves its section with the command that makes it.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from ..errors import StudyError
+from ..tables import KEY_FIELDS, Table
+
+_KEYS = tuple(field.name for field in KEY_FIELDS)
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "weights": (*_KEYS, "base_norm", "delta_norm", "relative_delta", "gain", "residual", "snr"),
+    "labels": (*_KEYS, "label", "label_reason", "decided_by", "share_new", "share_amplified"),
+    "tests": (*_KEYS, "statistic", "null", "effect", "p_value", "q_value", "m"),
+    "prompts": (
+        *("prompt", "tuned", "text", "answer", "group", "split", "tokens", "token_scores"),
+        *("metric", "metric_base", "metric_tuned"),
+    ),
+    "attribution": (
+        *_KEYS,
+        *("method", "space", "estimator", "direction", "at", "prompt"),
+        *("score", "metric", "unit", "n", "nodes", "gap"),
+    ),
+    "fidelity": (
+        *("tuned", "method", "kind", "stratum", "n", "spearman", "spearman_worst", "slope"),
+        *("sign_agreement", "ci_low", "ci_high", "sum_insert", "sum_remove", "sum_ig"),
+        *("metric_change", "passed"),
+    ),
+    "findings": ("tuned", "site", "kind", "insert", "remove", "ig", "finding", "role"),
+    "evaluation": (
+        *("model", "task", "split", "measure", "value"),
+        *("ci_low", "ci_high", "n", "unit"),
+    ),
+}
+"""What the page reads of each table."""
+
+_MADE_BY = {
+    "load_report": "decompose",
+    "weights": "decompose",
+    "tests": "decompose",
+    "labels": "decompose",
+    "prompts": "attribute",
+    "attribution": "attribute",
+    "fidelity": "attribute",
+    "findings": "attribute",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class StudyFolder:
+    """What the files of one study say.
+
+    Attributes:
+        plan: Content of study.yaml, empty where there is none.
+        plan_text: The same as written.
+        manifest: Content of manifest.json, empty where there is none.
+        load_reports: Load report by tuned model, empty where there is none.
+        tables: The tables that exist, each with all of ``COLUMNS``.
+    """
+
+    plan: dict[str, Any]
+    plan_text: str
+    manifest: dict[str, Any]
+    load_reports: dict[str, dict[str, Any]]
+    tables: dict[str, pd.DataFrame]
+
+    @classmethod
+    def read(cls, folder: Path) -> "StudyFolder":
+        """Read every file that is there.
+
+        Raises:
+            StudyError: The folder is missing, or a file in it cannot be read.
+        """
+        if not folder.is_dir():
+            raise StudyError(f"there is no study folder at {folder}.")
+        text = _text(folder / "study.yaml")
+        return cls(
+            plan=_mapping(folder / "study.yaml", text, yaml.safe_load),
+            plan_text=text,
+            manifest=_json(folder / "manifest.json"),
+            load_reports=_load_reports(_json(folder / "load_report.json")),
+            tables={
+                name: _frame(folder / f"{name}.parquet", columns)
+                for name, columns in COLUMNS.items()
+                if (folder / f"{name}.parquet").is_file()
+            },
+        )
+
+    @property
+    def tuned_names(self) -> list[str]:
+        """The tuned models, in the plan's order, then as the tables bring them."""
+        found = [str(name) for name in self.plan.get("tuned_names") or ()]
+        for name in ("weights", "labels", "attribution", "prompts", "fidelity"):
+            if name in self.tables:
+                found += self.tables[name]["tuned"].dropna().astype(str).unique().tolist()
+        found += [name for name in self.load_reports if name]
+        return list(dict.fromkeys(found)) or ["tuned"]
+
+    def table(self, name: str, tuned: str | None = None) -> pd.DataFrame:
+        """The rows of a table, for one tuned model where asked; no rows where it is missing."""
+        frame = self.tables.get(name, pd.DataFrame(columns=list(COLUMNS[name])))
+        if tuned is None or frame["tuned"].isna().all():
+            return frame
+        return frame[frame["tuned"] == tuned]
+
+    def missing(self, name: str) -> str:
+        """The command that would make a file that is not there, empty where it is."""
+        there = bool(self.load_reports) if name == "load_report" else name in self.tables
+        if there:
+            return ""
+        models = shlex.join([str(self.plan.get("base", "BASE")), *self._tuned_specs()])
+        if name == "evaluation":
+            return f"tvlens evaluate {models} --tasks FILE --out DIR"
+        prompts = shlex.quote(str(self.plan.get("prompts") or "FILE"))
+        asked = f" --prompts {prompts}" if _MADE_BY[name] == "attribute" else ""
+        return f"tvlens {_MADE_BY[name]} {models}{asked} --out DIR"
+
+    def _tuned_specs(self) -> list[str]:
+        given = self.plan.get("tuned") or "TUNED"
+        return [given] if isinstance(given, str) else [str(spec) for spec in given]
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return _mapping(path, _text(path), json.loads)
+
+
+def _mapping(path: Path, text: str, parse: Any) -> dict[str, Any]:
+    if not text.strip():
+        return {}
+    try:
+        content = parse(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise StudyError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise StudyError(f"{path} holds a {type(content).__name__}, not named values.")
+    return content
+
+
+def _load_reports(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if not content:
+        return {}
+    reports = content.get("pairs", [content])
+    return {str(report.get("tuned_name", "")): report for report in reports}
+
+
+def _frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    return Table.load(path).to_frame().reindex(columns=list(columns))

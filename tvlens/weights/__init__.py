@@ -1,0 +1,1 @@
+"""Checkpoints as tensors: reading, matching and subtracting them without any model object."""

@@ -1,0 +1,1 @@
+"""One small table per model family: which checkpoint tensor holds which canonical part."""

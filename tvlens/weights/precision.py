@@ -1,0 +1,77 @@
+"""How much of a difference could be rounding: the energy of the stored dtypes.
+
+A weight that was rounded to the nearest number of its dtype carries an error that is uniform on
+one spacing, so its expected square is ``ulp**2 / 12``. A difference whose energy is no larger than
+the sum of these says nothing about training.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+
+class Precision(NamedTuple):
+    """A binary floating-point format.
+
+    Attributes:
+        mantissa_bits: Stored bits of the significand.
+        min_exponent: Exponent of the smallest normal number; below it the spacing is constant.
+    """
+
+    mantissa_bits: int
+    min_exponent: int
+
+
+PRECISIONS = {
+    "float64": Precision(52, -1022),
+    "float32": Precision(23, -126),
+    "float16": Precision(10, -14),
+    "bfloat16": Precision(7, -126),
+}
+ARITHMETIC = "float32"
+"""Differences are taken in float32, so nothing is known more finely than that."""
+SMALLEST_ENERGY = torch.finfo(torch.float32).tiny
+"""Energies that float32 cannot hold are given as this, so that a ratio to the floor exists."""
+
+
+def coarsest_dtype(*dtypes: str) -> str:
+    """The dtype with the fewest bits of significand, float32 at best.
+
+    Raises:
+        CheckpointError: A dtype is none that a floor is known for.
+    """
+    for dtype in dtypes:
+        if dtype not in PRECISIONS:
+            raise CheckpointError(
+                f"weights of dtype {dtype} have no known rounding; expected one of "
+                f"{', '.join(PRECISIONS)}.",
+                hint="Dequantise the model and save it in float32, float16 or bfloat16 first.",
+            )
+    return min((ARITHMETIC, *dtypes), key=lambda dtype: PRECISIONS[dtype].mantissa_bits)
+
+
+def spacing(weights: Float[Tensor, "..."], dtype: str) -> Float[Tensor, "..."]:
+    """The distance between neighbouring numbers of ``dtype`` at each weight (its ulp), float64.
+
+    Zeros and subnormals have the spacing of the smallest normal number.
+    """
+    precision = PRECISIONS[dtype]
+    # frexp writes w = m * 2**e with 0.5 <= m < 1, so floor(log2 |w|) = e - 1
+    exponent = torch.frexp(weights.double()).exponent - 1
+    exponent = torch.where(weights == 0, precision.min_exponent, exponent)
+    exponent = exponent.clamp(min=precision.min_exponent) - precision.mantissa_bits
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
+
+
+def rounding_energy(weights: Float[Tensor, "..."], dtype: str) -> Float[Tensor, "..."]:
+    """Expected squared rounding error per entry, ``ulp**2 / 12``, in float32."""
+    return uniform_energy(spacing(weights, dtype))
+
+
+def uniform_energy(step: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Expected squared error per entry of rounding to multiples of ``step``, in float32."""
+    return (step.double().square() / 12).clamp(min=SMALLEST_ENERGY).float()

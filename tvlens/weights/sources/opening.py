@@ -1,0 +1,46 @@
+"""From what a user writes to an opened source."""
+
+from pathlib import Path
+
+from ...errors import CheckpointError, UnsupportedFormatError
+from .folder import Source, open_folder
+from .hub import snapshot
+
+DEMO = "demo:"
+
+
+def open_source(spec: str | Path) -> Source:
+    """The checkpoint or adapter that ``spec`` names; reads headers only.
+
+    Args:
+        spec: A folder, ``org/model[@revision][#subfolder]``, or ``demo:base|med|math|ctl``.
+
+    Raises:
+        CheckpointError: It does not exist or cannot be read.
+        UnsupportedFormatError: Its form is not one tvlens reads.
+    """
+    text = str(spec)
+    if text.startswith(DEMO):
+        from ...demo.models import demo_folder
+
+        return open_folder(Path(demo_folder(text.removeprefix(DEMO))), text)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        raise _a_file(path)
+    if path.is_dir() or isinstance(spec, Path) or _is_path(text):
+        return open_folder(path, path.resolve().name)
+    found = snapshot(text)
+    return open_folder(found.folder, text, revision=found.revision)
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or text.count("/") != 1
+
+
+def _a_file(path: Path) -> CheckpointError:
+    if path.suffix == ".gguf":
+        return UnsupportedFormatError(
+            f"{path} is a GGUF file, which tvlens does not read yet.",
+            hint="Dequantise it with transformers and save_pretrained().",
+        )
+    return CheckpointError(f"{path} is a file.", hint="Give the folder that holds it.")
