@@ -20,6 +20,7 @@ RINGS = {
     "reporting": 4,
     "study": 5,
     "cli": 6,
+    "__main__": 7,
     "__init__": 7,
 }
 BLIND = {("geometry", "models"), ("models", "geometry")}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .models.prompts import load_prompts as prompts
     from .reporting.report import render_report
     from .study.plan import StudyPlan
-    from .study.runner import run_study
+    from .study.runner import compare, run_study
     from .study.store import Study
     from .tables import Table
     from .weights.matching import Pair, load_pair
@@ -41,6 +41,7 @@ _HOMES = {
     "TuningVector": ("weights.vector", "TuningVector"),
     "attribute_activations": ("attribution.activations", "attribute_activations"),
     "attribute_weights": ("attribution.weights", "attribute_weights"),
+    "compare": ("study.runner", "compare"),
     "classify": ("geometry.classify", "classify"),
     "decompose": ("geometry.decompose", "decompose"),
     "exact_weights": ("attribution.exact", "exact_weights"),
@@ -65,6 +66,7 @@ __all__ = [
     "attribute_activations",
     "attribute_weights",
     "classify",
+    "compare",
     "decompose",
     "exact_weights",
     "load_pair",

@@ -95,7 +95,6 @@ def as_sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(("?", "!")) else ".")
 
 
-
 def wordnet(sources: Path) -> list[Synset]:
     """Every synset of the four parts of speech."""
     synsets = []
@@ -132,7 +131,10 @@ def medical_keys(synsets: list[Synset]) -> set[str]:
         synset.key
         for synset in synsets
         if synset.key.endswith("n")
-        and any(set(root) <= set(synset.lemmas) and synset.lemmas[0] == root[0] for root in MEDICAL_ROOTS)
+        and any(
+            set(root) <= set(synset.lemmas) and synset.lemmas[0] == root[0]
+            for root in MEDICAL_ROOTS
+        )
     ]
     reached: set[str] = set()
     while frontier:
@@ -170,7 +172,6 @@ def example_sentences(synsets: list[Synset], keys: set[str]) -> list[str]:
     ]
 
 
-
 def austen_paragraphs(sources: Path) -> list[str]:
     """Paragraphs of the six novels, from the lazy-load database of the R package janeaustenr."""
     packed = source_file(sources, "janeaustenr/data/Rdata.rdb").read_bytes()
@@ -196,7 +197,6 @@ def _r_strings(serialised: bytes) -> Iterator[str]:
         place += max(length, 0)
 
 
-
 def icd_records(sources: Path, *, per_category: int = 6) -> list[Record]:
     """Questions on codes and on what a diagnosis belongs to, at most ``per_category`` codes each.
 
@@ -206,7 +206,9 @@ def icd_records(sources: Path, *, per_category: int = 6) -> list[Record]:
     records = []
     for category in (node for section in tree.iter("section") for node in section.findall("diag")):
         name, title = category.findtext("name", ""), category.findtext("desc", "")
-        pairs = [(d.findtext("name", ""), d.findtext("desc", "")) for d in category.iter("diag")][1:]
+        pairs = [(d.findtext("name", ""), d.findtext("desc", "")) for d in category.iter("diag")][
+            1:
+        ]
         kept = sorted(pairs, key=lambda pair: bucket(pair[0], 2**32))[:per_category]
         for code, description in [(name, title), *sorted(kept)]:
             if len(description.split()) <= 16 and not UNSUITABLE.search(title + description):
@@ -231,7 +233,9 @@ def _icd_questions(code: str, description: str, title: str, category: str) -> li
 
 
 PEOPLE = "Ann Ben Cara Dan Eve Finn Gail Hugo Ida Jon Kim Leo Mia Ned Olga Paul Rosa Sam Tina Will".split()
-THINGS = "coins books apples pens cards shells stamps eggs beads stones cups tickets pears keys".split()
+THINGS = (
+    "coins books apples pens cards shells stamps eggs beads stones cups tickets pears keys".split()
+)
 MORE = ("buys {b} more", "finds {b} more", "gets {b} more", "is given {b} more")
 FEWER = ("loses {b}", "sells {b}", "gives away {b}", "uses {b}")
 
@@ -277,7 +281,6 @@ def arithmetic_records(count: int, *, seed: int) -> list[Record]:
     return list(found.values())
 
 
-
 class Corpora(NamedTuple):
     """All records by domain, and the running prose and sentences of the general corpus."""
 
@@ -308,5 +311,7 @@ def records_of(records: list[Record], *splits: Split) -> list[Record]:
     chosen = [record for record in records if split_of(record.subject) in splits]
     if splits != ("heldout",):
         return chosen
-    seen = {r.answer for r in records if split_of(r.subject) != "heldout" and r.group != "arithmetic"}
+    seen = {
+        r.answer for r in records if split_of(r.subject) != "heldout" and r.group != "arithmetic"
+    }
     return [record for record in chosen if record.answer not in seen]

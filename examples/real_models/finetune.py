@@ -24,7 +24,12 @@ from jaxtyping import Float, Int
 from make_base import DEFAULT_OUT
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo_models"))
 from corpora import Corpora, Record, load_corpora, records_of  # noqa: E402
@@ -162,7 +167,9 @@ def tuned(base: Path, recipe: Recipe, batches: list[Batch], *, seed: int) -> Pre
         )
         model = get_peft_model(exact.bfloat16(), settings)
         trained = [p for p in model.parameters() if p.requires_grad]
-        train(model, [(p, p.detach().float().clone()) for p in trained], batches, recipe.learning_rate)
+        train(
+            model, [(p, p.detach().float().clone()) for p in trained], batches, recipe.learning_rate
+        )
         return model
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     masters = [(p, dict(exact.named_parameters())[n].detach()) for n, p in model.named_parameters()]
@@ -187,7 +194,9 @@ def evaluated(folder: Path, base: Path, sources: Path, *, count: int) -> dict[st
     """Held-out losses of a saved model or adapter, read back from disk in fp32."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     is_adapter = (folder / "adapter_config.json").exists()
-    model = AutoModelForCausalLM.from_pretrained(base if is_adapter else folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        base if is_adapter else folder, dtype=torch.float32
+    )
     if is_adapter:
         model.load_adapter(str(folder))
     return heldout_losses(model, tokenizer, heldout_records(load_corpora(sources), count=count))

@@ -90,7 +90,8 @@ class Site:
             kind = "embedding" if tensor == "weight" else "bias"
             part = EMBEDDINGS[self.role][tensor == "bias"]
         else:
-            kind, part = "norm", f"{self.role}.{tensor[0]}"
+            kind = "norm" if tensor == "weight" else "bias"
+            part = f"{self.role}.{tensor[0]}"
         return Component(kind, self.layer, None, part)
 
     def cut_axis(self, tensor: str) -> int | None:

@@ -20,7 +20,7 @@ the two models this holds one copy of the base's weights and, while a site is sc
 [1] Sundararajan, Taly and Yan 2017, https://arxiv.org/abs/1703.01365
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,8 +36,16 @@ from ..models.lens import HookList, leaf
 from ..models.metrics import Metric, Run
 from ..models.pair import HookedPair
 from ..models.prompts import Batch
-from ..tables import Table
-from .sites import LINEAR, Site, WeightPath, canonical, weight_path
+from ..tables import Table, concatenated
+from .sites import LINEAR, Site, WeightPath, canonical, weight_path, weight_sites
+from .tables import (
+    NEURONS_PER_PROMPT,
+    Cut,
+    Direction,
+    MethodRun,
+    attribution_table,
+    sampled_table,
+)
 
 Estimator = Literal["ig", "first_order"]
 At = Literal["base", "tuned", "path"]
@@ -55,12 +63,18 @@ LOGITS_AT_ONCE = 2**26
 TOKENS_AT_ONCE = 4096
 """Tokens of one chunk of prompts: bounds the activations that the backward pass keeps."""
 
-METHODS = {
-    ("first_order", "base"): "weight_first_order_base",
-    ("first_order", "tuned"): "weight_first_order_tuned",
-    ("ig", "path"): "weight_ig",
+NEURONS_AT_RANDOM = 64
+"""Neurons outside the top that get rows per prompt too, for an unbiased check against exact."""
+
+METHODS: dict[str, tuple[str, Direction, At]] = {
+    "weight_first_order_base": ("first_order", "tuned_into_base", "base"),
+    "weight_first_order_tuned": ("first_order", "base_into_tuned", "tuned"),
+    "weight_ig": ("ig", "tuned_into_base", "path"),
+    "exact_weight_insert": ("exact", "tuned_into_base", "base"),
+    "exact_weight_remove": ("exact", "base_into_tuned", "tuned"),
+    "exact_weight_path": ("exact", "tuned_into_base", "path"),
 }
-"""The label of an estimator and where its gradient is taken."""
+"""Estimator, direction and place of every method label in weight space."""
 
 Rows = dict[tuple[str, str], Float[Tensor, "batch rows"]]
 """Scores by (site, ``weight`` or ``bias``): one column per entry of the side that is cut."""
@@ -123,9 +137,8 @@ def attribute_weights(
         HostError: The weights are not float32, or the pair's difference is not all in its sites.
         ValueError: ``estimator`` and ``at`` do not go together.
     """
-    from .tables import weight_table
-
-    return weight_table(weight_scores(hooked, batch, metric, estimator=estimator, at=at))
+    scores = weight_scores(hooked, batch, metric, estimator=estimator, at=at)
+    return weight_table(scores, hooked, batch, metric)
 
 
 def weight_scores(
@@ -140,9 +153,7 @@ def weight_scores(
 
     Keeps O(components x prompts) float64; activations of one chunk of prompts at a time.
     """
-    if (estimator, at) not in METHODS:
-        known = ", ".join(f"{e} at {a}" for e, a in METHODS)
-        raise ValueError(f"expected {known}; got {estimator} at {at}.")
+    method = _method(estimator, at)
     with hooked.base.frozen(), weight_path(hooked) as path:
         parts = chunks(batch, hooked.base.d_vocab)
         _check_whole_difference(hooked, path, parts[0])
@@ -151,10 +162,97 @@ def weight_scores(
             rule = gauss_legendre(nodes) if at == "path" else [(float(at == "tuned"), 1.0)]
             rows = _over_chunks([_averaged(hooked, path, metric, part, rule) for part in parts])
             components, values = _by_component(path, rows)
-            scores = WeightScores(METHODS[estimator, at], components, values, change, nodes)
+            scores = WeightScores(method, components, values, change, nodes)
             if scores.completeness <= COMPLETE:
                 break
     return scores
+
+
+def _method(estimator: str, at: str) -> str:
+    for method, (known, _, where) in METHODS.items():
+        if (known, where) == (estimator, at) and known != "exact":
+            return method
+    raise ValueError(
+        f"expected ig at path, or first_order at base or tuned; got {estimator} at {at}."
+    )
+
+
+def weight_table(
+    scores: WeightScores, hooked: HookedPair, batch: Batch, metric: Metric
+) -> Table:
+    """The contract's rows of ``scores``.
+
+    Neurons get one row over all prompts, and rows per prompt for the top thousand and for
+    ``NEURONS_AT_RANDOM`` of the others.
+    """
+    run = method_run(
+        scores.method,
+        hooked,
+        batch,
+        metric,
+        nodes=scores.nodes,
+        gap=scores.gap.tolist() if scores.method == "weight_ig" else (),
+        status="incomplete" if scores.incomplete else "ok",
+    )
+    coarse = [i for i, c in enumerate(scores.components) if c.kind != "neuron"]
+    neurons = [i for i, c in enumerate(scores.components) if c.kind == "neuron"]
+    by_prompt = rearrange(scores.values, "component prompt -> prompt component")
+    tables = [sampled_table([scores.components[i] for i in coarse], by_prompt[:, coarse], run)]
+    if neurons:
+        layered = rearrange(
+            by_prompt[:, neurons],
+            "prompt (layer index) -> prompt layer index",
+            layer=hooked.base.n_layers,
+        )
+        tables.append(attribution_table({Cut("neuron"): layered}, run))
+        extra = [neurons[i] for i in _beyond_the_top(scores.values[neurons])]
+        if extra:
+            chosen = [scores.components[i] for i in extra]
+            tables.append(sampled_table(chosen, by_prompt[:, extra], run))
+    return concatenated("attribution", tables, order="score")
+
+
+def _beyond_the_top(values: Float[Tensor, "neuron prompt"]) -> list[int]:
+    """A fixed random draw of the neurons that ``attribution_table`` gives no row per prompt."""
+    order = np.argsort(-values.abs().mean(1).numpy(), kind="stable")[NEURONS_PER_PROMPT:]
+    drawn = np.random.default_rng(0).permutation(order)[:NEURONS_AT_RANDOM]
+    return sorted(int(i) for i in drawn)
+
+
+def method_run(
+    method: str,
+    hooked: HookedPair,
+    batch: Batch,
+    metric: Metric,
+    *,
+    nodes: int,
+    gap: Sequence[float] = (),
+    status: str = "ok",
+) -> MethodRun:
+    """What all rows of one method in weight space have in common."""
+    estimator, direction, at = METHODS[method]
+    base = {site.role: site.module for site in weight_sites(hooked.base)}
+    tied = "unembed" in base and (
+        base["embed"]._parameters["weight"] is base["unembed"]._parameters["weight"]
+    )
+    return MethodRun(
+        method=method,
+        space="weight",
+        estimator=estimator,
+        direction=direction,
+        at=at,
+        metric=metric.name,
+        unit=metric.unit,
+        base=hooked.base_name,
+        tuned=hooked.tuned_name,
+        prompts=batch.numbers,
+        n_tokens=batch.lengths.tolist(),
+        nodes=nodes,
+        gap=gap,
+        status=status,
+        heads_per_kv=hooked.base.n_heads // hooked.base.n_kv_heads,
+        tied=frozenset({"W_E", "W_U"}) if tied else frozenset(),
+    )
 
 
 def gauss_legendre(nodes: int) -> list[tuple[float, float]]:

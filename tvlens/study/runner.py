@@ -3,9 +3,11 @@
 import json
 import platform
 import resource
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from .plan import StudyPlan
 from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json
 
 if TYPE_CHECKING:
+    from ..models.prompts import PromptSet
     from ..weights.matching import Pair
 
 Progress = Callable[[str], None]
@@ -60,6 +63,50 @@ def run_study(
     say("writing the report")
     render_report(folder)
     return Study(folder)
+
+
+def compare(
+    pair: "Pair",
+    prompts: "PromptSet | None" = None,
+    *,
+    out: Path | str | None = None,
+    metric: str | None = None,
+    controls: Sequence[str] = (),
+    force: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Study:
+    """The whole study of a pair: what was written, what kind it is, and what it does.
+
+    Args:
+        pair: The models; read again from where they lie.
+        prompts: What the behaviour is measured on; None for the shipped neutral texts. They are
+            written beside the study, as ``FOLDER-prompts.jsonl``, so that it can be run again.
+        out: The study folder; a new temporary one where None.
+        metric: Metric name or ``package.module:function``; None chooses by the prompts.
+        controls: Specifications of control fine-tunes.
+        force: Replace another study in ``out``.
+        seed: Seed of every random draw.
+        progress: Called with one line at the start of each stage.
+
+    Raises:
+        StudyError: ``out`` holds another pair's study.
+        TvlensError: The prompts or the metric do not fit.
+    """
+    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="tvlens-")) / "study"
+    asked = None
+    if prompts is not None:
+        asked = str(saved_prompts(prompts, folder.with_name(folder.name + "-prompts.jsonl")))
+    plan = StudyPlan(
+        base=pair.base.spec,
+        tuned=(pair.tuned.spec,),
+        tuned_names=(pair.tuned_name,),
+        controls=tuple(controls),
+        prompts=asked,
+        metric=metric,
+        seed=seed,
+    )
+    return run_study(plan, folder, force=force, progress=progress)
 
 
 class _Run:
@@ -123,6 +170,17 @@ class _Run:
             "facts": self.facts,
         }
         write_json(self.folder / MANIFEST, content)
+
+
+def saved_prompts(prompts: "PromptSet", path: Path) -> Path:
+    """Write ``prompts`` as JSON lines, fields that are None left out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for prompt in prompts:
+        entry = {name: value for name, value in asdict(prompt).items() if value is not None}
+        lines.append(json.dumps(entry, ensure_ascii=False))
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
 
 
 def _pairs(plan: StudyPlan, folder: Path) -> "list[Pair]":

@@ -25,6 +25,24 @@ ORDERS = {
 """The column that ``Table.top`` ranks by, per table."""
 
 MANIFEST = "manifest.json"
+TABLES = (
+    "weights",
+    "tests",
+    "labels",
+    "prompts",
+    "attribution",
+    "fidelity",
+    "findings",
+    "evaluation",
+)
+STUDY_FILES = (
+    "study.yaml",
+    MANIFEST,
+    "load_report.json",
+    "report.html",
+    *(f"{name}.parquet" for name in TABLES),
+)
+"""What a study writes, and so all that ``--force`` may remove."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +187,8 @@ def prepared_folder(folder: Path, inputs: Mapping[str, Any], *, force: bool) -> 
             hint="Give another --out, or --force to write into it.",
         )
     if force:
-        for pattern in ("*.parquet", "*.json", "study.yaml", "report.html"):
-            for path in folder.glob(pattern):
-                path.unlink()
+        for name in STUDY_FILES:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _only_refused(folder: Path) -> bool:

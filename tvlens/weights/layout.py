@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from einops import rearrange
@@ -65,6 +66,7 @@ class Layout:
     n_ctx: int = 0
     _table: Family = field(kw_only=True, repr=False, compare=False)
 
+    @cached_property
     def places(self) -> dict[Component, Place]:
         """Every component with its place, the tensor's name filled in, in model order.
 
@@ -84,7 +86,7 @@ class Layout:
 
     def components(self) -> list[Component]:
         """The disjoint pieces of the parameters: matrices, norms, biases, embeddings."""
-        return list(self.places())
+        return list(self.places)
 
     def blocks(self) -> list[list[Component]]:
         """Components by block; the last list holds embeddings and the final norm."""
@@ -118,10 +120,11 @@ class Layout:
         }
         return shapes.get(str(component.part), (self.d_model,))
 
+    @cached_property
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape that each checkpoint tensor must have."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for component, place in self.places().items():
+        for component, place in self.places.items():
             shape = self.shape(component)
             if place.third is not None:
                 shape = (*shape[:-1], 3 * shape[-1])
@@ -144,7 +147,7 @@ class Layout:
         while wrapper := next((w for w in WRAPPERS if name.startswith(w)), ""):
             name = name[len(wrapper) :]
         name = self._table.aliases.get(name, name)
-        expected = {*self.stored_shapes(), self.unembedding_tensor}
+        expected = {*self.stored_shapes, self.unembedding_tensor}
         prefixed = self._table.prefix + name
         if name not in expected and (prefixed in expected or self.is_buffer("." + name)):
             return prefixed

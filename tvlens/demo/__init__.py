@@ -1,0 +1,1 @@
+"""Small models, prompts and held-out texts that come with the package."""

@@ -1,0 +1,257 @@
+"""The answer first: plain sentences computed from a study's tables.
+
+Each function gives the sentences of one question and no sentence where the tables cannot say.
+A ranking is stated only where its estimate passed the check against exact patching.
+"""
+
+import re
+from typing import NamedTuple
+
+import pandas as pd
+
+from .figures import LABELS, number
+from .folder import StudyFolder
+from .scores import (
+    ESTIMATE,
+    checks,
+    completeness,
+    disjoint,
+    energy_shares,
+    mean_scores,
+    of_method,
+    relative_size,
+)
+
+GAP_BAR = 0.002  # contract: nodes are raised until the parts add up to within 0.2 %
+_KIND_WORDS = {
+    "head": "heads",
+    "kv_head": "key-value heads",
+    "kv_group": "key-value groups",
+    "neuron": "neurons",
+    "matrix": "matrices",
+    "norm": "norms",
+    "bias": "biases",
+    "embedding": "embeddings",
+    "direction": "directions",
+    "node": "activations",
+}
+
+
+class Statement(NamedTuple):
+    """One sentence of the answer.
+
+    Attributes:
+        question: What it answers, two to four words.
+        text: The sentence.
+        state: ``said``, ``withheld`` or ``missing``.
+    """
+
+    question: str
+    text: str
+    state: str = "said"
+
+
+def kind_words(kind: str, count: int = 2) -> str:
+    """The plural, or for one thing the singular, of a kind of component."""
+    plural = _KIND_WORDS.get(kind, f"{kind}s")
+    if count != 1:
+        return plural
+    return {"matrices": "matrix", "biases": "bias"}.get(plural, plural.removesuffix("s"))
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with two or three significant digits."""
+    return f"{number(100 * share, 3 if share >= 0.1 else 2)} %"
+
+
+def answer(study: StudyFolder, tuned: str) -> list[Statement]:
+    """All that the tables let one say about ``tuned``, in the order a reader asks."""
+    parts = (size, place, kinds, headline, matters, agreement, losses)
+    return [statement for part in parts for statement in part(study, tuned)]
+
+
+def size(study: StudyFolder, tuned: str) -> list[Statement]:
+    """How long the tuning vector is."""
+    question = "How big is the change?"
+    weights = study.table("weights", tuned)
+    if weights.empty:
+        return [Statement(question, f"Not measured. Make it with: {_how(study, 'weights')}", "missing")]
+    delta, base, ratio = relative_size(weights)
+    pieces = disjoint(weights)
+    untouched = int((pieces["delta_norm"] == 0).sum())
+    if delta == 0:
+        text = f"The two checkpoints hold identical weights: the tuning vector of {tuned} is zero."
+        return [Statement(question, text)]
+    text = (
+        f"The tuning vector of {tuned} has {percent(ratio)} of the base weights' length "
+        f"({number(delta)} against {number(base)}), over {len(pieces):,} weight tensors"
+    )
+    return [Statement(question, f"{text}; {untouched:,} of them did not change at all.")]
+
+
+def place(study: StudyFolder, tuned: str) -> list[Statement]:
+    """Where the tuning vector's energy is."""
+    weights = study.table("weights", tuned)
+    if weights.empty or not (weights["delta_norm"] > 0).any():
+        return []
+    shares = energy_shares(weights, "place")
+    listed = ", ".join(f"{percent(s)} in {name}" for name, s in shares.items() if s >= 0.0005)
+    layers = energy_shares(weights, "layer")
+    text = f"Of its squared length, {listed}."
+    if len(layers):
+        low, high = int(layers.index.min()), int(layers.index.max())
+        text += (
+            f" Among layers {low} to {high}, layer {int(layers.index[0])} holds most "
+            f"({percent(layers.iloc[0])}; an even spread would give {percent(1 / len(layers))})."
+        )
+    return [Statement("Where is it?", text)]
+
+
+def kinds(study: StudyFolder, tuned: str) -> list[Statement]:
+    """How many components got which label."""
+    question = "New, or more of the same?"
+    labels = study.table("labels", tuned)
+    if labels.empty:
+        return [Statement(question, f"Not labelled. Make it with: {_how(study, 'labels')}", "missing")]
+    sentences = []
+    for kind in [k for k in _KIND_WORDS if k in set(labels["kind"])]:
+        rows = labels[labels["kind"] == kind]
+        counts = rows["label"].value_counts()
+        listed = [f"{counts[x]:,} {x.replace('_', ' ')}" for x in LABELS[::-1] if x in counts]
+        words = kind_words(kind, len(rows))
+        sentences.append(f"{len(rows):,} {words}: {', '.join(listed)}")
+    return [Statement(question, "; ".join(sentences).capitalize() + ".")]
+
+
+def headline(study: StudyFolder, tuned: str) -> list[Statement]:
+    """The contrast that the classification stage stated."""
+    found = study.manifest.get("headline") or {}
+    found = found if isinstance(found, dict) else {}
+    own = found.get(tuned, found)
+    sentence = own.get("sentence") if isinstance(own, dict) else own
+    return [Statement("In one contrast", str(sentence))] if sentence else []
+
+
+def matters(study: StudyFolder, tuned: str) -> list[Statement]:
+    """Which pieces carry the metric's change, and whether the pieces add up to it."""
+    question = "What matters most?"
+    rows = of_method(study.table("attribution", tuned), ESTIMATE)
+    if rows.empty:
+        return [Statement(question, f"Not traced. Make it with: {_how(study, 'attribution')}", "missing")]
+    means = disjoint(mean_scores(rows))
+    means = means[means["score"].notna()]
+    if means.empty:
+        return []
+    unit = str(rows["unit"].dropna().iloc[0]) if rows["unit"].notna().any() else ""
+    metric = str(rows["metric"].dropna().iloc[0]) if rows["metric"].notna().any() else "the metric"
+    total = float(means["score"].sum())
+    by_place = means.groupby("place")["score"].sum().sort_values(key=abs, ascending=False)
+    listed = ", ".join(f"{name} {number(value):}" for name, value in by_place.items())
+    text = (
+        f"From base to {tuned}, {metric} changes by {total:+.3g} {unit} on average over "
+        f"{_prompt_count(rows)} prompts. Along the line between the two models this splits into "
+        f"{listed}."
+    )
+    statements = [Statement("What does it do?", text), *_adds_up(study, tuned)]
+    return [*statements, _ranking(study, tuned, means, question, total)]
+
+
+def _ranking(
+    study: StudyFolder, tuned: str, means: pd.DataFrame, question: str, total: float
+) -> Statement:
+    decided = checks(study.table("fidelity", tuned))
+    decided = decided[(decided["method"] == ESTIMATE) & decided["kind"].isin(set(means["kind"]))]
+    failed = decided[decided["verdict"] == "withheld"]
+    if decided.empty:
+        text = "Withheld: the ranking was not checked against exact patching."
+        return Statement(question, text, "withheld")
+    if len(failed):
+        names = ", ".join(kind_words(k) for k in dict.fromkeys(failed["kind"]))
+        text = f"Withheld: the estimate did not pass its check against exact patching for {names}."
+        return Statement(question, text, "withheld")
+    checked = means[means["kind"].isin(set(decided["kind"]))]
+    top = checked.reindex(checked["score"].abs().sort_values(ascending=False, kind="stable").index)
+    listed = ", ".join(
+        f"{row.component} ({row.score:+.3g}{_of(row.score, total)})" for row in top.head(3).itertuples()
+    )
+    words = " and ".join(kind_words(k) for k in dict.fromkeys(decided["kind"]))
+    return Statement(question, f"Among {words}, {listed}.")
+
+
+def _of(score: float, total: float) -> str:
+    return f", {percent(score / total)} of the change" if total and score / total > 0 else ""
+
+
+def _adds_up(study: StudyFolder, tuned: str) -> list[Statement]:
+    found = completeness(study.table("attribution", tuned), study.table("prompts", tuned))
+    if found is None or pd.isna(found.gap):
+        return []
+    text = (
+        f"The parts add up to the change to within {percent(found.gap)} "
+        f"(worst prompt: {number(found.worst)} in the metric's unit)"
+    )
+    if found.gap <= GAP_BAR:
+        return [Statement("Do the parts add up?", f"{text}.")]
+    state = "withheld" if found.gap > 0.1 else "said"
+    return [Statement("Do the parts add up?", f"{text}; the aim is {percent(GAP_BAR)}.", state)]
+
+
+def agreement(study: StudyFolder, tuned: str) -> list[Statement]:
+    """Which estimates agree with exact patching, and what is withheld because some do not."""
+    question = "Do estimates agree with exact patching?"
+    fidelity = study.table("fidelity", tuned)
+    if fidelity.empty:
+        return [Statement(question, f"Not checked. Make it with: {_how(study, 'fidelity')}", "missing")]
+    decided = checks(fidelity)
+    passed = decided[decided["verdict"] == "passed"]
+    failed = decided[decided["verdict"] == "withheld"]
+    listed = "; ".join(
+        f"{method} for {', '.join(kind_words(k) for k in rows['kind'])} "
+        f"(Spearman {number(rows['spearman'].min(), 2)} or more)"
+        for method, rows in passed.groupby("method", sort=False)
+    )
+    statements = [Statement(question, f"Yes: {listed}." if listed else "No estimate passed.")]
+    if len(failed):
+        reasons = "; ".join(_failure(row) for _, row in failed.iterrows())
+        text = f"Rankings and sizes by these estimates: {reasons}."
+        statements.append(Statement("What is withheld?", text, "withheld"))
+    return statements
+
+
+def _failure(row: pd.Series) -> str:
+    return (
+        f"{row['method']} for {kind_words(str(row['kind']))} (Spearman {number(row['spearman'], 2)}, "
+        f"slope {number(row['slope'], 2)}, n = {number(row['n'])})"
+    )
+
+
+def losses(study: StudyFolder, tuned: str) -> list[Statement]:
+    """How the held-out losses moved."""
+    frame = study.table("evaluation")
+    measures = frame["measure"].astype(str)
+    frame = frame[measures.str.contains("loss") & frame["value"].notna()]
+    moves = []
+    for keys, rows in frame.groupby(["task", "split", "measure"], sort=False, dropna=False):
+        value = rows.drop_duplicates("model").set_index("model")["value"]
+        base = next((name for name in ("base", *_base_names(study)) if name in value), None)
+        if base is None or tuned not in value:
+            continue
+        moves.append(f"{keys[0]} {number(value[base], 4)} → {number(value[tuned], 4)}")
+    if not moves:
+        return []
+    unit = next((f" ({u})" for u in frame["unit"].dropna()), "")
+    return [Statement("And on held-out text?", f"Loss of base → {tuned}{unit}: {'; '.join(moves)}.")]
+
+
+def _base_names(study: StudyFolder) -> list[str]:
+    names = study.table("weights")["base"].dropna().astype(str).unique().tolist()
+    return [*names, re.split(r"[:/]", str(study.plan.get("base", "")))[-1]]
+
+
+def _prompt_count(rows: pd.DataFrame) -> str:
+    count = rows["prompt"].nunique()
+    return f"{count:,}" if count else number(rows["n"].max())
+
+
+def _how(study: StudyFolder, name: str) -> str:
+    return study.missing(name) or "no rows for this model"

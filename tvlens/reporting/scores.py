@@ -1,0 +1,140 @@
+"""Summaries of a study's tables that both the sentences and the figures of the page use.
+
+Everything here is about one tuned model. Rows of kinds matrix, norm, bias and embedding cut the
+parameters into disjoint pieces; only these are ever summed (``components.DISJOINT_KINDS``).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..components import ATTENTION_PARTS, DISJOINT_KINDS, MLP_PARTS
+from .folder import StudyFolder
+
+ESTIMATE = "weight_ig"
+EXACT = "exact_weight_path"
+PLACES = ("attention", "MLP", "embeddings", "norms", "biases")
+
+
+class Completeness(NamedTuple):
+    """Whether the parts of the metric's change add up to it, over prompts.
+
+    Attributes:
+        change: Mean of metric(tuned) - metric(base).
+        total: Mean of the sum of the parts.
+        gap: mean |sum of the parts - change| / mean |change|, NaN where unknown.
+        worst: Largest |sum of the parts - change| of a prompt, in metric units.
+        prompts: How many prompts.
+    """
+
+    change: float
+    total: float
+    gap: float
+    worst: float
+    prompts: int
+
+
+def place_of(kind: str, part: str | None) -> str:
+    """Where in a model a disjoint piece is, one of ``PLACES``."""
+    if kind in ("embedding", "norm", "bias"):
+        return {"embedding": "embeddings", "norm": "norms", "bias": "biases"}[kind]
+    if part in ATTENTION_PARTS:
+        return "attention"
+    return "MLP" if part in MLP_PARTS else "other"
+
+
+def disjoint(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that cut the parameters into pieces, with their ``place``."""
+    rows = frame[frame["kind"].isin(DISJOINT_KINDS)]
+    places = [place_of(k, p) for k, p in zip(rows["kind"], rows["part"], strict=True)]
+    return rows.assign(place=np.array(places, dtype=object))
+
+
+def energy_shares(weights: pd.DataFrame, by: str) -> pd.Series:
+    """Share of the tuning vector's squared length by ``place`` or ``layer``, largest first."""
+    pieces = disjoint(weights)
+    energy = (pieces["delta_norm"].astype(float) ** 2).groupby(pieces[by]).sum()
+    return (energy / energy.sum()).sort_values(ascending=False, kind="stable")
+
+
+def relative_size(weights: pd.DataFrame) -> tuple[float, float, float]:
+    """|tuning vector|, |base| over all pieces, and their ratio."""
+    pieces = disjoint(weights)
+    delta, base = (
+        float(np.sqrt((pieces[c].astype(float) ** 2).sum())) for c in ("delta_norm", "base_norm")
+    )
+    return delta, base, delta / base if base > 0 else float("nan")
+
+
+def of_method(attribution: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Rows of one method and of the first metric that the table holds for it."""
+    rows = attribution[attribution["method"] == method]
+    metrics = rows["metric"].dropna().unique()
+    return rows if len(metrics) < 2 else rows[rows["metric"] == metrics[0]]
+
+
+def mean_scores(rows: pd.DataFrame, prompts: set[float] | None = None) -> pd.DataFrame:
+    """Mean score by component over ``prompts`` (all if None), with its keys and ``prompts`` count.
+
+    A row without a prompt is already a mean over all prompts; it stands where no prompt is asked
+    for or where its component has no rows by prompt.
+    """
+    whole = rows[rows["prompt"].isna()]
+    single = rows[rows["prompt"].notna()]
+    chosen = single if prompts is None else single[single["prompt"].isin(prompts)]
+    if prompts is None:
+        chosen = chosen[~chosen["component"].isin(whole["component"])]
+    else:
+        whole = whole[~whole["component"].isin(single["component"])]
+    keys = ["component", "site", "kind", "layer", "index", "part"]
+    means = chosen.groupby(keys, dropna=False, sort=False, as_index=False).agg(
+        score=("score", "mean"), prompts=("prompt", "nunique")
+    )
+    kept = whole[[*keys, "score"]].assign(prompts=whole["n"])
+    tables = [table for table in (means, kept) if len(table)]
+    return pd.concat(tables, ignore_index=True) if tables else means
+
+
+def split_prompts(prompts: pd.DataFrame, split: str) -> set[float]:
+    """Ids of the prompts of a split; the row numbers where the table has no ids."""
+    ids = prompts["prompt"]
+    if ids.isna().any():
+        ids = pd.Series(np.arange(len(prompts)), index=prompts.index)
+    return {float(i) for i in ids[prompts["split"] == split]}
+
+
+def completeness(attribution: pd.DataFrame, prompts: pd.DataFrame) -> Completeness | None:
+    """Sum of the ``weight_ig`` pieces against the metric's change; None without such rows."""
+    rows = of_method(attribution, ESTIMATE)
+    pieces = rows[rows["kind"].isin(DISJOINT_KINDS) & rows["prompt"].notna()]
+    if pieces.empty:
+        return None
+    totals = pieces.groupby("prompt")["score"].sum()
+    change = (prompts["metric_tuned"] - prompts["metric_base"]).astype(float)
+    change.index = pd.Index(prompts["prompt"].astype(float))
+    both = pd.DataFrame({"total": totals}).join(change.rename("change")).dropna()
+    if both.empty:
+        return Completeness(float("nan"), float(totals.mean()), np.nan, np.nan, len(totals))
+    error = (both["total"] - both["change"]).abs()
+    scale = float(both["change"].abs().mean())
+    gap = float(error.mean()) / scale if scale > 0 else float("nan")
+    mean_change, mean_total = float(both["change"].mean()), float(both["total"].mean())
+    return Completeness(mean_change, mean_total, gap, float(error.max()), len(both))
+
+
+def verdict(passed: object) -> str:
+    """``passed`` or ``withheld``; a check that was not decided withholds too."""
+    return "passed" if passed is not None and passed == True else "withheld"  # noqa: E712
+
+
+def checks(fidelity: pd.DataFrame) -> pd.DataFrame:
+    """The rows that decide: the random stratum, with ``verdict``."""
+    rows = fidelity[fidelity["stratum"] == "random"]
+    return rows.assign(verdict=[verdict(p) for p in rows["passed"]])
+
+
+def labels_of(study: StudyFolder, tuned: str) -> dict[str, str]:
+    """Label by component."""
+    frame = study.table("labels", tuned).dropna(subset=["component", "label"])
+    return dict(zip(frame["component"], frame["label"], strict=True))
