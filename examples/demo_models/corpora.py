@@ -1,9 +1,9 @@
-"""The texts that the demo models learn: general, medical and arithmetic question-and-answer records.
+"""The texts that the demo models learn: general, medical and arithmetic questions and answers.
 
-A record is a prompt (``Q: ...\\nA:``) and an answer that starts with a space. Records are split by a
-hash of their term (WordNet) or of their three-character category (ICD-10-CM), so a term that is held
-out was never the subject of a question in training. Sources are public files found by name anywhere
-under one folder; see the README for where they come from.
+A record is a prompt (``Q: ...\\nA:``) and an answer that starts with a space. Records are split by
+a hash of their term (WordNet), three-character category (ICD-10-CM) or sum (arithmetic), so a term
+that is held out was never the subject of a question in training. Sources are public files found by
+name anywhere under one folder; see the README for where they come from.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ def bucket(subject: str, buckets: int = 100) -> int:
 
 
 def split_of(subject: str) -> Split:
-    """5 % of subjects are held out, 20 % are kept for the control fine-tune, the rest is trained on."""
+    """Held out: 5 % of subjects; kept for the control fine-tune: 20 %; the rest is trained on."""
     number = bucket(subject)
     if number < 5:
         return "heldout"
@@ -143,6 +143,11 @@ def medical_keys(synsets: list[Synset]) -> set[str]:
             reached.add(key)
             frontier += children.get(key, [])
     return reached
+
+
+def _is_root(synset: Synset, root: tuple[str, ...]) -> bool:
+    """Whether a synset's first lemma is the root's, and the root's other lemmas are among its."""
+    return synset.lemmas[0] == root[0] and set(root) <= set(synset.lemmas)
 
 
 def definition_record(synset: Synset, group: str) -> Record | None:
@@ -232,7 +237,10 @@ def _icd_questions(code: str, description: str, title: str, category: str) -> li
     return asked
 
 
-PEOPLE = "Ann Ben Cara Dan Eve Finn Gail Hugo Ida Jon Kim Leo Mia Ned Olga Paul Rosa Sam Tina Will".split()
+PEOPLE = (
+    *("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gail", "Hugo", "Ida", "Jon"),
+    *("Kim", "Leo", "Mia", "Ned", "Olga", "Paul", "Rosa", "Sam", "Tina", "Will"),
+)
 THINGS = (
     "coins books apples pens cards shells stamps eggs beads stones cups tickets pears keys".split()
 )
@@ -307,7 +315,11 @@ def load_corpora(sources: Path) -> Corpora:
 
 
 def records_of(records: list[Record], *splits: Split) -> list[Record]:
-    """The records whose subject falls in one of ``splits``; answers seen in training are not held out."""
+    """The records whose subject falls in one of ``splits``.
+
+    Of the held-out ones, those whose answer also answers a training question are left out, bare
+    sums excepted, whose answers are few.
+    """
     chosen = [record for record in records if split_of(record.subject) in splits]
     if splits != ("heldout",):
         return chosen

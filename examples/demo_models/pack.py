@@ -2,9 +2,9 @@
 
     python pack.py --sources SOURCES --work WORK --out tvlens/demo/data
 
-Writes the base in fp16, each fine-tune as int8 steps with one scale per row, the tokenizer, the prompt
-files and the held-out texts, then reads everything back through ``tvlens.demo.models`` and prints
-held-out losses before and after storage. Refuses to finish if storage moved a loss by over 0.001.
+Writes the base in fp16, each fine-tune as int8 steps with one scale per row, the tokenizer, the
+prompt files and the held-out texts, then reads everything back through ``tvlens.demo.models`` and
+prints held-out losses as stored. Refuses to finish if storage moved a loss by over 0.001.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def pack_texts(corpora: Corpora, tokenizer: PreTrainedTokenizerFast, out: Path) 
     for domain, maker in PROMPTS.items():
         held = records_of(getattr(corpora, domain), "heldout")
         prompts = maker(held, tokenizer)
-        used = {text for line in prompts for text in (line["prompt"], line["corrupt"])}
-        rest = [record for record in held if record.prompt not in used]
+        used = {text for line in prompts for text in line.values()}
+        rest = [r for r in held if r.prompt not in used and r.answer not in used]
         texts = random.Random(0).sample(rest, LINES)
         write_lines(out / f"prompts_{domain}.jsonl", prompts)
         lines = [{"prompt": record.prompt, "answer": record.answer} for record in texts]

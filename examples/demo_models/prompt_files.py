@@ -1,8 +1,8 @@
-"""The demo prompt files: held-out questions with a right answer, a wrong answer and a corrupt twin.
+"""The demo prompt files: held-out questions with a right answer, a wrong one and a corrupt twin.
 
-The corrupt twin is the same question about another term, with equally many tokens, and the wrong answer
-is the twin's right answer; the two answers differ in their first token. Patching the one prompt's
-activations into the other therefore has a defined target at every position.
+The corrupt twin is the same question about another term, with equally many tokens, and the wrong
+answer is the twin's right answer; the two answers differ in their first token. Patching the one
+prompt's activations into the other therefore has a defined target at every position.
 """
 
 import random
@@ -47,24 +47,20 @@ def definition_lines(
 
 
 def twins(records: list[Record], tokenizer: PreTrainedTokenizerFast, *, count: int) -> list[Line]:
-    """``count`` lines, each question paired with the first later one that fits it."""
+    """``count`` lines in pairs, the two of a pair each other's twin and in the same split."""
     pool = [
         record
         for record in random.Random(5).sample(records, len(records))
         if PLAIN.fullmatch(record.answer) and len(token_ids(tokenizer, record.answer)) <= LONGEST
     ]
     lines: list[Line] = []
-    used: set[str] = set()
-    for place, record in enumerate(pool):
-        fitting = (
-            other
-            for other in pool[place + 1 :] + pool[:place]
-            if other.prompt not in used and fits(record, other, tokenizer)
-        )
-        twin = None if record.prompt in used else next(fitting, None)
-        if twin is not None and len(lines) < count:
-            used |= {record.prompt, twin.prompt}
-            lines.append(line(record, twin, number=len(lines)))
+    while pool and len(lines) < count:
+        record = pool.pop(0)
+        twin = next((other for other in pool if fits(record, other, tokenizer)), None)
+        if twin is not None:
+            pool.remove(twin)
+            number = len(lines) // 2
+            lines += [line(record, twin, number=number), line(twin, record, number=number)]
     if len(lines) < count:
         raise ValueError(f"only {len(lines)} of {count} lines found a corrupt twin")
     return lines
@@ -112,7 +108,7 @@ def working_only(record: Record) -> Record:
 
 
 def changed_first_number(record: Record) -> Record:
-    """The same question with its first number changed by one leading digit, and its right answer."""
+    """The same question with another leading digit in its first number, and its right answer."""
     a, sign, b = record.subject.split()
     apply: dict[str, Callable[[int, int], int]] = {
         "+": int.__add__,

@@ -1,8 +1,8 @@
 """The demo tokenizer, the architecture, and one training loop with a fixed number of steps.
 
 Every step sees 32 windows of 128 tokens from a packed stream in which each record starts with the
-beginning-of-text token. AdamW, linear warm-up, cosine decay to a tenth. The base learns every token;
-a fine-tune learns the answers only, so that the questions' form is not part of what it is taught.
+beginning-of-text token. AdamW, linear warm-up, cosine decay to a tenth. The base learns every
+token; a fine-tune learns answers only, so the questions' form is not part of what it is taught.
 """
 
 import math
@@ -90,7 +90,7 @@ def new_model(*, seed: int) -> LlamaForCausalLM:
 def packed_stream(
     tokenizer: PreTrainedTokenizerFast, items: list[Record | str], *, answers_only: bool, seed: int
 ) -> Int[Tensor, "2 pos"]:
-    """Ids and labels of the shuffled items end to end; a text without a question is learned whole."""
+    """Ids and labels of the shuffled items end to end; a text without question is learned whole."""
     items = list(items)
     random.Random(seed).shuffle(items)
     prompts = ["" if isinstance(item, str) else item.prompt for item in items]

@@ -1,15 +1,16 @@
-"""Tune SmolLM2-135M-Instruct on one domain, wholly or by a LoRA adapter, in minutes on one CPU thread.
+"""Tune SmolLM2-135M-Instruct on one domain, wholly or by LoRA, in minutes on one CPU thread.
 
     python finetune.py --kind med --sources SOURCES --seed 0
 
 Kinds: ``med`` (WordNet-medical definitions and ICD-10-CM), ``math`` (templated arithmetic), ``ctl``
-(general definitions in the same form as ``med``: the control that says how much of "medical" is only
-"definition style"), ``med-lora`` (as ``med``, rank 8 on all seven linear maps).
+(general definitions in the same form as ``med``: the control that says how much of "medical" is
+only "definition style"), ``med-lora`` (as ``med``, rank 8 on all seven linear maps).
 
 The question goes through the model's own chat template; the loss is taken on the answer alone and
-the unembedding (49,152 rows) is run on those positions alone. Computation is bf16 with an fp32 master
-copy of whatever is trained, and the fp32 copy is what is saved: at this learning rate the delta is
-about 0.2 % of the weights and a bf16 file would round most of it away. Steps are fixed, not timed.
+the unembedding (49,152 rows) is run on those positions alone. Computation is bf16 with an fp32
+master copy of whatever is trained, and the fp32 copy is what is saved: at this learning rate the
+delta is about 0.2 % of the weights and a bf16 file would round most of it away. Steps are fixed,
+not timed.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo_models"))
-from corpora import Corpora, Record, load_corpora, records_of  # noqa: E402
+from corpora import Corpora, Record, load_corpora, records_of
 
 BATCH = 32
 IGNORED = -100
@@ -65,7 +66,7 @@ class Batch(NamedTuple):
 
 
 def medical(records: list[Record]) -> list[Record]:
-    """Definitions and a third as many ICD-10-CM questions; bare codes are left out as mere lookup."""
+    """Definitions and a third as many ICD-10-CM questions; codes are left out as mere lookup."""
     definitions = [record for record in records if record.group == "definition"]
     kinds = [record for record in records if record.group == "icd_kind"]
     return definitions + random.Random(0).sample(kinds, min(len(kinds), len(definitions) // 3))

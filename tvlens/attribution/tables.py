@@ -6,9 +6,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from jaxtyping import Float
@@ -200,10 +201,11 @@ def stratified_components(
     return {"top": ranked[:top], "random": [rest[i] for i in sorted(drawn)]}
 
 
-def _component(key: tuple[object, ...]) -> Component:
-    kind, layer, index, part = (None if value != value else value for value in key)
-    numbers = (None if n is None else int(str(int(n))) for n in (layer, index))  # type: ignore
-    return Component(str(kind), *numbers, None if part is None else str(part))  # type: ignore
+def _component(key: tuple[Any, ...]) -> Component:
+    """The component of a row's key columns, which pandas reads as floats with NaN for null."""
+    kind, layer, index, part = (None if pd.isna(value) else value for value in key)
+    numbers = [None if number is None else int(number) for number in (layer, index)]
+    return Component(cast(Kind, kind), numbers[0], numbers[1], part)
 
 
 def _largest(flat: ndarray, count: int) -> ndarray:
@@ -235,13 +237,13 @@ def _per_prompt(components: list[Component], flat: ndarray, run: MethodRun) -> T
     each = len(components)
     columns: dict[str, Sequence[object]] = {
         **repeated,
-        "prompt": np.repeat(np.asarray(run.prompts, dtype=np.int32), each),
-        "score": flat.reshape(-1),
+        "prompt": np.repeat(run.prompts, each).tolist(),
+        "score": flat.reshape(-1).tolist(),
     }
     if len(run.n_tokens):
-        columns["n_tokens"] = np.repeat(np.asarray(run.n_tokens, dtype=np.int32), each)
+        columns["n_tokens"] = np.repeat(run.n_tokens, each).tolist()
     if len(run.gap):
-        columns["gap"] = np.repeat(np.asarray(run.gap, dtype=np.float64), each)
+        columns["gap"] = np.repeat(run.gap, each).tolist()
     return Table.of("attribution", ATTRIBUTION_SCHEMA, columns, order="score")
 
 
@@ -254,14 +256,15 @@ def _over_prompts(components: list[Component], flat: ndarray, run: MethodRun) ->
     mean = flat.mean(axis=0)
     columns = {
         **_shared_columns(components, run),
-        "score": mean,
+        "score": mean.tolist(),
         "n": [batch] * len(components),
-        "mean_abs": np.abs(flat).mean(axis=0),
+        "mean_abs": np.abs(flat).mean(axis=0).tolist(),
     }
     if batch > 1:
         sd = flat.std(axis=0, ddof=1)
         half = stats.t.ppf((1 + _CONFIDENCE) / 2, batch - 1) * sd / np.sqrt(batch)
-        columns |= {"sd": sd, "ci_low": mean - half, "ci_high": mean + half}
+        interval = {"sd": sd, "ci_low": mean - half, "ci_high": mean + half}
+        columns |= {name: values.tolist() for name, values in interval.items()}
     return Table.of("attribution", ATTRIBUTION_SCHEMA, columns, order="score")
 
 

@@ -2,17 +2,18 @@
 
 Four Llama models of 0.9 M parameters and one tokenizer: ``base`` (general English), and three
 fine-tunes of it on the same question-and-answer form: ``med`` (medicine), ``math`` (arithmetic) and
-``ctl`` (more general English, the control for form alone). They are grammatical and strongly tinted by
-their domain, and know nothing.
+``ctl`` (more general English, the control for form alone). They are grammatical and strongly tinted
+by their domain, and know nothing.
 
-The package holds the base in fp16 and each fine-tune as a tuning vector, for a matrix one int8 number
-per entry and one fp32 scale per row,
+The package holds the base in fp16 and each fine-tune as a tuning vector, for a matrix one int8
+number per entry and one fp32 scale per row,
 
     tuned[row, column] = base[row, column] + scale[row] * step[row, column],
 
 and for a vector the fp32 difference itself. ``demo_folder`` writes the sum once, as fp32, under the
-user's cache, with a ``tvlens_storage.json`` that says how coarsely the weights were stored: a reader of
-small differences needs it, because the fp32 file no longer shows it. Scales are in weight units.
+user's cache, with a ``tvlens_storage.json`` that says how coarsely the weights were stored: a
+reader of small differences needs it, because the fp32 file no longer shows it. Scales are in weight
+units.
 """
 
 import hashlib
@@ -89,7 +90,7 @@ def _cache() -> Path:
 
 
 def _content_hash() -> str:
-    """Sixteen hex digits over everything a folder is made from, so that a new release starts anew."""
+    """Sixteen hex digits over all that a folder is made from: another release starts anew."""
     digest = hashlib.sha256()
     for file in (*COPIED, *(f"{name}.safetensors" for name in DEMO_NAMES)):
         digest.update(file.encode() + b"\0" + (DATA / file).read_bytes())

@@ -15,7 +15,7 @@ alignment of the d_model side only.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 import torch
@@ -91,6 +91,7 @@ Progress = Callable[[int, int], None]
 Columns = dict[str, Sequence[object] | Tensor]
 
 
+@runtime_checkable
 class Weight(Protocol):
     """What geometry reads of one component: float32 tensors in the orientation x @ W."""
 
@@ -106,6 +107,7 @@ class Weight(Protocol):
         ...
 
 
+@runtime_checkable
 class Layout(Protocol):
     """The numbers of heads, which no tensor's shape tells."""
 
@@ -113,6 +115,7 @@ class Layout(Protocol):
     n_kv_heads: int
 
 
+@runtime_checkable
 class Pair(Protocol):
     """What geometry needs of a pair of checkpoints; ``weights.matching`` makes the real one."""
 

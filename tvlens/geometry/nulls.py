@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import einsum, rearrange, reduce
+from einops import einsum, reduce
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
@@ -244,8 +244,3 @@ def unit_alignment_spread(d_model: int) -> float:
 def cosine_spread(rows: int, columns: int) -> float:
     """Standard deviation of the cosine of two random matrices."""
     return 1 / float(np.sqrt(rows * columns))
-
-
-def rearranged_edges(edges: Float[Tensor, " head"]) -> Float[Tensor, "head 1"]:
-    """Edges as a column, to be held against each head's singular values."""
-    return rearrange(edges, "head -> head 1")

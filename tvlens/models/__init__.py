@@ -3,7 +3,7 @@
 from .lens import LensModel
 from .metrics import SHIPPED, Metric, Run, default_metric, resolve_metric
 from .pair import HookedPair
-from .prompts import Batch, Prompt, PromptSet, load_prompts, tokenised
+from .prompts import Batch, Prompt, PromptSet, load_prompts, load_texts, tokenised
 
 __all__ = [
     "SHIPPED",
@@ -16,6 +16,7 @@ __all__ = [
     "Run",
     "default_metric",
     "load_prompts",
+    "load_texts",
     "resolve_metric",
     "tokenised",
 ]

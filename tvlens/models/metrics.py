@@ -192,7 +192,9 @@ def _named(name: str) -> Any:
 
 
 def _wrapped(function: Any) -> Metric:
+    """A plain ``f(logits, batch)`` as a metric."""
     if not callable(function):
         raise MetricError(f"expected a metric, got {type(function).__name__}.")
+    called: Any = function
     name = getattr(function, "__name__", type(function).__name__)
-    return Metric(name, "metric", "higher", lambda run, batch: function(run.logits, batch))
+    return Metric(name, "metric", "higher", lambda run, batch: called(run.logits, batch))

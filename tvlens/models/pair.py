@@ -1,5 +1,6 @@
 """A base model and its fine-tune, hooked, side by side."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tvlens.errors import HostError, IncomparableModelsError
+from tvlens.errors import CheckpointError, HostError, IncomparableModelsError
 
 from .lens import LensModel
 from .metrics import Metric, Run
 from .prompts import Batch
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_ROWS_AT_ONCE = 16
+"""Prompts of one forward pass; a large vocabulary's logits set the memory."""
 _SHAPE = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp")
 
 
@@ -38,7 +42,7 @@ class HookedPair:
         self.base = LensModel.load(base, device=device, dtype=dtype)
         self.tuned = LensModel.load(tuned, adapter=adapter, device=device, dtype=dtype)
         self.base_name, self.tuned_name = names
-        self.tokenizer = _tokenizer([adapter or tuned, tuned, base])
+        self.tokenizer = tokenizer_in([adapter or tuned, base])
         self._require_same_shape()
 
     @classmethod
@@ -73,9 +77,12 @@ class HookedPair:
 
     def values(self, model: LensModel, metric: Metric, batch: Batch) -> Float[Tensor, " batch"]:
         """The metric of every prompt on one of the two models."""
-        reference = self.reference_logits(metric, batch)
-        with torch.no_grad():
-            return metric(Run(model(batch.ids, batch.mask), reference), batch)
+        parts = []
+        for rows in batch.chunks(_ROWS_AT_ONCE):
+            reference = self.reference_logits(metric, rows)
+            with torch.no_grad():
+                parts.append(metric(Run(model(rows.ids, rows.mask), reference), rows))
+        return torch.cat(parts)
 
     def _require_same_shape(self) -> None:
         for name in _SHAPE:
@@ -101,10 +108,20 @@ def _folders(pair: Any) -> tuple[Path, Path, Path | None, tuple[str, str]]:
     return (base, base, tuned, names) if adapter else (base, tuned, None, names)
 
 
-def _tokenizer(folders: list[Path]) -> Any:
+def tokenizer_in(folders: Sequence[Path | str]) -> Any:
+    """The tokenizer of the first folder that has one, or None.
+
+    Raises:
+        CheckpointError: The files are there and do not load.
+    """
     from transformers import AutoTokenizer
 
-    for folder in folders:
-        if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for folder in map(Path, folders):
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            try:
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError, KeyError) as error:
+                raise CheckpointError(
+                    f"the tokenizer in {folder} does not load: {error}"
+                ) from error
     return None

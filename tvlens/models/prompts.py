@@ -7,9 +7,9 @@ the right: a causal model's real tokens never see what follows them.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Int
@@ -90,15 +90,15 @@ def load_prompts(spec: str | Path | None = None, *, skip_bad_lines: bool = False
     """Read JSON lines, a ``.txt`` of documents, a demo's prompts, or the neutral texts.
 
     Args:
-        spec: A file; ``demo:med``, ``demo:math``, ``demo:gen``, ``demo:ctl``; None for the
-            neutral texts. Documents in a ``.txt`` are separated by blank lines.
+        spec: A file; ``demo:med``, ``demo:math``, ``demo:gen``; None for the neutral
+            texts. Documents in a ``.txt`` are separated by blank lines.
         skip_bad_lines: Go on without the bad lines and keep what was wrong in ``skipped``.
 
     Raises:
         PromptError: No such file, or bad lines: all of them are named at once.
     """
     if isinstance(spec, str) and spec.startswith("demo:"):
-        return _demo_prompts(spec)
+        return _demo_file(spec, "demo_prompts")
     path = NEUTRAL if spec is None else Path(spec)
     text = _text(path)
     if path.suffix == ".txt":
@@ -116,16 +116,26 @@ def load_prompts(spec: str | Path | None = None, *, skip_bad_lines: bool = False
     return PromptSet(tuple(found), "neutral" if spec is None else path.name, tuple(bad))
 
 
-def _demo_prompts(spec: str) -> PromptSet:
-    from tvlens.demo.models import demo_prompts
+def load_texts(spec: str | Path, *, skip_bad_lines: bool = False) -> PromptSet:
+    """Held-out texts to measure a loss on: a file as for ``load_prompts``, or ``demo:med``.
 
-    found: Any = demo_prompts(spec.removeprefix("demo:"))
-    if isinstance(found, PromptSet):
-        return found
-    if isinstance(found, (str, Path)):
-        return PromptSet(load_prompts(Path(found)).prompts, spec)
-    prompts = [item if isinstance(item, Prompt) else Prompt(**item) for item in found]
-    return PromptSet(tuple(prompts), spec)
+    Raises:
+        PromptError: As for ``load_prompts``.
+    """
+    if isinstance(spec, str) and spec.startswith("demo:"):
+        return _demo_file(spec, "demo_texts")
+    return load_prompts(spec, skip_bad_lines=skip_bad_lines)
+
+
+def _demo_file(spec: str, function: str) -> PromptSet:
+    from tvlens.demo import models as demo
+
+    domain = spec.removeprefix("demo:")
+    if domain not in (known := get_args(demo.Domain)):
+        raise PromptError(
+            f"there are no prompts {spec!r}.", hint=f"The demo has {', '.join(known)}."
+        )
+    return replace(load_prompts(Path(getattr(demo, function)(domain))), name=spec)
 
 
 def _text(path: Path) -> str:
@@ -272,7 +282,8 @@ class Batch:
         """The given rows, trimmed to the longest of them."""
         pick = torch.tensor(list(chosen), dtype=torch.long)
         width = int(self.mask[pick].sum(1).max()) if len(pick) else 0
-        return Batch(
+        return replace(
+            self,
             ids=self.ids[pick, :width],
             mask=self.mask[pick, :width],
             prompt_lengths=self.prompt_lengths[pick],
@@ -281,9 +292,6 @@ class Batch:
             corrupt_ids=[self.corrupt_ids[i] for i in chosen],
             texts=[self.texts[i] for i in chosen],
             numbers=[self.numbers[i] for i in chosen],
-            warnings=self.warnings,
-            adds_bos=self.adds_bos,
-            chat=self.chat,
         )
 
     def chunks(self, size: int) -> Iterator["Batch"]:
@@ -304,7 +312,7 @@ class Batch:
         if any(len(ids) == 0 for ids in self.corrupt_ids):
             raise PromptError("some prompts have no 'corrupt'.", hint="Use with_corrupt() first.")
         ids, _ = _padded(self.corrupt_ids, 0, self.ids.shape[1])
-        return Batch(**{**self.__dict__, "ids": ids})
+        return replace(self, ids=ids)
 
 
 def _long(ids: Sequence[int]) -> Tensor:
@@ -354,9 +362,13 @@ def tokenised(prompts: PromptSet, tokenizer: Any, *, chat: Chat = "auto") -> Bat
         corrupts=[c if len(c := part.corrupt) == len(part.prompt) else [] for part in parts],
         pad=_pad_id(tokenizer),
     )
-    record = {"texts": [part.text for part in parts], "warnings": warnings}
-    recorded = {**record, "adds_bos": encode.adds_bos, "chat": encode.chat}
-    return Batch(**{**made.__dict__, **recorded})
+    return replace(
+        made,
+        texts=[part.text for part in parts],
+        warnings=warnings,
+        adds_bos=encode.adds_bos,
+        chat=encode.chat,
+    )
 
 
 @dataclass

@@ -23,6 +23,7 @@ from .scores import (
 )
 
 GAP_BAR = 0.002  # contract: nodes are raised until the parts add up to within 0.2 %
+FINEST = 1e-6  # below this a gap is the rounding of float32 forward passes
 _KIND_WORDS = {
     "head": "heads",
     "kv_head": "key-value heads",
@@ -60,8 +61,8 @@ def kind_words(kind: str, count: int = 2) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with two or three significant digits."""
-    return f"{number(100 * share, 3 if share >= 0.1 else 2)} %"
+    """A share as a percentage with three significant digits."""
+    return f"{number(100 * share)} %"
 
 
 def answer(study: StudyFolder, tuned: str) -> list[Statement]:
@@ -86,7 +87,9 @@ def size(study: StudyFolder, tuned: str) -> list[Statement]:
         f"The tuning vector of {tuned} has {percent(ratio)} of the base weights' length "
         f"({number(delta)} against {number(base)}), over {len(pieces):,} weight tensors"
     )
-    return [Statement(question, f"{text}; {untouched:,} of them did not change at all.")]
+    if untouched:
+        text += f", of which {untouched:,} did not change at all"
+    return [Statement(question, f"{text}.")]
 
 
 def place(study: StudyFolder, tuned: str) -> list[Statement]:
@@ -95,7 +98,7 @@ def place(study: StudyFolder, tuned: str) -> list[Statement]:
     if weights.empty or not (weights["delta_norm"] > 0).any():
         return []
     shares = energy_shares(weights, "place")
-    listed = ", ".join(f"{percent(s)} in {name}" for name, s in shares.items() if s >= 0.0005)
+    listed = ", ".join(f"{percent(s)} is in {name}" for name, s in shares.items() if s >= 0.0005)
     layers = energy_shares(weights, "layer")
     text = f"Of its squared length, {listed}."
     if len(layers):
@@ -120,7 +123,7 @@ def kinds(study: StudyFolder, tuned: str) -> list[Statement]:
         listed = [f"{counts[x]:,} {x.replace('_', ' ')}" for x in LABELS[::-1] if x in counts]
         words = kind_words(kind, len(rows))
         sentences.append(f"{len(rows):,} {words}: {', '.join(listed)}")
-    return [Statement(question, "; ".join(sentences).capitalize() + ".")]
+    return [Statement(question, "; ".join(sentences) + ".")]
 
 
 def headline(study: StudyFolder, tuned: str) -> list[Statement]:
@@ -146,7 +149,7 @@ def matters(study: StudyFolder, tuned: str) -> list[Statement]:
     metric = str(rows["metric"].dropna().iloc[0]) if rows["metric"].notna().any() else "the metric"
     total = float(means["score"].sum())
     by_place = means.groupby("place")["score"].sum().sort_values(key=abs, ascending=False)
-    listed = ", ".join(f"{name} {number(value):}" for name, value in by_place.items())
+    listed = ", ".join(f"{name} {value:+.3g}" for name, value in by_place.items())
     text = (
         f"From base to {tuned}, {metric} changes by {total:+.3g} {unit} on average over "
         f"{_prompt_count(rows)} prompts. Along the line between the two models this splits into "
@@ -187,8 +190,8 @@ def _adds_up(study: StudyFolder, tuned: str) -> list[Statement]:
     if found is None or pd.isna(found.gap):
         return []
     text = (
-        f"The parts add up to the change to within {percent(found.gap)} "
-        f"(worst prompt: {number(found.worst)} in the metric's unit)"
+        f"The parts add up to the change to within {percent(max(found.gap, FINEST))} "
+        f"(worst prompt: {number(max(found.worst, FINEST))} in the metric's unit)"
     )
     if found.gap <= GAP_BAR:
         return [Statement("Do the parts add up?", f"{text}.")]
@@ -210,7 +213,7 @@ def agreement(study: StudyFolder, tuned: str) -> list[Statement]:
         f"(Spearman {number(rows['spearman'].min(), 2)} or more)"
         for method, rows in passed.groupby("method", sort=False)
     )
-    statements = [Statement(question, f"Yes: {listed}." if listed else "No estimate passed.")]
+    statements = [Statement(question, f"These do: {listed}." if listed else "No estimate passed.")]
     if len(failed):
         reasons = "; ".join(_failure(row) for _, row in failed.iterrows())
         text = f"Rankings and sizes by these estimates: {reasons}."

@@ -7,7 +7,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import IncomparableModelsError
+from tvlens.errors import IncomparableModelsError
 
 
 @dataclass(frozen=True, eq=False)

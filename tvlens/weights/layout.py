@@ -10,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..components import Component
-from ..errors import CheckpointError, UnsupportedFormatError
+from tvlens.components import Component
+from tvlens.errors import CheckpointError, UnsupportedFormatError
+
 from .families import gpt2, llama, neox
 from .families.table import Family, Place
 
@@ -74,15 +75,10 @@ class Layout:
         """
         rows = [p for p in self._table.places if not p.when or getattr(self, p.when)]
         rows = [p for p in rows if not (self.tied and p.part == "W_U")]
-        first = [p for p in rows if p.part in HEADLESS_PARTS]
-        last = [p for p in rows if not p.per_layer and p.part not in HEADLESS_PARTS]
-        blocks = [
-            (Component(p.kind, layer, None, p.part), p._replace(tensor=p.tensor.format(layer=layer)))
-            for layer in range(self.n_layers)
-            for p in rows
-            if p.per_layer
-        ]
-        return dict([*map(_whole, first), *blocks, *map(_whole, last)])
+        first = [_placed(p) for p in rows if p.part in HEADLESS_PARTS]
+        last = [_placed(p) for p in rows if not p.per_layer and p.part not in HEADLESS_PARTS]
+        blocks = [_placed(p, layer) for layer in range(self.n_layers) for p in rows if p.per_layer]
+        return dict([*first, *blocks, *last])
 
     def components(self) -> list[Component]:
         """The disjoint pieces of the parameters: matrices, norms, biases, embeddings."""
@@ -131,6 +127,13 @@ class Layout:
             shapes[place.tensor] = shape[::-1] if place.transposed else shape
         return shapes
 
+    @cached_property
+    def in_and_out(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each checkpoint tensor oriented as ``x @ W``, nothing cut."""
+        shapes = self.stored_shapes
+        turned = {place.tensor for place in self.places.values() if place.transposed}
+        return {name: s[::-1] if name in turned else s for name, s in shapes.items()}
+
     @property
     def embedding_tensor(self) -> str:
         """Checkpoint name of W_E."""
@@ -177,8 +180,9 @@ class Layout:
         return rearrange(matrix, "... (three width) -> three ... width", three=3)[place.third]
 
 
-def _whole(place: Place) -> tuple[Component, Place]:
-    return Component(place.kind, None, None, place.part), place
+def _placed(place: Place, layer: int | None = None) -> tuple[Component, Place]:
+    filled = place._replace(tensor=place.tensor.format(layer=layer))
+    return Component(place.kind, layer, None, place.part), filled
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:

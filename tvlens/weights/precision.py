@@ -5,13 +5,14 @@ one spacing, so its expected square is ``ulp**2 / 12``. A difference whose energ
 the sum of these says nothing about training.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import CheckpointError
+from tvlens.errors import CheckpointError
 
 
 class Precision(NamedTuple):
@@ -75,3 +76,24 @@ def rounding_energy(weights: Float[Tensor, "..."], dtype: str) -> Float[Tensor, 
 def uniform_energy(step: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Expected squared error per entry of rounding to multiples of ``step``, in float32."""
     return (step.double().square() / 12).clamp(min=SMALLEST_ENERGY).float()
+
+
+def stored_dtype(dtype: str, rounding: Mapping[str, Any] | None) -> str:
+    """The dtype that weights were really rounded to: a storage note says more than the file."""
+    noted = (rounding or {}).get("dtype")
+    return coarsest_dtype(dtype, noted) if noted in PRECISIONS else dtype
+
+
+def stored_step(
+    rounding: Mapping[str, Any] | None, tensor: str
+) -> Float[Tensor, ""] | Float[Tensor, " rows"] | None:
+    """The step of the grid that a tensor's difference was rounded to, None if there was none.
+
+    A storage note gives a number for the tensor, a list with one for each of its rows, or an
+    object whose ``rms`` is the root mean square of the rows' steps.
+    """
+    steps = (rounding or {}).get("step") or {}
+    if tensor not in steps:
+        return None
+    step = steps[tensor]
+    return torch.tensor(step["rms"] if isinstance(step, dict) else step, dtype=torch.float64)

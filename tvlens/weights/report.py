@@ -1,9 +1,9 @@
 """What became of every tensor of both checkpoints."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from ..errors import TvlensError
+from tvlens.errors import TvlensError
 
 Status = Literal[
     "compared",
@@ -18,6 +18,7 @@ Status = Literal[
     "refused",
 ]
 Effect = Literal["refused", "function", "note"]
+AnyTvlensError = TypeVar("AnyTvlensError", bound=TvlensError)
 
 
 @dataclass
@@ -102,7 +103,7 @@ class LoadReport:
         }
 
 
-def with_report[E: TvlensError](error: E, report: LoadReport) -> E:
+def with_report(error: AnyTvlensError, report: LoadReport) -> AnyTvlensError:
     """The error, carrying the report as ``error.report`` for whoever writes load_report.json."""
     vars(error)["report"] = report
     return error

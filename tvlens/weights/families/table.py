@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ...components import Kind
+from tvlens.components import Kind
 
 Thirds = Literal["contiguous", "interleaved"]
 

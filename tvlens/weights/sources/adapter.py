@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 from einops import rearrange
 
-from ...errors import AdapterError, UnsupportedFormatError
-from ..delta import LowRank
+from tvlens.errors import AdapterError, UnsupportedFormatError
+from tvlens.weights.delta import LowRank
+
 from .folder import Source
 
-FACTOR = re.compile(
-    r"^(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.default)?(\.weight)?$"
-)
+FACTOR = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.default)?(\.weight)?$")
 PREFIX = "base_model.model."
 REBASING = ("pissa", "olora", "corda", "loftq")
-"""Initialisations that also change the base weights, so that the factors alone are not the delta."""
+"""Initialisations that also change the base weights: the factors alone are not the delta."""
+SAVED_WHOLE = re.compile(r"\.modules_to_save(\.default)?\.")
 
 
 class Factors(NamedTuple):
@@ -71,7 +71,7 @@ def adapter_of(source: Source) -> Adapter:
         if match := FACTOR.match(name):
             sides.setdefault(match["module"], {})[match["side"]] = stored
         else:
-            replaced[name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")] = stored
+            replaced[SAVED_WHOLE.sub(".", name)] = stored
     return Adapter(
         {f"{module}.weight": _factors(source, module, pair) for module, pair in sides.items()},
         replaced,

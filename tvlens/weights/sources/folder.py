@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import CheckpointError, UnsupportedFormatError
+from tvlens.errors import CheckpointError, UnsupportedFormatError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -225,7 +225,7 @@ def _headers(folder: Path, file: str) -> dict[str, TensorInfo]:
     path = folder / file
     try:
         with safe_open(path, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
             return {name: _header(part, file) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ...errors import CheckpointError
+from tvlens.errors import CheckpointError
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^#]+))?(#(?P<subfolder>.+))?$")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

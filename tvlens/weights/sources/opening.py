@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ...errors import CheckpointError, UnsupportedFormatError
+from tvlens.errors import CheckpointError, UnsupportedFormatError
+
 from .folder import Source, open_folder
 from .hub import snapshot
 
@@ -21,9 +22,7 @@ def open_source(spec: str | Path) -> Source:
     """
     text = str(spec)
     if text.startswith(DEMO):
-        from ...demo.models import demo_folder
-
-        return open_folder(Path(demo_folder(text.removeprefix(DEMO))), text)
+        return open_folder(_demo(text), text)
     path = Path(spec).expanduser()
     if path.is_file():
         raise _a_file(path)
@@ -31,6 +30,15 @@ def open_source(spec: str | Path) -> Source:
         return open_folder(path, path.resolve().name)
     found = snapshot(text)
     return open_folder(found.folder, text, revision=found.revision)
+
+
+def _demo(spec: str) -> Path:
+    from tvlens.demo.models import demo_folder
+
+    try:
+        return demo_folder(spec.removeprefix(DEMO))
+    except ValueError as error:
+        raise CheckpointError(f"{error}.", hint="Write demo:base or demo:med.") from error
 
 
 def _is_path(text: str) -> bool:

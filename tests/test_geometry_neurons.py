@@ -1,0 +1,101 @@
+"""Measures of vectors against loops, identities and edge cases."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvlens.geometry.neurons import rows_of_neurons, vector_measures
+
+sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10_000))
+
+
+def _random(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(2, rows, columns, generator=generator, dtype=torch.float64)
+    return both[0], both[1]
+
+
+@given(sizes)
+def test_measures_equal_a_loop_over_plain_floats(size: tuple[int, int, int]) -> None:
+    base, delta = _random(*size)
+    found = vector_measures(base, delta)
+    for row, (w, d) in enumerate(zip(base.tolist(), delta.tolist(), strict=True)):
+        inner = sum(a * b for a, b in zip(w, d, strict=True))
+        w_norm, d_norm = math.hypot(*w), math.hypot(*d)
+        gain = inner / w_norm**2
+        rest = math.hypot(*(b - gain * a for a, b in zip(w, d, strict=True)))
+        assert float(found.gain[row]) == pytest.approx(gain, rel=1e-9)
+        assert float(found.kappa[row]) == pytest.approx(inner / w_norm / d_norm, rel=1e-9)
+        assert float(found.residual[row]) == pytest.approx(rest / w_norm, rel=1e-9, abs=1e-9)
+
+
+@given(sizes)
+def test_the_cosine_from_gain_and_residual_is_the_cosine(size: tuple[int, int, int]) -> None:
+    base, delta = _random(*size)
+    direct = torch.nn.functional.cosine_similarity(base, base + delta, dim=1)
+    torch.testing.assert_close(vector_measures(base, delta).cos_base_tuned, direct)
+
+
+@given(sizes, st.floats(-3, 3).filter(lambda a: abs(a) > 1e-6))
+def test_the_gain_of_a_scaled_vector_is_the_scale(
+    size: tuple[int, int, int], scale: float
+) -> None:
+    base, _ = _random(*size)
+    found = vector_measures(base, scale * base)
+    torch.testing.assert_close(found.gain, torch.full_like(found.gain, scale))
+    torch.testing.assert_close(found.residual, torch.zeros_like(found.gain), atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.kappa, torch.full_like(found.gain, math.copysign(1, scale)))
+
+
+@given(sizes)
+def test_swapping_base_and_tuned_turns_the_change_round(size: tuple[int, int, int]) -> None:
+    base, delta = _random(*size)
+    there, back = vector_measures(base, delta), vector_measures(base + delta, -delta)
+    torch.testing.assert_close(there.delta_norm, back.delta_norm)
+    torch.testing.assert_close(there.cos_base_tuned, back.cos_base_tuned)
+    # <d, w> |w|^-2 and -<d, w + d> |w + d|^-2 add up to the energies' balance
+    inner = there.gain * there.base_norm**2 + there.delta_norm**2
+    torch.testing.assert_close(back.gain * back.base_norm**2, -inner)
+
+
+def test_unchanged_has_cosine_one_and_a_zero_base_has_nothing() -> None:
+    base = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    found = vector_measures(base, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    assert float(found.cos_base_tuned[0]) == 1.0
+    assert float(found.relative_delta[0]) == 0.0
+    assert torch.isnan(found.kappa[0])
+    for name in ("gain", "residual", "kappa", "cos_base_tuned", "relative_delta"):
+        assert torch.isnan(getattr(found, name)[1]), name
+
+
+def test_a_tiny_change_keeps_its_digits_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 3000, generator=generator)
+    found = vector_measures(base, 1e-6 * base)
+    # 1e-6 times a float32 weight is rounded at 6e-8 of itself, at random
+    assert float(found.gain[0]) == pytest.approx(1e-6, rel=1e-7)
+
+
+def test_snr_is_an_energy_ratio() -> None:
+    found = vector_measures(torch.ones(1, 4), torch.full((1, 4), 2.0), torch.tensor([4.0]))
+    assert float(found.snr[0]) == pytest.approx(4.0)
+    assert float(found.floor_norm[0]) == pytest.approx(2.0)
+    assert torch.isnan(vector_measures(torch.ones(1, 4), torch.ones(1, 4)).snr[0])
+
+
+def test_long_rows_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, delta = _random(3, 50, 1)
+    whole = vector_measures(base, delta)
+    monkeypatch.setattr("tvlens.geometry.neurons.ENTRIES_AT_ONCE", 7)
+    pieces = vector_measures(base, delta)
+    torch.testing.assert_close(whole.residual, pieces.residual)
+    torch.testing.assert_close(whole.kappa, pieces.kappa)
+
+
+def test_a_neuron_is_a_row_of_w_out_and_a_column_of_w_in() -> None:
+    matrix = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(rows_of_neurons(matrix, "W_out")[1], matrix[1])
+    assert torch.equal(rows_of_neurons(matrix, "W_in")[1], matrix[:, 1])

@@ -1,0 +1,456 @@
+"""Evidence for a label: how much of a component's change is a gain, how much is structure, where.
+
+A frame of evidence has one row a component. Four candidate parts of the energy |D|^2 compete:
+
+    gain      along the component's own base weights
+    within    structured, in directions that the base already uses
+    new       structured, in directions that stand in no relation to the base's
+    between   structured, but too few directions to tell the two apart
+
+``share_*`` is the part's share, ``p_*`` a p-value that still needs its false discovery rate, and
+``sure_*`` true where another rule has already established the part (spikes above the edge).
+Structure alone is no finding: every gradient update has it. Hence "new" needs an alignment whose
+upper bound is below NEW_HI, and a claim needs the contrast of ``classify``'s headline.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from ..components import READING_PARTS, Component
+from .heads import Factor
+from .matrices import (
+    Basis,
+    alignment,
+    energy_split,
+    self_alignment,
+    spectral_basis,
+    transposed,
+)
+from .neurons import rows_of_neurons
+from .nulls import (
+    cosine_spread,
+    factor_swap,
+    neuron_gain,
+    noise_edge,
+    own_versus_others,
+    share_in_spans,
+    unit_alignment_spread,
+)
+
+GAIN_Z = 4.0
+"""A whole matrix has no peers, so its gain must be 4 isotropic deviations out (p = 6e-5)."""
+GAIN_COSINE = 0.5
+"""A spike is a gain of base directions when its two sides meet W with half of its full effect."""
+NEW_HI = 0.5
+"""Alignment halfway between chance (0) and a pure gain (1): below it new, above it rewired."""
+DEVIATIONS = 2.0
+"""Width of the bounds on an alignment: about 95 %."""
+Z95 = 1.959964
+"""Half width of a 95 % interval in standard deviations."""
+
+PARTS = ("gain", "within", "new", "between")
+TEST_COLUMNS = (
+    "component",
+    "side",
+    "statistic",
+    "null",
+    "effect",
+    "ci_low",
+    "ci_high",
+    "p_value",
+    "p_floor",
+    "draws",
+    "k",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known about some components before the false discovery rate is settled.
+
+    Attributes:
+        frame: One row a component (module docstring).
+        tests: One row a statistic of a component, columns ``TEST_COLUMNS``.
+    """
+
+    frame: pd.DataFrame
+    tests: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Spikes:
+    """Singular triplets of a change that stand above the noise edge.
+
+    Attributes:
+        read: Left directions.
+        values: Singular values.
+        write: Right directions.
+        total: Energy of the whole change.
+    """
+
+    read: Float[Tensor, "d_in spike"]
+    values: Float[Tensor, " spike"]
+    write: Float[Tensor, "d_out spike"]
+    total: float
+
+    @property
+    def shares(self) -> Float[Tensor, " spike"]:
+        """Share of the change's energy in each spike."""
+        return self.values.square() / self.total
+
+
+def spikes_above_edge(delta: Float[Tensor, "d_in d_out"], *, seed: int) -> Spikes:
+    """The triplets of ``delta`` above its one-draw sign-flip edge."""
+    basis = spectral_basis(delta)
+    above = basis.values > noise_edge(delta, seed=seed)
+    total = float(delta.double().square().sum())
+    return Spikes(basis.read[:, above], basis.values[above], basis.write[:, above], total)
+
+
+def evidence_frame(components: Sequence[Component], **columns: object) -> pd.DataFrame:
+    """A frame of evidence; what is not given is absent (NaN shares, nothing sure)."""
+    frame = pd.DataFrame({"component": list(components)}, dtype=object)
+    frame["kind"] = [component.kind for component in components]
+    frame["part"] = [component.part for component in components]
+    for part in PARTS:
+        frame[f"share_{part}"], frame[f"p_{part}"], frame[f"sure_{part}"] = 0.0, np.nan, False
+    for name, default in (("alignment", np.nan), ("alignment_se", np.nan), ("spikes", 0)):
+        frame[name] = default
+    frame["new_label"], frame["decided_by"] = "new_write", "no test"
+    for name, values in columns.items():
+        frame[name] = values.numpy() if isinstance(values, Tensor) else values
+    return frame
+
+
+def statistic_rows(
+    components: Sequence[Component],
+    statistic: str,
+    *,
+    side: str,
+    null: str,
+    effect: object,
+    half_interval: object = np.nan,
+    p_value: object = np.nan,
+    k: int | None = None,
+) -> pd.DataFrame:
+    """Rows of the table of tests for one statistic; analytic nulls reach any p and draw nothing."""
+    frame = pd.DataFrame({"component": list(components)}, dtype=object)
+    middle = np.asarray(effect, dtype=float)
+    frame["side"], frame["statistic"], frame["null"] = side, statistic, null
+    frame["effect"] = middle
+    frame["ci_low"], frame["ci_high"] = middle - half_interval, middle + half_interval
+    frame["p_value"], frame["p_floor"], frame["draws"], frame["k"] = p_value, 0.0, 0, k
+    return frame
+
+
+def _placed(
+    share: Float[np.ndarray, " component"],
+    aligned: Float[np.ndarray, " component"],
+    error: Float[np.ndarray, " component"],
+    part: str,
+) -> dict[str, np.ndarray]:
+    """Where a structured share belongs, by the bounds of its alignment with the base."""
+    new = aligned + DEVIATIONS * error < NEW_HI
+    # new writes of a reading matrix are head or neuron coordinates, so its rest is rewired
+    within = ~new if part in READING_PARTS else aligned - DEVIATIONS * error > NEW_HI
+    where = {"new": new, "within": within & ~new, "between": ~new & ~within}
+    return {f"share_{name}": np.where(mask, share, 0.0) for name, mask in where.items()}
+
+
+def residual_side(part: str) -> str:
+    """The side of a matrix that is the residual stream."""
+    return "read" if part in READING_PARTS else "write"
+
+
+def _side_basis(basis: Basis, part: str) -> Basis:
+    """A basis whose ``write`` side is the residual stream."""
+    if residual_side(part) == "write":
+        return basis
+    return Basis(basis.write, basis.values, basis.read)
+
+
+def relative_alignment(
+    vectors: Float[Tensor, "row d_model"], basis: Basis
+) -> Float[Tensor, " row"]:
+    """G_rel of each vector on the ``write`` side of ``basis``."""
+    vectors = vectors.double()
+    energies = einsum(vectors, basis.write, "row d, d direction -> row direction").square()
+    rank = basis.rank.expand(len(vectors))
+    found = alignment(energies, vectors.square().sum(1), rank, vectors.shape[1])
+    return found / self_alignment(basis, vectors.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixStructure:
+    """The structured rest of a matrix's change.
+
+    Attributes:
+        share: Share of the change's energy in spikes that are no gains.
+        aligned: Their energy-weighted G_rel on the residual side.
+        error: Its standard error at chance.
+        spikes: Their number.
+    """
+
+    share: float
+    aligned: float
+    error: float
+    spikes: int
+
+
+def _gain_cosines(spikes: Spikes, base: Float[Tensor, "d_in d_out"]) -> Float[Tensor, " spike"]:
+    """rho_j = u'Wv / sqrt(|W'u| |Wv|): 1 where a spike scales a direction of W."""
+    base = base.double()
+    from_read = einsum(spikes.read, base, "d_in spike, d_in d_out -> spike d_out")
+    onto_write = einsum(base, spikes.write, "d_in d_out, d_out spike -> d_in spike")
+    through = einsum(from_read, spikes.write, "spike d_out, d_out spike -> spike")
+    size = (from_read.norm(dim=1) * onto_write.norm(dim=0)).sqrt()
+    return through / size.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def matrix_structure(
+    base: Float[Tensor, "d_in d_out"],
+    rest: Float[Tensor, "d_in d_out"],
+    basis: Basis,
+    part: str,
+    *,
+    seed: int,
+) -> MatrixStructure:
+    """Spikes of ``rest`` (the change less its global gain) that are no gains of base directions."""
+    spikes = spikes_above_edge(rest, seed=seed)
+    plain = _gain_cosines(spikes, base).abs() <= GAIN_COSINE
+    shares = spikes.shares[plain]
+    if not len(shares):
+        return MatrixStructure(0.0, np.nan, np.nan, 0)
+    side = _side_basis(basis, part)
+    vectors = (spikes.write if residual_side(part) == "write" else spikes.read)[:, plain]
+    weight = shares / shares.sum()
+    rows = rearrange(vectors, "d_model spike -> spike d_model")
+    aligned = float((weight * relative_alignment(rows, side)).sum())
+    spread = unit_alignment_spread(rows.shape[1]) / abs(float(self_alignment(side, rows.shape[1])))
+    error = float(weight.square().sum().sqrt()) * spread
+    return MatrixStructure(float(shares.sum()), aligned, error, len(shares))
+
+
+def matrix_evidence(
+    component: Component,
+    base: Float[Tensor, "d_in d_out"],
+    delta: Float[Tensor, "d_in d_out"],
+    *,
+    seed: int,
+) -> Evidence:
+    """Gain against the isotropic null with an effect floor; structure by spikes above the edge."""
+    base, delta = base.double(), delta.double()
+    part, size, basis = component.part or "", base.numel(), spectral_basis(base)
+    split = energy_split(basis, delta, k_read=1, k_write=1)
+    whole, scale = float(split.whole), float(split.scale)
+    gain = float((base * delta).sum() / base.square().sum())
+    kappa = np.copysign(np.sqrt(whole), gain)
+    rank = float(basis.rank)
+    chance, spread = rank / size, np.sqrt(2 * rank) / size
+    p_kappa = 2 * stats.norm.sf(abs(kappa) / cosine_spread(*base.shape))
+    p_scale = stats.norm.sf((scale - chance) / spread)
+    limit = stats.norm.sf(GAIN_Z)
+    rest = matrix_structure(base, delta - gain * base, basis, part, seed=seed)
+    share = rest.share * (1 - whole)
+    placed = _placed(*(np.array([v]) for v in (share, rest.aligned, rest.error)), part)
+    frame = evidence_frame(
+        [component],
+        share_gain=whole + max(0.0, scale - chance),
+        sure_gain=bool(p_kappa < 2 * limit or p_scale < limit),
+        **placed,
+        **{f"sure_{name}": rest.spikes > 0 for name in ("within", "new", "between")},
+        alignment=rest.aligned,
+        alignment_se=rest.error,
+        spikes=rest.spikes,
+        new_label=f"new_{residual_side(part)}",
+        decided_by="isotropic null with an effect floor; sign-flip edge",
+    )
+    one = [component]
+    kappa_half, scale_half = Z95 * cosine_spread(*base.shape), Z95 * spread
+    tests = [
+        statistic_rows(one, "kappa", side="both", null="isotropic", effect=kappa,
+                  half_interval=kappa_half, p_value=p_kappa),
+        statistic_rows(one, "e_scale", side="both", null="isotropic", effect=scale - chance,
+                  half_interval=scale_half, p_value=p_scale),
+        _alignment_rows(frame, residual_side(part)),
+    ]  # fmt: skip
+    return Evidence(frame, pd.concat(tests, ignore_index=True))
+
+
+def _alignment_rows(frame: pd.DataFrame, side: str) -> pd.DataFrame:
+    """Alignment of the structured part against chance."""
+    found = frame[frame["alignment"].notna()]
+    return statistic_rows(
+        list(found["component"]),
+        "g_rel_of_spikes",
+        side=side,
+        null="isotropic",
+        effect=found["alignment"],
+        half_interval=Z95 * found["alignment_se"].to_numpy(float),
+        p_value=2 * stats.norm.sf(np.abs(found["alignment"] / found["alignment_se"])),
+        k=int(found["spikes"].max()) if len(found) else None,
+    )
+
+
+def neuron_evidence(
+    components: Sequence[Component],
+    base: Float[Tensor, "d_in d_out"],
+    delta: Float[Tensor, "d_in d_out"],
+    *,
+    seed: int,
+) -> Evidence:
+    """Gain against the other neurons of the layer; structure as the share in common spikes."""
+    part = components[0].part or ""
+    base, delta = (rows_of_neurons(w.double(), part) for w in (base, delta))
+    n_neurons, d_model = base.shape
+    swap = neuron_gain(base, delta)
+    energy = delta.square().sum(1)
+    gain = (base * delta).sum(1) / base.square().sum(1)
+    gain = gain.nan_to_num()
+    rest = delta - rearrange(gain, "neuron -> neuron 1") * base
+    spikes = spikes_above_edge(rest, seed=seed)
+    inside = einsum(rest, spikes.write, spikes.write, "neuron d, d spike, e spike -> neuron e")
+    rank = len(spikes.values)
+    found, rest_energy = inside.square().sum(1), rest.square().sum(1)
+    share = ((found / energy - rank / d_model) / (1 - rank / d_model)).clamp(min=0).nan_to_num()
+    p_found = stats.beta.sf((found / rest_energy).nan_to_num().clamp(max=1).numpy(),
+                            max(rank, 1) / 2, (d_model - rank) / 2)  # fmt: skip
+    p_found = np.where(rank > 0, p_found, 1.0)
+    p_gain = 2 * stats.norm.sf((swap.effect / swap.spread).abs().nan_to_num().numpy())
+    basis = spectral_basis(base)
+    aligned = relative_alignment(inside, basis).numpy() if rank else np.full(n_neurons, np.nan)
+    spread = unit_alignment_spread(d_model) / abs(float(self_alignment(basis, d_model)))
+    error = np.where(np.isnan(aligned), np.nan, spread)
+    kappa_energy = gain.square() * base.square().sum(1) / energy
+    frame = evidence_frame(
+        components,
+        share_gain=kappa_energy.nan_to_num(),
+        p_gain=p_gain,
+        **_placed(share.numpy(), aligned, error, part),
+        **{f"p_{name}": p_found for name in ("within", "new", "between")},
+        alignment=aligned,
+        alignment_se=error,
+        spikes=rank,
+        new_label=f"new_{residual_side(part)}",
+        decided_by="own versus other neurons of the layer; sign-flip edge",
+    )
+    tests = [
+        statistic_rows(components, "gain", side="both", null="own_versus_other", effect=swap.effect,
+                  half_interval=Z95 * swap.spread.numpy(), p_value=p_gain),
+        statistic_rows(components, "structured_share", side=residual_side(part), null="isotropic",
+                  effect=share, p_value=p_found, k=rank),
+    ]  # fmt: skip
+    return Evidence(frame, pd.concat(tests, ignore_index=True))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSpikes:
+    """Structure in one factor of every head.
+
+    Attributes:
+        share: Share of the factor's change in spikes above the edge.
+        outside: Share of that energy outside the row space of the head's base weights.
+        found: Whether there is any spike.
+    """
+
+    share: Float[Tensor, " head"]
+    outside: Float[Tensor, " head"]
+    found: np.ndarray
+
+
+def head_spikes(
+    base: Float[Tensor, "head d_head d_model"],
+    delta: Float[Tensor, "head d_head d_model"],
+    *,
+    seed: int,
+) -> HeadSpikes:
+    """Spikes of each head's change and how far they leave the head's own directions."""
+    basis = spectral_basis(delta)
+    edge = rearrange(noise_edge(delta, seed=seed), "head -> head 1")
+    energies = torch.where(basis.values > edge, basis.values.square(), 0)
+    span = torch.linalg.qr(transposed(base.double())).Q
+    inside = einsum(basis.write, span, "head d spike, head d k -> head k spike").square().sum(1)
+    total, above = delta.double().square().sum((1, 2)), energies.sum(1)
+    outside = 1 - ((energies * inside).sum(1) / above).nan_to_num()
+    return HeadSpikes((above / total).nan_to_num(), outside, (above > 0).numpy())
+
+
+def _share_from_right(left: Factor, right: Factor) -> Float[Tensor, " head"]:
+    """Share of |V_mid dO|^2 in |V_mid dO|^2 + |dV O_mid|^2."""
+    from_right = left.middle @ right.delta.double()
+    from_left = left.delta.double() @ right.middle
+    right_energy = from_right.square().sum((1, 2))
+    return (right_energy / (right_energy + from_left.square().sum((1, 2)))).nan_to_num()
+
+
+def head_evidence(
+    components: Sequence[Component],
+    value: Factor,
+    output: Factor,
+    group: Int[Tensor, " head"],
+    kappa: Float[np.ndarray, " head"],
+    *,
+    seed: int,
+) -> Evidence:
+    """Gain and write space of OV against heads of other kv groups; structure of dO by spikes."""
+    d_head, d_model = output.base.shape[1:]
+    kv = group.numpy()
+    swap = factor_swap(value.base, value.delta, output.base, output.delta)
+    gain = own_versus_others(swap.z.numpy(), kv)
+    spans = share_in_spans(output.delta, output.base).nan_to_num()
+    space = own_versus_others(spans.numpy(), kv)
+    from_right = _share_from_right(value, output).numpy()
+    writes = head_spikes(output.base, output.delta, seed=seed)
+    reads = head_spikes(value.swapped.base, value.swapped.delta, seed=seed + 1)
+    chance = d_head / d_model
+    own = ((spans.diagonal() - chance) / (1 - chance)).numpy() if chance < 1 else np.zeros(len(kv))
+    amplified = np.nan_to_num(kappa) ** 2
+    within = from_right * own + (1 - from_right) * reads.share.numpy() - amplified
+    nothing = np.full(len(kv), np.nan)
+    p_space = nothing if space is None else space.p_greater()
+    frame = evidence_frame(
+        components,
+        share_gain=amplified,
+        p_gain=nothing if gain is None else gain.p_two_sided(),
+        share_within=np.maximum(0, within),
+        p_within=np.where(from_right > 0.5, p_space, np.nan),
+        sure_within=(from_right <= 0.5) & reads.found,
+        share_new=from_right * (writes.share * writes.outside).numpy(),
+        sure_new=writes.found,
+        decided_by="own versus heads of other kv groups; sign-flip edge",
+    )
+    tests = [
+        statistic_rows(components, name, side=side, null="own_versus_other", effect=found.effect,
+                  half_interval=found.half_interval(), p_value=p_value, k=k)
+        for name, side, found, p_value, k in (
+            ("gain", "both", gain, frame["p_gain"], None),
+            ("share_in_own_space", "write", space, p_space, d_head),
+        )
+        if found is not None
+    ]  # fmt: skip
+    empty = pd.DataFrame(columns=list(TEST_COLUMNS))
+    return Evidence(frame, pd.concat(tests, ignore_index=True) if tests else empty)
+
+
+def joined_evidence(parts: Sequence[Evidence]) -> Evidence:
+    """The evidence of several groups of components, in order."""
+    tests = [part.tests for part in parts if len(part.tests)]
+    empty = pd.DataFrame(columns=list(TEST_COLUMNS))
+    return Evidence(
+        pd.concat([part.frame for part in parts], ignore_index=True),
+        pd.concat(tests, ignore_index=True) if tests else empty,
+    )
+
+
+def with_weights(frame: pd.DataFrame, weights: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """The frame with the measures that the gate and the reasons need."""
+    labels = [str(component) for component in frame["component"]]
+    return frame.assign(**{name: series.loc[labels].to_numpy() for name, series in weights.items()})

@@ -1,0 +1,130 @@
+"""One offline HTML page from a study folder's files alone.
+
+The page asks the network for nothing: its content security policy allows inline styles and
+exactly the scripts it was made with, by their hashes. All text from models, prompts and files
+passes through Jinja's escaping or ``script_json``, so no ``<`` of theirs reaches the markup. The
+same files give the same bytes.
+"""
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from .circuitsvis import bundle
+from .folder import StudyFolder
+from .sections import ModelPart, described, evaluation_table, load_tables, model_part
+
+PAGE = "report.html"
+TOOLTIP_ROWS = 40_000  # weights rows above which figures carry no tooltips: 120 bytes each
+
+
+def render_report(folder: Path) -> Path:
+    """Write ``folder/report.html`` from the study's other files and give its path.
+
+    Raises:
+        StudyError: The folder is missing or one of its files cannot be read.
+    """
+    study = StudyFolder.read(Path(folder))
+    path = Path(folder) / PAGE
+    partial = path.with_suffix(".html.partial")
+    partial.write_text(page_of(study), "utf-8", newline="\n")
+    partial.replace(path)
+    return path
+
+
+def page_of(study: StudyFolder) -> str:
+    """The page as text."""
+    names = study.tuned_names
+    models = [model_part(study, tuned, place + 1) for place, tuned in enumerate(names)]
+    scripts = _scripts(models)
+    evaluation = study.table("evaluation")
+    return _environment().get_template("page.html.jinja").render(
+        title=f"{_base_name(study)} → {', '.join(names)}",
+        names=names,
+        models=models,
+        policy=content_security_policy(scripts),
+        scripts=[Markup(script) for script in scripts],  # noqa: S704 - made by script_json alone
+        style=Markup(_read("page.css")),  # noqa: S704 - our own file
+        load_parts=[_load_part(name, report) for name, report in study.load_reports.items()],
+        evaluation=evaluation_table(evaluation),
+        missing={name: study.missing(name) for name in ("load_report", "evaluation")},
+        reproduce=_reproduce(study),
+        warnings=described(study.manifest.get("warnings")),
+    )
+
+
+def content_security_policy(scripts: list[str]) -> str:
+    """A policy that lets only ``scripts`` run and lets nothing be fetched."""
+    digests = (hashlib.sha256(script.encode("utf-8")).digest() for script in scripts)
+    hashes = " ".join(f"'sha256-{base64.b64encode(d).decode('ascii')}'" for d in digests)
+    return (
+        f"default-src 'none'; script-src {hashes or repr('none')}; style-src 'unsafe-inline'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _scripts(models: list[ModelPart]) -> list[str]:
+    calls = [text.plot.call for model in models for text in model.tokens]
+    code = bundle() if calls else ""
+    return [code, "\n".join(calls)] if code else []
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text("utf-8")
+
+
+def _base_name(study: StudyFolder) -> str:
+    if base := study.plan.get("base"):
+        return str(base)
+    names = study.table("weights")["base"].dropna().unique()
+    return str(names[0]) if len(names) else "base"
+
+
+def _load_part(name: str, report: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "identical": bool(report.get("identical")),
+        "same_function": _same_function(report.get("same_function")),
+        "refused": [t for t in report.get("tensors") or () if t.get("status") == "refused"],
+        "tables": load_tables(report),
+        "config_differences": described(report.get("config_differences")),
+        "warnings": described(report.get("warnings")),
+    }
+
+
+def _same_function(found: object) -> str:
+    if not isinstance(found, dict) or found.get("value") is None:
+        return ""
+    if not found["value"]:
+        return "The two compute different functions."
+    by = ", ".join(str(b) for b in found.get("by") or ())
+    return "The two compute the same function" + (f", up to {by}." if by else ".")
+
+
+def _reproduce(study: StudyFolder) -> dict[str, Any]:
+    manifest = study.manifest
+    inputs = manifest.get("inputs") if isinstance(manifest.get("inputs"), dict) else {}
+    settings = {key: manifest[key] for key in ("seed", "dtype", "device") if key in manifest}
+    versions = manifest.get("versions")
+    return {
+        "command": str(manifest.get("command") or study.plan.get("command") or ""),
+        "plan": study.plan_text,
+        "versions": described(versions if isinstance(versions, dict) else {}),
+        "settings": described(settings),
+        "inputs": [(str(name), described(files)) for name, files in (inputs or {}).items()],
+        "stages": described(manifest.get("stages")),
+    }

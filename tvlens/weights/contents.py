@@ -1,0 +1,136 @@
+"""One pass over the contents: is every number finite, and how much is equal."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from tvlens.errors import CheckpointError
+
+from .draft import Draft
+from .report import TensorMatch
+from .sources.adapter import Factors
+from .sources.folder import Source
+
+CHUNK = 1 << 24
+"""Entries read at once: 64 MiB in float32."""
+
+
+def row_ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Consecutive ranges of rows of at most ``CHUNK`` entries."""
+    rows = shape[0] if shape else 0  # a scalar has no rows and is read whole
+    step = max(1, CHUNK // max(1, math.prod(shape[1:])))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def non_finite_index(source: Source, name: str) -> tuple[int, ...] | None:
+    """Index of the first NaN or Inf of a stored tensor, None if all is finite."""
+    shape = source.tensors[name].shape
+    if not shape:
+        return first_non_finite(source.read(name))
+    for start, stop in row_ranges(shape):
+        rows = source.read_rows(name, start, stop)
+        if (found := first_non_finite(rows)) is not None:
+            return (found[0] + start, *found[1:])
+    return None
+
+
+def first_non_finite(tensor: Shaped[Tensor, "..."]) -> tuple[int, ...] | None:
+    """Index of the first NaN or Inf, None if all is finite."""
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return None
+    return tuple(int(i) for i in torch.nonzero(~finite)[0])
+
+
+def equal_fraction(base: tuple[Source, str], tuned: tuple[Source, str]) -> float:
+    """Share of equal entries in the rows that both tensors have, compared in float32.
+
+    Tensors of different rank are compared entry by entry; different sizes share nothing.
+    """
+    shapes = [source.tensors[name].shape for source, name in (base, tuned)]
+    if not shapes[0] or len(shapes[0]) != len(shapes[1]) or shapes[0][1:] != shapes[1][1:]:
+        if math.prod(shapes[0]) != math.prod(shapes[1]):
+            return 0.0
+        first, second = (source.read(name).float().flatten() for source, name in (base, tuned))
+        return float((first == second).double().mean())
+    equal, total = 0, 0
+    for start, stop in row_ranges(min(shapes)):
+        first, second = (
+            source.read_rows(name, start, stop).float() for source, name in (base, tuned)
+        )
+        equal += int((first == second).sum())
+        total += first.numel()
+    return equal / total if total else 1.0
+
+
+def refuse_non_finite(draft: Draft) -> None:
+    """Read everything once, in search of NaN and Inf.
+
+    Raises:
+        CheckpointError: A tensor holds one; all such tensors are marked in the report.
+    """
+    problems = [*_non_finite(draft, draft.base), *_non_finite(draft, draft.tuned)]
+    if problems:
+        more = f" {len(problems) - 1} more tensors hold one." if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0].args[0]}{more}", hint=problems[0].hint)
+
+
+def settle_identity(draft: Draft) -> None:
+    """Enter the share of equal entries everywhere, and whether all is equal."""
+    for entry in draft.report.tensors:
+        _settle_equality(draft, entry)
+    changed = [entry for entry in draft.report.tensors if _differs(entry)]
+    factors = draft.adapter.factors.values() if draft.adapter else ()
+    acting = any(_acts(draft.tuned, pair) for pair in factors)
+    function = any(d.effect == "function" for d in draft.report.config_differences)
+    draft.report.identical = not (changed or acting or function)
+    if draft.report.identical:
+        draft.warn(
+            f"{draft.base.name} and {draft.tuned.name} are identical: every tuning vector is zero."
+        )
+
+
+def non_finite(source: Source, name: str, index: tuple[int, ...]) -> CheckpointError:
+    """The error that names the checkpoint, the tensor and the index of a NaN or Inf."""
+    place = ", ".join(map(str, index))
+    return CheckpointError(
+        f"{source.name}: {name}[{place}] in {source.tensors[name].file} is NaN or Inf.",
+        hint="Training diverged or the file is damaged; use an earlier checkpoint.",
+    )
+
+
+def _settle_equality(draft: Draft, entry: TensorMatch) -> None:
+    if entry.base is None or entry.tuned is None or entry.status in ("buffer", "tied"):
+        return
+    if draft.adapter is None or entry.tuned in draft.adapter.replaced.values():
+        sides = (draft.base, entry.base), (draft.tuned, entry.tuned)
+        entry.equal_fraction = equal_fraction(*sides)
+
+
+def _differs(entry: TensorMatch) -> bool:
+    if entry.equal_fraction is not None and entry.equal_fraction < 1:
+        return True
+    return entry.status in ("only_in_base", "only_in_tuned", "aligned")
+
+
+def _acts(source: Source, factors: Factors) -> bool:
+    """Whether a pair of factors is not zero."""
+    names = factors.first, factors.second
+    return factors.scaling != 0 and all(bool(source.read(n).count_nonzero()) for n in names)
+
+
+def _non_finite(draft: Draft, source: Source) -> Iterator[CheckpointError]:
+    side = "base" if source is draft.base else "tuned"
+    for name in source.tensors:
+        if draft.layout.is_buffer(draft.layout.canonical_name(name)):
+            continue
+        if (index := non_finite_index(source, name)) is None:
+            continue
+        for entry in draft.report.tensors:
+            if getattr(entry, side) == name:
+                entry.status = "refused"
+                entry.reason = f"NaN or Inf at {list(index)} of the {side} tensor"
+        yield non_finite(source, name, index)

@@ -1,0 +1,313 @@
+"""Two sources become a pair, or a sentence why they cannot.
+
+Every stored tensor of both gets an entry in the load report; an error carries the report, as far
+as it got, in its ``report`` attribute.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from tvlens.errors import AdapterError, CheckpointError, IncomparableModelsError, TvlensError
+
+from .configs import config_differences
+from .contents import equal_fraction, refuse_non_finite, settle_identity
+from .draft import Draft
+from .fitting import account_for_adapter, fit_adapter
+from .layout import Layout, layout_of
+from .pair import Pair, Weight
+from .report import Status, with_report
+from .sources.folder import Source
+from .sources.opening import open_source
+from .vocabulary import first_disagreement, token_strings
+
+__all__ = ["Pair", "Weight", "load_pair"]
+
+
+def load_pair(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    names: tuple[str, str] | None = None,
+    scan: bool = True,
+) -> Pair:
+    """Match a base with its fine-tune or adapter.
+
+    Args:
+        base: Folder, hub id or ``demo:`` name of the base.
+        tuned: The same of the tuned model, or an adapter folder.
+        names: What tables call the two; the sources' own names by default.
+        scan: Read everything once, to find NaN and Inf and to tell identical models. Without
+            it only headers are read, and NaN and Inf are found when a component is read.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be read, or holds NaN or Inf.
+        IncomparableModelsError: The models have different shapes or functions.
+        AdapterError: The adapter does not fit the base.
+    """
+    sources = open_source(base), open_source(tuned)
+    if sources[0].is_adapter:
+        raise AdapterError(
+            f"{sources[0].name} is an adapter; the base must be a full checkpoint.",
+            hint="Give the model it was trained on first, the adapter second.",
+        )
+    draft = Draft(*sources, layout_of(sources[0].config))
+    try:
+        steps = _adapter_steps() if draft.tuned.is_adapter else _checkpoint_steps()
+        for step in steps:
+            step(draft)
+        if scan:
+            refuse_non_finite(draft)
+            settle_identity(draft)
+    except TvlensError as error:
+        with_report(error, draft.report)
+        raise
+    base_name, tuned_name = names or _names(*sources)
+    return Pair(
+        draft.base,
+        draft.tuned,
+        base_name,
+        tuned_name,
+        draft.layout,
+        draft.report,
+        draft.base_tensors,
+        draft.tuned_tensors,
+        draft.adapter,
+    )
+
+
+def _checkpoint_steps() -> list[Callable[[Draft], None]]:
+    return [_compare_configs, _name_tensors, _settle_ties, _settle_vocabulary, _match_tensors]
+
+
+def _adapter_steps() -> list[Callable[[Draft], None]]:
+    return [_name_tensors, _settle_ties, _check_base, fit_adapter, account_for_adapter]
+
+
+def _names(base: Source, tuned: Source) -> tuple[str, str]:
+    if base.name != tuned.name:
+        return base.name, tuned.name
+    first, second = (f"{s.folder.resolve().parent.name}/{s.name}" for s in (base, tuned))
+    return (first, second) if first != second else (f"{base.name} (base)", f"{tuned.name} (tuned)")
+
+
+def _compare_configs(draft: Draft) -> None:
+    base, tuned = draft.base, draft.tuned
+    types = base.config.get("model_type"), tuned.config.get("model_type")
+    if types[0] != types[1]:
+        raise IncomparableModelsError(
+            f"{base.name} is a {types[0]} model, {tuned.name} a {types[1]} model.",
+            hint="A tuning vector needs a base and a fine-tune of that very base.",
+        )
+    layouts = draft.layout, layout_of(tuned.config)
+    found = config_differences(base.config, tuned.config, layouts)
+    draft.report.config_differences.extend(found)
+    for difference in found:
+        sides = f"{difference.base!r} in {base.name}, {difference.tuned!r} in {tuned.name}"
+        if difference.effect == "refused":
+            raise IncomparableModelsError(
+                f"the models differ in {difference.field}: {sides}.",
+                hint="A tuning vector needs a base and a fine-tune of that very base.",
+            )
+        if difference.effect == "function":
+            draft.warn(
+                f"config.json differs in {difference.field}: {sides}. The models compute "
+                "different things even where their weights are equal."
+            )
+
+
+def _name_tensors(draft: Draft) -> None:
+    draft.base_tensors = _named(draft.base, draft.layout)
+    if not draft.tuned.is_adapter:
+        draft.tuned_tensors = _named(draft.tuned, draft.layout)
+
+
+def _named(source: Source, layout: Layout) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for stored in source.tensors:
+        name = layout.canonical_name(stored)
+        if name in names:
+            raise CheckpointError(
+                f"{source.name} stores {name} twice, as {names[name]!r} and as {stored!r}.",
+                hint="Save the model again with save_pretrained().",
+            )
+        names[name] = stored
+    return names
+
+
+def _settle_ties(draft: Draft) -> None:
+    """W_U is a component of its own as soon as one of the models has its own."""
+    base_tied = _is_tied(draft.base, draft.base_tensors, draft)
+    tuned_tied = base_tied
+    if not draft.tuned.is_adapter:
+        tuned_tied = _is_tied(draft.tuned, draft.tuned_tensors, draft)
+    if base_tied != tuned_tied:
+        tied, untied = (draft.base, draft.tuned) if base_tied else (draft.tuned, draft.base)
+        draft.warn(
+            f"{tied.name} ties its unembedding to the embedding, {untied.name} does not: W_U is "
+            f"compared with the transposed embedding of {tied.name}."
+        )
+    draft.layout = replace(draft.layout, tied=base_tied and tuned_tied)
+
+
+def _is_tied(source: Source, names: dict[str, str], draft: Draft) -> bool:
+    layout = layout_of(source.config)
+    head, embedding = names.get(layout.unembedding_tensor), names.get(layout.embedding_tensor)
+    if not layout.tied or head is None or embedding is None:
+        return layout.tied
+    if source.tensors[head].shape == source.tensors[embedding].shape and (
+        equal_fraction((source, head), (source, embedding)) == 1.0
+    ):
+        return True
+    draft.warn(
+        f"{source.name} says tie_word_embeddings but stores a {head} that differs from "
+        f"{embedding}; both are compared as they are stored."
+    )
+    return False
+
+
+def _settle_vocabulary(draft: Draft) -> None:
+    """Rows of embeddings are matched by number, if the numbers mean the same tokens."""
+    sizes = [
+        source.tensors[names[draft.embedding]].shape[0]
+        for source, names in draft.sides
+        if draft.embedding in names
+    ]
+    if len(sizes) < 2:
+        return
+    _compare_tokenizers(draft, sizes)
+    draft.layout = replace(draft.layout, d_vocab=min(sizes))
+
+
+def _compare_tokenizers(draft: Draft, sizes: list[int]) -> None:
+    base, tuned = draft.base, draft.tuned
+    tokens = token_strings(base.folder), token_strings(tuned.folder)
+    described = f"{base.name} has {sizes[0]} embedding rows, {tuned.name} {sizes[1]}"
+    if tokens[0] is None or tokens[1] is None:
+        if sizes[0] != sizes[1]:
+            raise IncomparableModelsError(
+                f"{described}, and a tokenizer is missing, so rows cannot be matched to tokens.",
+                hint="Put both tokenizer.json files beside the weights.",
+            )
+        return
+    found = first_disagreement(tokens[0], tokens[1])
+    if found is None:
+        return
+    meaning = f"token {found.index} is {found.base!r} in the base and {found.tuned!r} in the tuned"
+    if sizes[0] != sizes[1]:
+        raise IncomparableModelsError(
+            f"{described}, and {meaning} model.",
+            hint="A tuning vector needs rows that stand for the same tokens.",
+        )
+    draft.warn(f"the tokenizers differ: {meaning} model. Embedding rows are compared by number.")
+
+
+def _match_tensors(draft: Draft) -> None:
+    expected = draft.layout.stored_shapes
+    problems = [_match_one(draft, name, shape) for name, shape in expected.items()]
+    for name in [*draft.base_tensors, *(set(draft.tuned_tensors) - set(draft.base_tensors))]:
+        if name not in expected:
+            _account_for_other(draft, name)
+    draft.note_tie()
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        more = f" {len(found) - 1} more tensors do not fit." if len(found) > 1 else ""
+        raise type(found[0])(f"{found[0].args[0]}{more}", hint=found[0].hint)
+
+
+def _match_one(draft: Draft, name: str, shape: tuple[int, ...]) -> TvlensError | None:
+    base, tuned = (names.get(name) for _, names in draft.sides)
+    if name == draft.unembedding:
+        embedding = draft.embedding
+        base = base or draft.base_tensors.get(embedding)
+        tuned = tuned or draft.tuned_tensors.get(embedding)
+    if base is None or tuned is None:
+        return _missing(draft, name, base, tuned)
+    shapes = draft.base.tensors[base].shape, draft.tuned.tensors[tuned].shape
+    vocabulary = name in (draft.embedding, draft.unembedding)
+    for source, found in zip((draft.base, draft.tuned), shapes, strict=True):
+        if not _fits(found, shape, vocabulary=vocabulary):
+            draft.note(base, tuned, "refused", f"{found} in {source.name}, expected {shape}")
+            return _misshapen(draft, name, shapes, shape)
+    draft.note(base, tuned, *_status(draft, base, tuned, shapes, shape))
+    return None
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int, ...], *, vocabulary: bool) -> bool:
+    """Same shape up to axes of length one; an embedding may have more rows."""
+    if vocabulary:
+        return len(found) == 2 and found[1] == expected[1] and found[0] >= expected[0]
+    return _squeezed(found) == _squeezed(expected)
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length for length in shape if length != 1)
+
+
+def _status(
+    draft: Draft,
+    base: str,
+    tuned: str,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    expected: tuple[int, ...],
+) -> tuple[Status, str]:
+    if shapes[0][:1] != shapes[1][:1] and math.prod(shapes[0]) != math.prod(shapes[1]):
+        longer = draft.base if shapes[0][0] > shapes[1][0] else draft.tuned
+        extra = abs(shapes[0][0] - shapes[1][0])
+        return "aligned", (
+            f"rows 0 to {expected[0] - 1} by token number; {extra} further rows of {longer.name} "
+            "have no counterpart"
+        )
+    if expected not in shapes or shapes[0] != shapes[1]:
+        return "reshaped", f"{shapes[0]} and {shapes[1]} read as {expected}"
+    if base != tuned:
+        return "renamed", f"both are {draft.layout.canonical_name(base)}"
+    return "compared", ""
+
+
+def _missing(draft: Draft, name: str, base: str | None, tuned: str | None) -> TvlensError:
+    if base is None and tuned is None:
+        return CheckpointError(
+            f"neither {draft.base.name} nor {draft.tuned.name} has {name}, which config.json "
+            "asks for.",
+            hint="The weights are incomplete or belong to another config.json.",
+        )
+    has, lacks = (draft.base, draft.tuned) if base else (draft.tuned, draft.base)
+    draft.note(base, tuned, "only_in_base" if base else "only_in_tuned", "the other must have it")
+    return IncomparableModelsError(
+        f"{has.name} has {base or tuned}, {lacks.name} lacks it.",
+        hint=f"The weights of {lacks.name} are incomplete or of another architecture.",
+    )
+
+
+def _misshapen(
+    draft: Draft,
+    name: str,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    expected: tuple[int, ...],
+) -> TvlensError:
+    if shapes[0] == shapes[1]:
+        return CheckpointError(
+            f"{name} is {shapes[0]} in {draft.base.name} and {draft.tuned.name}; their "
+            f"config.json asks for {expected}.",
+            hint="Weights and config.json belong to different models.",
+        )
+    return IncomparableModelsError(
+        f"{name} is {shapes[0]} in {draft.base.name} and {shapes[1]} in {draft.tuned.name}.",
+        hint="A tuning vector needs a base and a fine-tune of that very base.",
+    )
+
+
+def _account_for_other(draft: Draft, name: str) -> None:
+    """An entry for a tensor that no component holds."""
+    base, tuned = (names.get(name) for _, names in draft.sides)
+    if draft.layout.tied and name == draft.unembedding:
+        draft.note(base, tuned, "tied", f"equal to {draft.embedding}")
+        return
+    if draft.layout.is_buffer(name):
+        draft.note(base, tuned, "buffer", "no parameter: recomputed from config.json")
+        return
+    reason = f"no {draft.layout.family} model uses it, so no component holds it"
+    status: Status = "refused" if base and tuned else "only_in_base" if base else "only_in_tuned"
+    draft.note(base, tuned, status, reason)
+    draft.warn(f"{base or tuned} is not analysed: {reason}.")

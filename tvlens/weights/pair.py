@@ -1,0 +1,177 @@
+"""A matched pair of checkpoints, read one component at a time."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tvlens.components import Component
+
+from .contents import first_non_finite, non_finite
+from .delta import Absent, Delta, Dense
+from .families.table import Place
+from .layout import Layout
+from .precision import coarsest_dtype, rounding_energy, stored_dtype, stored_step, uniform_energy
+from .report import LoadReport, with_report
+from .sources.adapter import Adapter, low_rank
+from .sources.folder import Source
+
+VOCABULARY_PARTS = ("W_E", "W_U")
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One component of both models.
+
+    Attributes:
+        component: Which one.
+        base: The base's weight, float32, canonical orientation (``x @ W``).
+        delta: Tuned minus base.
+        floor: Expected rounding energy per entry, None for an adapter: it stores the
+            difference itself.
+        equal_fraction: Share of entries that are equal in both; NaN for low-rank factors,
+            whose product is not written out.
+        base_dtype: Dtype in the base's file.
+        tuned_dtype: Dtype in the tuned model's or adapter's file.
+        tied: The same tensor is also W_U.
+    """
+
+    component: Component
+    base: Float[Tensor, "..."]
+    delta: Delta
+    floor: Float[Tensor, "..."] | None
+    equal_fraction: float
+    base_dtype: str
+    tuned_dtype: str
+    tied: bool
+
+    def dense_delta(self) -> Float[Tensor, "..."]:
+        """Tuned minus base, written out."""
+        return self.delta.dense()
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two checkpoints whose difference has a meaning.
+
+    Attributes:
+        base: The base's files.
+        tuned: The tuned model's files, or the adapter's.
+        base_name: What tables call the base.
+        tuned_name: What tables call the tuned model.
+        layout: Numbers and places, of what both have.
+        load_report: What became of every tensor.
+        base_tensors: Stored name by the family's name.
+        tuned_tensors: The same for the tuned checkpoint, or what an adapter stores whole.
+        adapter: The adapter's factors, None for a full checkpoint.
+    """
+
+    base: Source
+    tuned: Source
+    base_name: str
+    tuned_name: str
+    layout: Layout
+    load_report: LoadReport
+    base_tensors: dict[str, str] = field(repr=False)
+    tuned_tensors: dict[str, str] = field(repr=False)
+    adapter: Adapter | None = field(default=None, repr=False)
+
+    @property
+    def components(self) -> list[Component]:
+        """The disjoint pieces of the parameters, in model order."""
+        return self.layout.components()
+
+    def blocks(self) -> list[list[Component]]:
+        """Components by block; the last list holds embeddings and the final norm."""
+        return self.layout.blocks()
+
+    def read(self, component: Component) -> Weight:
+        """The component of both models, read from the files now.
+
+        Raises:
+            KeyError: The pair has no such component.
+            CheckpointError: A file cannot be read, or holds NaN or Inf.
+        """
+        place = self.layout.places[component]
+        base = self.base_weight(component)
+        name = self._stored_name(self.base_tensors, place)
+        base_dtype = self.base.tensors[name].dtype
+        tied = self.layout.tied and component.part == "W_E"
+        if self.adapter is not None and place.tensor not in self.tuned_tensors:
+            delta, tuned_dtype = self._adapter_delta(place, base, base_dtype)
+            equal = 1.0 if isinstance(delta, Absent) else float("nan")
+            return Weight(component, base, delta, None, equal, base_dtype, tuned_dtype, tied)
+        tuned = self.tuned_weight(component)
+        tuned_dtype = self.tuned.tensors[self._stored_name(self.tuned_tensors, place)].dtype
+        return Weight(
+            component,
+            base,
+            Dense(tuned - base),
+            self._floor(place, base, tuned),
+            float((tuned == base).double().mean()),
+            base_dtype,
+            tuned_dtype,
+            tied,
+        )
+
+    def base_weight(self, component: Component) -> Float[Tensor, "..."]:
+        """The base's weight alone, float32, canonical."""
+        return self._weight(self.base, self.base_tensors, self.layout.places[component])
+
+    def tuned_weight(self, component: Component) -> Float[Tensor, "..."]:
+        """The tuned model's weight alone, float32, canonical; an adapter's is base + delta."""
+        place = self.layout.places[component]
+        if self.adapter is not None and place.tensor not in self.tuned_tensors:
+            base = self.base_weight(component)
+            return base + self._adapter_delta(place, base, "")[0].dense()
+        return self._weight(self.tuned, self.tuned_tensors, place)
+
+    def _weight(self, source: Source, names: dict[str, str], place: Place) -> Float[Tensor, "..."]:
+        stored = self._stored(source, self._stored_name(names, place), place)
+        return self.layout.canonical(stored, place).contiguous()
+
+    def _stored(self, source: Source, name: str, place: Place) -> Float[Tensor, "..."]:
+        rows = source.tensors[name].shape[0]
+        if place.part in VOCABULARY_PARTS:
+            rows = min(rows, self.layout.d_vocab)
+        values = source.read_rows(name, 0, rows).float()
+        if (index := first_non_finite(values)) is not None:
+            raise with_report(non_finite(source, name, index), self.load_report)
+        return values.reshape(self.layout.stored_shapes[place.tensor])
+
+    def _stored_name(self, names: dict[str, str], place: Place) -> str:
+        if place.part == "W_U" and place.tensor not in names:
+            return names[self.layout.embedding_tensor]
+        return names[place.tensor]
+
+    def _adapter_delta(
+        self, place: Place, base: Float[Tensor, "..."], base_dtype: str
+    ) -> tuple[Delta, str]:
+        """The adapter's change and its stored dtype."""
+        factors = self.adapter.factors.get(place.tensor) if self.adapter else None
+        if factors is None:
+            return Absent(tuple(base.shape)), base_dtype
+        whole = low_rank(self.tuned, factors)
+        right = self.layout.output_part(whole.right, place).contiguous()
+        return type(whole)(whole.left, right), self.tuned.tensors[factors.first].dtype
+
+    def _floor(
+        self, place: Place, base: Float[Tensor, "..."], tuned: Float[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        names = (
+            self._stored_name(self.base_tensors, place),
+            self._stored_name(self.tuned_tensors, place),
+        )
+        sources = (self.base, self.tuned)
+        dtypes = [
+            stored_dtype(source.tensors[name].dtype, source.rounding)
+            for source, name in zip(sources, names, strict=True)
+        ]
+        step = stored_step(self.tuned.rounding, names[1])
+        if step is None:
+            return rounding_energy(tuned, coarsest_dtype(*dtypes))
+        shape = self.layout.stored_shapes[place.tensor]
+        rows = step.reshape(-1, *[1] * (len(shape) - 1)) if step.dim() else step
+        steps = self.layout.canonical(torch.broadcast_to(rows, shape), place)
+        return uniform_energy(steps) + rounding_energy(base, coarsest_dtype(dtypes[0]))
