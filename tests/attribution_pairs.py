@@ -77,3 +77,9 @@ def batch(*, lengths: tuple[int, ...] = (9, 6, 11, 7), seed: int = 3):
         answers=[ids(2) for _ in lengths],
         wrongs=[ids(1) for _ in lengths],
     )
+
+
+def component(kind: str, layer: int | None, index: int | None, part: str | None):
+    from tvlens.components import Component
+
+    return Component(kind, layer, index, part)

@@ -145,7 +145,12 @@ def attribution_table(tuned="med"):
     numbers = (("prompt", pa.int32()), ("score", FLOAT), ("n", pa.int32()), ("gap", FLOAT))
     schema = keyed_schema(*((t, pa.string()) for t in texts), *numbers)
     count = len(used)
-    columns = {**keyed(used, tuned), **rows, "metric": ["logit_diff"] * count, "unit": ["logits"] * count}
+    columns = {
+        **keyed(used, tuned),
+        **rows,
+        "metric": ["logit_diff"] * count,
+        "unit": ["logits"] * count,
+    }
     return Table.of("attribution", schema, columns)
 
 
@@ -205,18 +210,15 @@ def prompts_table(tuned="med", tokens=("What", " treats", " fever", "?", HOSTILE
 
 
 def findings_table(tuned="med"):
-    from tvlens.tables import Table
+    from tvlens.tables import Table, keyed_schema
 
-    names = ("tuned", "site", "kind", "finding", "role")
-    schema = pa.schema([*((n, pa.string()) for n in names), ("insert", FLOAT), ("remove", FLOAT)])
+    numbers = (("insert", FLOAT), ("remove", FLOAT))
+    schema = keyed_schema(*numbers, ("finding", pa.string()))
     columns = {
-        "tuned": [tuned],
-        "site": ["L5H1"],
-        "kind": ["head"],
+        **keyed([c for c in components() if str(c) == "L5.W_out"], tuned),
         "finding": ["necessary"],
-        "role": ["source"],
         "insert": [0.25],
-        "remove": [0.5],
+        "remove": [2.5],
     }
     return Table.of("findings", schema, columns)
 
@@ -246,7 +248,9 @@ def write_json_files(folder: Path) -> None:
     tensors += [{"base": "lm_head", "tuned": None, "status": "tied", "reason": "tied to embed"}]
     report = {
         "tensors": tensors,
-        "config_differences": [{"key": "rope_theta", "base": 10000, "tuned": 20000}],
+        "config_differences": [
+            {"field": "rope_theta", "base": 10000, "tuned": 20000, "effect": "function"}
+        ],
         "warnings": [f"the tokenizer's token 7 is {HOSTILE}"],
         "identical": False,
         "same_function": {"value": False, "by": [], "residual": 0.1},
@@ -261,7 +265,12 @@ def write_json_files(folder: Path) -> None:
         "seed": 0,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    plan = {"base": "demo:base", "tuned": ["demo:med"], "tuned_names": ["med"], "prompts": "p.jsonl"}
+    plan = {
+        "base": "demo:base",
+        "tuned": ["demo:med"],
+        "tuned_names": ["med"],
+        "prompts": "p.jsonl",
+    }
     (folder / "study.yaml").write_text(yaml.safe_dump(plan, sort_keys=False), "utf-8")
 
 
@@ -438,23 +447,28 @@ def test_estimates_stand_beside_exact_swings_of_the_same_prompts(markup):
     rows = attribution_table().to_frame()
     mean = rows[(rows["component"] == "L5.W_out") & (rows["method"] == "exact_weight_path")]
     exact = f"{mean['score'].mean():+.3g}"
-    row = re.search(r"L5\.W_out (– )+(\S+ \S+ \S+ \S+)", markup.words)
+    row = re.search(r"L5\.W_out passed necessary (\S+ \S+ \S+ \S+ \S+ \S+)", markup.words)
     assert row is not None
-    assert row[2].split()[2:] == [exact, exact]
+    assert row[1].split()[2:] == [exact, exact, "+0.25", "+2.5"]
 
 
 def test_choose_ranks_and_judge_is_reported(markup):
     rows = attribution_table().to_frame()
     rows = rows[(rows["component"] == "L5.W_out") & (rows["method"] == "weight_ig")]
     means = [f"{rows[rows['prompt'] % 2 == parity]['score'].mean():+.3g}" for parity in (0, 1)]
-    row = re.search(r"L5\.W_out (– )+(\S+ \S+)", markup.words)
+    row = re.search(r"L5\.W_out passed necessary (\S+ \S+)", markup.words)
     assert row is not None
-    assert row[2].split() == means
+    assert row[1].split() == means
 
 
 def test_heat_maps_hold_every_layer_and_head(page):
     text = page.read_text("utf-8")
-    for name, count in (("size-head", 4), ("size-kv_head", 2), ("size-matrix", 7), ("score-head", 4)):
+    for name, count in (
+        ("size-head", 4),
+        ("size-kv_head", 2),
+        ("size-matrix", 7),
+        ("score-head", 4),
+    ):
         drawing = re.search(rf'<svg id="m1-{name}".*?</svg>', text, re.S)
         assert drawing is not None
         cells = re.search(r'<g class="cells">(.*?)</g>', drawing[0], re.S)
@@ -531,7 +545,9 @@ def test_a_prompt_without_finite_scores_is_left_out_and_counted(tmp_path):
     place = table.data.schema.get_field_index("token_scores")
     scores = [[float("nan")] * 6] + [[0.5] * 6] * (PROMPTS - 1)
     data = table.data.set_column(place, "token_scores", pa.array(scores, pa.list_(pa.float32())))
-    words = parsed(render_report(write_study(tmp_path / "s", (type(table)("prompts", data),)))).words
+    words = parsed(
+        render_report(write_study(tmp_path / "s", (type(table)("prompts", data),)))
+    ).words
     assert "5 of 6 prompts are shown. 1 left out" in words
 
 

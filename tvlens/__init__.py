@@ -16,7 +16,7 @@ from .errors import TvlensError
 
 if TYPE_CHECKING:
     from .attribution.activations import attribute_activations
-    from .attribution.exact import exact_weights
+    from .attribution.exact import exact_weight_table as exact_weights
     from .attribution.weights import attribute_weights
     from .geometry.classify import classify
     from .geometry.decompose import decompose
@@ -44,7 +44,7 @@ _HOMES = {
     "compare": ("study.runner", "compare"),
     "classify": ("geometry.classify", "classify"),
     "decompose": ("geometry.decompose", "decompose"),
-    "exact_weights": ("attribution.exact", "exact_weights"),
+    "exact_weights": ("attribution.exact", "exact_weight_table"),
     "load_pair": ("weights.matching", "load_pair"),
     "prompts": ("models.prompts", "load_prompts"),
     "render_report": ("reporting.report", "render_report"),

@@ -31,7 +31,7 @@ Prompts = Annotated[str | None, typer.Option(help="Prompt file (.jsonl, .txt) or
 MetricName = Annotated[str | None, typer.Option("--metric", help="Name or package.module:function.")]
 Names = Annotated[list[str] | None, typer.Option("--tuned-name", help="A name per fine-tune.")]
 Controls = Annotated[list[str] | None, typer.Option("--control", help="A control fine-tune.")]
-CheckExact = Annotated[int, typer.Option(min=0, help="Components checked exactly, per kind.")]
+CheckExact = Annotated[int | None, typer.Option(min=1, help="Components checked exactly.")]
 CheckSeconds = Annotated[float, typer.Option(min=1.0, help="Time for exact checks.")]
 Chat = Annotated[Literal["auto", "on", "off"], typer.Option(help="Apply the chat template.")]
 Neurons = Annotated[Literal["top", "all"], typer.Option(help="Per-prompt rows of neurons.")]
@@ -53,7 +53,7 @@ def compare(
     metric: MetricName = None,
     control: Controls = None,
     tuned_name: Names = None,
-    check_exact: CheckExact = 8,
+    check_exact: CheckExact = None,
     check_seconds: CheckSeconds = 60.0,
     chat: Chat = "auto",
     neurons: Neurons = "top",
@@ -121,7 +121,7 @@ def attribute(
     prompts: Prompts = None,
     metric: MetricName = None,
     tuned_name: Names = None,
-    check_exact: CheckExact = 8,
+    check_exact: CheckExact = None,
     check_seconds: CheckSeconds = 60.0,
     chat: Chat = "auto",
     neurons: Neurons = "top",
@@ -168,8 +168,9 @@ def inspect(base: Base, tuned: Tuned, json: Json = False) -> None:
 def report(study: Annotated[Path, typer.Argument(help="A study folder.")]) -> None:
     """Make report.html again from the tables of a study."""
     from .reporting.report import render_report
+    from .study.store import existing_study
 
-    typer.echo(f"report: {render_report(study)}")
+    typer.echo(f"report: {render_report(existing_study(study).folder)}")
 
 
 @app.command()

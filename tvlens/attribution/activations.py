@@ -243,9 +243,9 @@ class _Products:
         """A forward hook."""
 
         def hook_function(activation: Tensor, hook: object) -> None:
-            donor = self.difference[site.hook].float()
+            donor = _wide(self.difference[site.hook])
             mask = self.mask.reshape(*self.mask.shape, *[1] * (donor.ndim - 2))
-            self.difference[site.hook] = (donor - activation.detach().float()) * mask
+            self.difference[site.hook] = (donor - _wide(activation.detach())) * mask
 
         return hook_function
 
@@ -259,7 +259,7 @@ class _Products:
 
         def hook_function(gradient: Tensor, hook: object) -> None:
             difference = self.difference.pop(site.hook)
-            score = einsum(difference, gradient.float(), _PRODUCTS[site.cut.kind])
+            score = einsum(difference, _wide(gradient), _PRODUCTS[site.cut.kind])
             self.scores[site.hook] = score.reshape(len(score), -1)
 
         return hook_function
@@ -289,6 +289,11 @@ def _first_order(patch: _Patch, metric: Metric) -> dict[Cut, Float[Tensor, "batc
         cut: patch.sign * _by_layer(products.scores, [s for s in sites if s.cut == cut])
         for cut in _HOOKS
     }
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: products of bfloat16 are summed there."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _by_layer(scores: dict[str, Tensor], sites: list[Site]) -> Float[Tensor, "batch layer index"]:

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..components import Component
-from ..models.metrics import Metric, Run
-from ..models.pair import HookedPair
-from ..models.prompts import Batch
-from ..tables import Table
+from tvlens.components import Component
+from tvlens.models.metrics import Metric, Run
+from tvlens.models.pair import HookedPair
+from tvlens.models.prompts import Batch
+from tvlens.tables import Table
 from .sites import End, Piece, WeightPath, pieces, weight_path
 from .tables import sampled_table
 from .weights import chunks, gauss_legendre, method_run
@@ -117,3 +117,14 @@ class _Measured:
             return known[end]
         with self.path.placed(parts, end):
             return self.value()
+
+
+def noise_floor(hooked: HookedPair, batch: Batch, metric: Metric, *, prompts: int = 4) -> float:
+    """How far the base's metric moves when a prompt runs alone instead of in its batch.
+
+    The true change is 0, so this is what rounding does to an exact score, in metric units.
+    """
+    some = batch.rows(range(min(prompts, len(batch))))
+    together = hooked.values(hooked.base, metric, some)
+    alone = torch.cat([hooked.values(hooked.base, metric, one) for one in some.chunks(1)])
+    return float((together - alone).abs().max())

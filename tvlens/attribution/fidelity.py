@@ -19,7 +19,7 @@ redundant at its end makes every part look dispensable), so they are findings, n
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,13 +31,13 @@ from numpy import ndarray
 from scipy import stats
 from torch import Tensor
 
-from ..components import DISJOINT_KINDS, Component, key_columns
-from ..errors import StudyError
-from ..models.metrics import Metric
-from ..models.pair import HookedPair
-from ..models.prompts import Batch
-from ..tables import Table, concatenated, keyed_schema
-from .exact import ExactMethod, exact_weight_table
+from tvlens.components import DISJOINT_KINDS, Component, key_columns
+from tvlens.errors import StudyError
+from tvlens.models.metrics import Metric
+from tvlens.models.pair import HookedPair
+from tvlens.models.prompts import Batch
+from tvlens.tables import Table, concatenated, keyed_schema
+from .exact import ExactMethod, exact_weight_table, noise_floor
 from .tables import FIDELITY_SCHEMA, NEURONS_PER_PROMPT
 from .weights import NODE_COUNTS, NOISE, chunks
 
@@ -55,6 +55,11 @@ SAME_QUESTION = {
 CHECKED_KINDS = ("matrix", "head", "kv_head", "neuron", "norm", "bias", "embedding", "node")
 CHECK_SCHEMA = FIDELITY_SCHEMA.append(pa.field("direction", pa.string()))
 """A cross-model estimate is made in two directions under one method label."""
+WEIGHT_QUESTIONS: tuple[ExactMethod, ...] = (
+    "exact_weight_insert",
+    "exact_weight_remove",
+    "exact_weight_path",
+)
 SPEARMAN_TO_PASS = 0.9
 SLOPE_TO_PASS = (0.8, 1.25)
 FEWEST = 3
@@ -316,33 +321,33 @@ def check_fidelity(
     Raises:
         StudyError: ``attribution`` has no estimate in weight space.
     """
-    checked, frame = _checked_rows(batch, seed), attribution.to_frame()
-    methods = _weight_methods(frame)
-    series = _activation_series(frame)
-    own = int(frame.loc[frame["method"] == "weight_ig", "nodes"].max()) if (
-        "weight_ig" in methods
-    ) else NODE_COUNTS[0]
+    checked = _checked_rows(batch, seed)
+    methods = _weight_methods(attribution)
+    own = _own_nodes(attribution.where(method=methods[0]))
     if count is None:
         count, planned = planned_check(hooked, checked, metric, seconds=seconds, nodes=own)
         nodes = nodes or planned
     strata = sampled_strata(attribution.where(method=methods[0]), count=count, seed=seed)
     wanted = [component for drawn in strata.values() for component in drawn]
     logger.info("checking %d components exactly with %s nodes", len(wanted), nodes or own)
+    questions = [q for q in WEIGHT_QUESTIONS if q != "exact_weight_path" or "weight_ig" in methods]
     tables = [
         exact_weight_table(hooked, checked, metric, wanted, method=question, nodes=nodes or own)
-        for question in WEIGHT_QUESTIONS
-        if question != "exact_weight_path" or "weight_ig" in methods
+        for question in questions
     ]
-    for method, direction, at in series:
-        drawn = sampled_strata(
-            attribution.where(method=method, direction=direction), count=count, seed=seed
-        )
-        tables.append(_exact_activations(hooked, batch, metric, drawn, (direction, at, seed)))
+    for exact, drawn in _checked_activations(hooked, batch, metric, attribution, count, seed=seed):
+        tables.append(exact)
         strata = {name: [*strata[name], *drawn[name]] for name in strata}
     exact = concatenated("attribution", tables, order="score")
     change, noise = _mean_change(hooked, metric, checked), noise_floor(hooked, checked, metric)
     found = fidelity_table(attribution, exact, strata, change=change, seed=seed, noise=noise)
     return exact, found
+
+
+def _own_nodes(scores: Table) -> int:
+    """The nodes a run used; the usual number where it was no integral."""
+    used = scores.to_frame()["nodes"].max()
+    return int(used) if used > 1 else NODE_COUNTS[0]
 
 
 def _weight_methods(attribution: Table) -> list[str]:
@@ -356,6 +361,29 @@ def _weight_methods(attribution: Table) -> list[str]:
             hint="Call attribute_weights first.",
         )
     return sorted(known, key=lambda method: method != "weight_ig")
+
+
+def _checked_activations(
+    hooked: HookedPair,
+    batch: Batch,
+    metric: Metric,
+    attribution: Table,
+    count: int,
+    *,
+    seed: int,
+) -> Iterator[tuple[Table, dict[str, list[Component]]]]:
+    """Exact rows and strata of every activation series that is in ``attribution``."""
+    from .activations import exact_activations
+
+    frame = attribution.to_frame()
+    frame = frame[(frame["space"] == "activation") & frame["method"].isin(SAME_QUESTION)]
+    for method, direction, at in frame[["method", "direction", "at"]].drop_duplicates().to_numpy():
+        rows = batch.with_corrupt() if direction == "clean_into_corrupt" else batch
+        series = attribution.where(method=method, direction=direction)
+        drawn = sampled_strata(series, count=count, seed=seed)
+        wanted = [component for part in drawn.values() for component in part]
+        checked = _checked_rows(rows, seed)
+        yield exact_activations(hooked, checked, metric, wanted, direction=direction, at=at), drawn
 
 
 def _checked_rows(batch: Batch, seed: int) -> Batch:
@@ -402,7 +430,7 @@ def sampled_strata(
     frame = frame.assign(key=_keys(frame), size=frame["score"].abs())
     sizes = frame.groupby("key", sort=False)["size"].mean()
     ranked = [*sizes.sort_values(ascending=False, kind="stable").index]
-    by_kind = {kind: [c for c in ranked if c.kind == kind] for kind in WEIGHT_KINDS}
+    by_kind = {kind: [c for c in ranked if c.kind == kind] for kind in CHECKED_KINDS}
     shares = _shares({kind: len(found) for kind, found in by_kind.items() if found}, count)
     rng, strata = np.random.default_rng(seed), {"random": [], "top": []}
     for kind, share in shares.items():
@@ -426,29 +454,32 @@ def _shares(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     return {kind: shares[kind] for kind in sizes}
 
 
-def findings_table(attribution: Table, exact: Table) -> Table:
+def findings_table(attribution: Table) -> Table:
     """What each exactly patched component does alone, beside its integrated score.
 
-    Means over the prompts of the exact sample. An effect counts if it has the sign and at least
-    half the size of the integrated score: ``insert`` alone makes the component *sufficient*,
-    ``remove`` alone *necessary*, both *both*; neither, with a score that is not noise,
-    *redundant*: it works only together with others. *none* where nothing is above the noise.
-    ``role`` is filled where activations are known too.
+    ``attribution`` holds ``weight_ig`` and the exact insert and remove rows; means are over the
+    prompts of the exact sample. An effect counts if it has the sign and at least half the size of
+    the integrated score: ``insert`` alone makes the component *sufficient*, ``remove`` alone
+    *necessary*, both *both*; neither, with a score that is not noise, *redundant*: it works only
+    together with others. *none* where nothing is above the noise. ``role`` is filled where
+    activations are known too.
+
+    Raises:
+        StudyError: One of the three methods has no rows.
     """
-    truths, guesses = _scores_by_method(exact), _scores_by_method(attribution)
-    needed = {"exact_weight_insert", "exact_weight_remove"} - truths.keys()
-    if needed or "weight_ig" not in guesses:
-        raise StudyError(
-            f"findings need weight_ig and exact insert and remove; missing "
-            f"{sorted(needed) or 'weight_ig'}."
-        )
-    insert, remove = (truths[f"exact_weight_{name}"].mean(axis=1) for name in ("insert", "remove"))
-    ig = guesses["weight_ig"].reindex(columns=truths["exact_weight_insert"].columns).mean(axis=1)
+    scores = _scores_by_series(attribution)
+    wanted = ("exact_weight_insert", "exact_weight_remove", "weight_ig")
+    found = [_of_method(scores, method) for method in wanted]
+    if missing := [m for m, frame in zip(wanted, found, strict=True) if frame is None]:
+        raise StudyError(f"findings need rows of {', '.join(missing)}.")
+    known = [frame for frame in found if frame is not None]
+    prompts = known[0].columns
+    insert, remove, ig = (frame.reindex(columns=prompts).mean(axis=1) for frame in known)
     components = [c for c in insert.index if c in ig.index]
     triples = [(float(insert[c]), float(remove[c]), float(ig[c])) for c in components]
     columns: dict[str, Sequence[object]] = {
         **key_columns(components),
-        **_constant_columns(exact, len(components)),
+        **_constant_columns(attribution, len(components)),
         "insert": [t[0] for t in triples],
         "remove": [t[1] for t in triples],
         "ig": [t[2] for t in triples],
@@ -466,8 +497,8 @@ def finding(insert: float, remove: float, ig: float) -> str:
     return names.get((alone, missing), "redundant")
 
 
-def _constant_columns(exact: Table, count: int) -> dict[str, list[object]]:
-    first = exact.data.slice(0, 1).to_pylist()
+def _constant_columns(scores: Table, count: int) -> dict[str, list[object]]:
+    first = scores.data.slice(0, 1).to_pylist()
     names = ("base", "tuned", "metric", "unit")
     row = first[0] if first else dict.fromkeys(names, "")
     return {**{name: [row[name]] * count for name in names}, "tied": [False] * count}

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..components import Component, Kind
-from ..errors import HostError
-from ..models.lens import LensModel
-from ..models.pair import HookedPair
+from tvlens.components import Component, Kind
+from tvlens.errors import HostError
+from tvlens.models.lens import LensModel
+from tvlens.models.pair import HookedPair
 
 End = Literal["base", "tuned"]
 
@@ -257,7 +257,8 @@ def _check_alike(sites: list[Site], others: list[Site]) -> None:
     for key in shapes.keys() | wanted.keys():
         if shapes.get(key) != wanted.get(key):
             raise HostError(
-                f"{'.'.join(key)} has shape {shapes.get(key)} in base and {wanted.get(key)} in tuned.",
+                f"{'.'.join(key)} has shape {shapes.get(key)} in base and {wanted.get(key)} in "
+                "tuned.",
                 hint="Attribution to weights needs two models of one architecture.",
             )
     for site in (*sites, *others):

@@ -30,13 +30,13 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..components import DISJOINT_KINDS, Component
-from ..errors import HostError
-from ..models.lens import HookList, leaf
-from ..models.metrics import Metric, Run
-from ..models.pair import HookedPair
-from ..models.prompts import Batch
-from ..tables import Table, concatenated
+from tvlens.components import DISJOINT_KINDS, Component
+from tvlens.errors import HostError
+from tvlens.models.lens import HookList, leaf
+from tvlens.models.metrics import Metric, Run
+from tvlens.models.pair import HookedPair
+from tvlens.models.prompts import Batch
+from tvlens.tables import Table, concatenated
 from .sites import LINEAR, Site, WeightPath, canonical, weight_path, weight_sites
 from .tables import (
     NEURONS_PER_PROMPT,
@@ -76,8 +76,8 @@ METHODS: dict[str, tuple[str, Direction, At]] = {
 }
 """Estimator, direction and place of every method label in weight space."""
 
-Rows = dict[tuple[str, str], Float[Tensor, "batch rows"]]
-"""Scores by (site, ``weight`` or ``bias``): one column per entry of the side that is cut."""
+Rows = dict[tuple[str, str], Float[Tensor, "_ _"]]
+"""Scores [prompt, row] by (site, ``weight`` or ``bias``): one column per entry of the side that is cut."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,9 @@ def weight_table(
             "prompt (layer index) -> prompt layer index",
             layer=hooked.base.n_layers,
         )
-        tables.append(attribution_table({Cut("neuron"): layered}, run))
+        tables.append(
+            attribution_table({Cut("neuron"): layered}, run, neurons=NEURONS_PER_PROMPT)
+        )
         extra = [neurons[i] for i in _beyond_the_top(scores.values[neurons])]
         if extra:
             chosen = [scores.components[i] for i in extra]

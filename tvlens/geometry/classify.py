@@ -417,10 +417,20 @@ def classify(
     )
 
 
+def _whole_numbers(column: pd.Series) -> list[int | None]:
+    return [None if pd.isna(value) else int(value) for value in column]
+
+
 def _table(
     name: str, schema: pa.Schema, frame: pd.DataFrame, keys: dict[str, object]
 ) -> Table:
     """The columns of ``schema`` from the frame and its keys."""
-    own = {field.name: frame[field.name].to_numpy() for field in schema if field.name in frame}
+    own = {
+        field.name: _whole_numbers(frame[field.name])
+        if field.type == pa.int32()
+        else frame[field.name].to_list()
+        for field in schema
+        if field.name in frame and field.name not in keys
+    }
     order = {"labels": "structured_share", "tests": "effect"}[name]
     return Table.of(name, schema, {**own, **keys}, order=order)

@@ -261,7 +261,7 @@ def _circuit_columns(cores: CircuitCores, part: str, *, d_model: int, d_head: in
 
 
 def _as_list(values: Sequence[object] | Tensor) -> Sequence[object]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    return values.tolist() if isinstance(values, Tensor) else values
 
 
 @dataclass(frozen=True, eq=False)

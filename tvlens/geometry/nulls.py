@@ -89,7 +89,7 @@ class OwnVersusOthers:
 
     effect: Float[np.ndarray, " component"]
     standard_error: Float[np.ndarray, " component"]
-    freedom: float
+    freedom: int
     others: int
 
     @property

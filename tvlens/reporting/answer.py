@@ -76,7 +76,9 @@ def size(study: StudyFolder, tuned: str) -> list[Statement]:
     question = "How big is the change?"
     weights = study.table("weights", tuned)
     if weights.empty:
-        return [Statement(question, f"Not measured. Make it with: {_how(study, 'weights')}", "missing")]
+        return [
+            Statement(question, f"Not measured. Make it with: {_how(study, 'weights')}", "missing")
+        ]
     delta, base, ratio = relative_size(weights)
     pieces = disjoint(weights)
     untouched = int((pieces["delta_norm"] == 0).sum())
@@ -115,7 +117,9 @@ def kinds(study: StudyFolder, tuned: str) -> list[Statement]:
     question = "New, or more of the same?"
     labels = study.table("labels", tuned)
     if labels.empty:
-        return [Statement(question, f"Not labelled. Make it with: {_how(study, 'labels')}", "missing")]
+        return [
+            Statement(question, f"Not labelled. Make it with: {_how(study, 'labels')}", "missing")
+        ]
     sentences = []
     for kind in [k for k in _KIND_WORDS if k in set(labels["kind"])]:
         rows = labels[labels["kind"] == kind]
@@ -140,7 +144,11 @@ def matters(study: StudyFolder, tuned: str) -> list[Statement]:
     question = "What matters most?"
     rows = of_method(study.table("attribution", tuned), ESTIMATE)
     if rows.empty:
-        return [Statement(question, f"Not traced. Make it with: {_how(study, 'attribution')}", "missing")]
+        return [
+            Statement(
+                question, f"Not traced. Make it with: {_how(study, 'attribution')}", "missing"
+            )
+        ]
     means = disjoint(mean_scores(rows))
     means = means[means["score"].notna()]
     if means.empty:
@@ -175,7 +183,8 @@ def _ranking(
     checked = means[means["kind"].isin(set(decided["kind"]))]
     top = checked.reindex(checked["score"].abs().sort_values(ascending=False, kind="stable").index)
     listed = ", ".join(
-        f"{row.component} ({row.score:+.3g}{_of(row.score, total)})" for row in top.head(3).itertuples()
+        f"{row.component} ({row.score:+.3g}{_of(row.score, total)})"
+        for row in top.head(3).itertuples()
     )
     words = " and ".join(kind_words(k) for k in dict.fromkeys(decided["kind"]))
     return Statement(question, f"Among {words}, {listed}.")
@@ -204,7 +213,9 @@ def agreement(study: StudyFolder, tuned: str) -> list[Statement]:
     question = "Do estimates agree with exact patching?"
     fidelity = study.table("fidelity", tuned)
     if fidelity.empty:
-        return [Statement(question, f"Not checked. Make it with: {_how(study, 'fidelity')}", "missing")]
+        return [
+            Statement(question, f"Not checked. Make it with: {_how(study, 'fidelity')}", "missing")
+        ]
     decided = checks(fidelity)
     passed = decided[decided["verdict"] == "passed"]
     failed = decided[decided["verdict"] == "withheld"]
@@ -222,8 +233,9 @@ def agreement(study: StudyFolder, tuned: str) -> list[Statement]:
 
 
 def _failure(row: pd.Series) -> str:
+    words = kind_words(str(row["kind"]))
     return (
-        f"{row['method']} for {kind_words(str(row['kind']))} (Spearman {number(row['spearman'], 2)}, "
+        f"{row['method']} for {words} (Spearman {number(row['spearman'], 2)}, "
         f"slope {number(row['slope'], 2)}, n = {number(row['n'])})"
     )
 
@@ -243,7 +255,9 @@ def losses(study: StudyFolder, tuned: str) -> list[Statement]:
     if not moves:
         return []
     unit = next((f" ({u})" for u in frame["unit"].dropna()), "")
-    return [Statement("And on held-out text?", f"Loss of base → {tuned}{unit}: {'; '.join(moves)}.")]
+    return [
+        Statement("And on held-out text?", f"Loss of base → {tuned}{unit}: {'; '.join(moves)}.")
+    ]
 
 
 def _base_names(study: StudyFolder) -> list[str]:

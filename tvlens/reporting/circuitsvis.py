@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NEGATIVE = "#2166ac"
-POSITIVE = "#b2182b"
+# CircuitsVis writes white on colours of brightness under 0.6, too faint to read on mid tones;
+# these ends stay above it, so all text is black
+NEGATIVE = "#6fa8e8"
+POSITIVE = "#f4866a"
 _ESCAPES = (
     ("<", "\\u003c"),
     (">", "\\u003e"),

@@ -28,6 +28,7 @@ MAGNITUDE: tuple[Colour, ...] = (
     (106, 81, 163),
     (63, 0, 125),
 )
+NOTHING = "\N{EN DASH}"  # stands in a table where there is no value
 EMPTY = "#e4e4e8"
 MAX_POINTS = 4000  # a browser lays out this many marks at once without a pause
 SVG_WIDTH = 680  # the column's width at 1280 px
@@ -94,7 +95,7 @@ class HeatMap:
     stops: tuple[str, ...]
     low: str
     high: str
-    unit: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,11 @@ class Scatter:
     drawn: int
 
 
-def number(value: object, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """A number for people with ``digits`` significant digits; a dash where there is none."""
-    if value is None or isinstance(value, str) or not np.isfinite(float(value)):  # pyright: ignore[reportArgumentType]
-        return value if isinstance(value, str) else "–"
-    return f"{float(value):.{digits}g}"  # pyright: ignore[reportArgumentType]
+    if value is None or not np.isfinite(value):
+        return NOTHING
+    return f"{float(value):.{digits}g}"
 
 
 def colour_at(scale: tuple[Colour, ...], position: float) -> Colour:
@@ -194,8 +195,7 @@ def heat_map(grid: Grid, *, tooltips: bool = True) -> HeatMap:
     n_rows, n_columns = grid.values.shape
     cell_width = float(np.clip((SVG_WIDTH - 60) // max(n_columns, 1), 13, 58))
     cell_height = float(np.clip(440 // max(n_rows, 1), 13, 26))
-    finite = np.abs(grid.values[np.isfinite(grid.values)])
-    limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    limit, largest = colour_limit(grid.values)
     scale = SIGNED if grid.signed else MAGNITUDE
     left, top = 44.0, 22.0
     cells = [
@@ -208,7 +208,7 @@ def heat_map(grid: Grid, *, tooltips: bool = True) -> HeatMap:
     return HeatMap(
         name=grid.name,
         title=grid.title,
-        width=max(left + n_columns * cell_width + 8, 260.0),
+        width=max(left + n_columns * cell_width + 8, 330.0),
         height=top + n_rows * cell_height + 46,
         cell_width=cell_width,
         cell_height=cell_height,
@@ -220,8 +220,20 @@ def heat_map(grid: Grid, *, tooltips: bool = True) -> HeatMap:
         stops=tuple(hex_code(colour) for colour in scale),
         low=number(-limit if grid.signed else 0.0),
         high=number(limit),
-        unit=grid.unit,
+        note=f"{grid.unit} (largest {number(largest)})" if largest > limit else grid.unit,
     )
+
+
+def colour_limit(values: Float[np.ndarray, "row column"]) -> tuple[float, float]:
+    """The magnitude of full colour, and the largest magnitude.
+
+    They are the same unless the largest stands so far out that all the rest would look empty:
+    then the scale ends at three times the 95th percentile and what is beyond has full colour.
+    """
+    finite = np.abs(values[np.isfinite(values)])
+    largest = float(finite.max()) if finite.size else 0.0
+    most = 3 * float(np.quantile(finite, 0.95)) if finite.size else 0.0
+    return (most if 0 < most < largest else largest) or 1.0, largest
 
 
 def _ticks(names: tuple[str, ...], start: float, step: float) -> tuple[Tick, ...]:
@@ -234,7 +246,9 @@ def _ticks(names: tuple[str, ...], start: float, step: float) -> tuple[Tick, ...
     )
 
 
-def _cell(grid: Grid, row: int, column: int, limit: float, *, tooltips: bool, written: bool) -> Cell:
+def _cell(
+    grid: Grid, row: int, column: int, limit: float, *, tooltips: bool, written: bool
+) -> Cell:
     value = float(grid.values[row, column])
     where = grid.what.format(grid.rows[row], grid.columns[column])
     if not np.isfinite(value):
@@ -309,9 +323,7 @@ def _groups(placed: pd.DataFrame, totals: pd.Series, tooltips: bool) -> tuple[Gr
                 *(rows[c] for c in ("component", "gain", "residual", "x", "y")), strict=True
             )
         )
-        groups.append(
-            Group(label, MARKS.get(label, OTHER_MARK), tuple(points), int(totals[label]))
-        )
+        groups.append(Group(label, MARKS.get(label, OTHER_MARK), tuple(points), int(totals[label])))
     return tuple(groups)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..errors import StudyError
-from ..tables import KEY_FIELDS, Table
+from tvlens.errors import StudyError
+from tvlens.tables import KEY_FIELDS, Table
 
 _KEYS = tuple(field.name for field in KEY_FIELDS)
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -28,14 +28,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "attribution": (
         *_KEYS,
         *("method", "space", "estimator", "direction", "at", "prompt"),
-        *("score", "metric", "unit", "n", "nodes", "gap"),
+        *("score", "metric", "unit", "n", "nodes", "gap", "geometric_part"),
     ),
     "fidelity": (
         *("tuned", "method", "kind", "stratum", "n", "spearman", "spearman_worst", "slope"),
         *("sign_agreement", "ci_low", "ci_high", "sum_insert", "sum_remove", "sum_ig"),
         *("metric_change", "passed"),
     ),
-    "findings": ("tuned", "site", "kind", "insert", "remove", "ig", "finding", "role"),
+    "findings": (*_KEYS, "insert", "remove", "ig", "finding", "role"),
     "evaluation": (
         *("model", "task", "split", "measure", "value"),
         *("ci_low", "ci_high", "n", "unit"),

@@ -16,10 +16,17 @@ from markupsafe import Markup
 
 from .circuitsvis import bundle
 from .folder import StudyFolder
-from .sections import ModelPart, described, evaluation_table, load_tables, model_part
+from .sections import (
+    ModelPart,
+    config_table,
+    described,
+    evaluation_table,
+    load_tables,
+    model_part,
+)
 
 PAGE = "report.html"
-TOOLTIP_ROWS = 40_000  # weights rows above which figures carry no tooltips: 120 bytes each
+MAX_BYTES = 8 * 10**6  # a page above this is made again without the figures' tooltips
 
 
 def render_report(folder: Path) -> Path:
@@ -31,29 +38,38 @@ def render_report(folder: Path) -> Path:
     study = StudyFolder.read(Path(folder))
     path = Path(folder) / PAGE
     partial = path.with_suffix(".html.partial")
-    partial.write_text(page_of(study), "utf-8", newline="\n")
+    page = page_of(study).encode("utf-8")
+    if len(page) > MAX_BYTES:
+        page = page_of(study, tooltips=False).encode("utf-8")
+    partial.write_bytes(page)
     partial.replace(path)
     return path
 
 
-def page_of(study: StudyFolder) -> str:
-    """The page as text."""
+def page_of(study: StudyFolder, *, tooltips: bool = True) -> str:
+    """The page as text, with or without the figures' tooltips."""
     names = study.tuned_names
-    models = [model_part(study, tuned, place + 1) for place, tuned in enumerate(names)]
+    models = [
+        model_part(study, tuned, place + 1, tooltips=tooltips) for place, tuned in enumerate(names)
+    ]
     scripts = _scripts(models)
     evaluation = study.table("evaluation")
-    return _environment().get_template("page.html.jinja").render(
-        title=f"{_base_name(study)} → {', '.join(names)}",
-        names=names,
-        models=models,
-        policy=content_security_policy(scripts),
-        scripts=[Markup(script) for script in scripts],  # noqa: S704 - made by script_json alone
-        style=Markup(_read("page.css")),  # noqa: S704 - our own file
-        load_parts=[_load_part(name, report) for name, report in study.load_reports.items()],
-        evaluation=evaluation_table(evaluation),
-        missing={name: study.missing(name) for name in ("load_report", "evaluation")},
-        reproduce=_reproduce(study),
-        warnings=described(study.manifest.get("warnings")),
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            title=f"{_base_name(study)} → {', '.join(names)}",
+            names=names,
+            models=models,
+            policy=content_security_policy(scripts),
+            scripts=[Markup(script) for script in scripts],
+            style=Markup(_read("page.css")),
+            load_parts=[_load_part(name, report) for name, report in study.load_reports.items()],
+            evaluation=evaluation_table(evaluation),
+            missing={name: study.missing(name) for name in ("load_report", "evaluation")},
+            reproduce=_reproduce(study),
+            warnings=_warnings(study),
+        )
     )
 
 
@@ -101,9 +117,15 @@ def _load_part(name: str, report: dict[str, Any]) -> dict[str, Any]:
         "same_function": _same_function(report.get("same_function")),
         "refused": [t for t in report.get("tensors") or () if t.get("status") == "refused"],
         "tables": load_tables(report),
-        "config_differences": described(report.get("config_differences")),
+        "config": config_table(report),
         "warnings": described(report.get("warnings")),
     }
+
+
+def _warnings(study: StudyFolder) -> list[str]:
+    """The manifest's warnings less those that stand with the load report."""
+    loader = {w for r in study.load_reports.values() for w in described(r.get("warnings"))}
+    return [w for w in described(study.manifest.get("warnings")) if w not in loader]
 
 
 def _same_function(found: object) -> str:

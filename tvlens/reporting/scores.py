@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..components import ATTENTION_PARTS, DISJOINT_KINDS, MLP_PARTS
+from tvlens.components import ATTENTION_PARTS, DISJOINT_KINDS, MLP_PARTS
 from .folder import StudyFolder
 
 ESTIMATE = "weight_ig"
@@ -23,7 +23,7 @@ class Completeness(NamedTuple):
     Attributes:
         change: Mean of metric(tuned) - metric(base).
         total: Mean of the sum of the parts.
-        gap: mean |sum of the parts - change| / mean |change|, NaN where unknown.
+        gap: mean |sum of the parts - change| / mean |change|, NaN where nothing changes.
         worst: Largest |sum of the parts - change| of a prompt, in metric units.
         prompts: How many prompts.
     """
@@ -68,8 +68,9 @@ def relative_size(weights: pd.DataFrame) -> tuple[float, float, float]:
 
 
 def of_method(attribution: pd.DataFrame, method: str) -> pd.DataFrame:
-    """Rows of one method and of the first metric that the table holds for it."""
-    rows = attribution[attribution["method"] == method]
+    """Rows of one method for whole components, of the first metric that the table holds for it."""
+    whole = attribution["geometric_part"].isna()
+    rows = attribution[(attribution["method"] == method) & whole]
     metrics = rows["metric"].dropna().unique()
     return rows if len(metrics) < 2 else rows[rows["metric"] == metrics[0]]
 
@@ -105,7 +106,7 @@ def split_prompts(prompts: pd.DataFrame, split: str) -> set[float]:
 
 
 def completeness(attribution: pd.DataFrame, prompts: pd.DataFrame) -> Completeness | None:
-    """Sum of the ``weight_ig`` pieces against the metric's change; None without such rows."""
+    """Sum of the ``weight_ig`` pieces against the metric's change; None where one is unknown."""
     rows = of_method(attribution, ESTIMATE)
     pieces = rows[rows["kind"].isin(DISJOINT_KINDS) & rows["prompt"].notna()]
     if pieces.empty:
@@ -115,7 +116,7 @@ def completeness(attribution: pd.DataFrame, prompts: pd.DataFrame) -> Completene
     change.index = pd.Index(prompts["prompt"].astype(float))
     both = pd.DataFrame({"total": totals}).join(change.rename("change")).dropna()
     if both.empty:
-        return Completeness(float("nan"), float(totals.mean()), np.nan, np.nan, len(totals))
+        return None
     error = (both["total"] - both["change"]).abs()
     scale = float(both["change"].abs().mean())
     gap = float(error.mean()) / scale if scale > 0 else float("nan")
@@ -123,9 +124,9 @@ def completeness(attribution: pd.DataFrame, prompts: pd.DataFrame) -> Completene
     return Completeness(mean_change, mean_total, gap, float(error.max()), len(both))
 
 
-def verdict(passed: object) -> str:
+def verdict(passed: bool | float | None) -> str:
     """``passed`` or ``withheld``; a check that was not decided withholds too."""
-    return "passed" if passed is not None and passed == True else "withheld"  # noqa: E712
+    return "passed" if passed is not None and not pd.isna(passed) and bool(passed) else "withheld"
 
 
 def checks(fidelity: pd.DataFrame) -> pd.DataFrame:
@@ -135,6 +136,8 @@ def checks(fidelity: pd.DataFrame) -> pd.DataFrame:
 
 
 def labels_of(study: StudyFolder, tuned: str) -> dict[str, str]:
-    """Label by component."""
+    """Label by component; heads and neurons, labelled once each, also by site."""
     frame = study.table("labels", tuned).dropna(subset=["component", "label"])
-    return dict(zip(frame["component"], frame["label"], strict=True))
+    single = frame[frame["kind"].isin(("head", "neuron"))].drop_duplicates("site")
+    by_site = dict(zip(single["site"], single["label"], strict=True))
+    return by_site | dict(zip(frame["component"], frame["label"], strict=True))

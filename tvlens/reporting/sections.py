@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,24 @@ import pandas as pd
 
 from .answer import Statement, answer, kind_words, percent
 from .circuitsvis import TokenPlot
-from .figures import LABELS, Grid, HeatMap, Scatter, heat_map, label_scatter, number
+from .figures import (
+    LABELS,
+    NOTHING,
+    SIGNED,
+    Grid,
+    HeatMap,
+    Scatter,
+    colour_at,
+    heat_map,
+    hex_code,
+    label_scatter,
+    number,
+)
 from .folder import StudyFolder
 from .scores import (
     ESTIMATE,
     EXACT,
+    checks,
     disjoint,
     energy_shares,
     labels_of,
@@ -49,6 +62,16 @@ class DataTable:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     text_columns: int = 1
+
+    def without_empty_columns(self) -> "DataTable":
+        """The same table less the columns that hold nothing but dashes."""
+        kept = [i for i in range(len(self.columns)) if any(row[i] != NOTHING for row in self.rows)]
+        return replace(
+            self,
+            columns=tuple(self.columns[i] for i in kept),
+            rows=tuple(tuple(row[i] for i in kept) for row in self.rows),
+            text_columns=sum(i < self.text_columns for i in kept),
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +170,7 @@ def largest_table(study: StudyFolder, tuned: str) -> DataTable:
         (
             row.component,
             row.kind.replace("_", " "),
-            labels.get(row.component, "–").replace("_", " "),
+            labels.get(row.component, labels.get(row.site, NOTHING)).replace("_", " "),
             percent(row.relative_delta),
             number(row.gain),
             number(row.residual),
@@ -158,7 +181,8 @@ def largest_table(study: StudyFolder, tuned: str) -> DataTable:
     return DataTable(
         f"The {len(pieces)} tensors and the {len(heads)} head slices that changed most for their "
         "size. gain > 0: longer along its own base direction; residual: the rest, relative to the "
-        "base; snr: energy over the expected rounding energy.",
+        "base; snr: energy over the expected rounding energy. A head's label is that of its whole "
+        "OV circuit.",
         ("component", "kind", "label", "|delta| / |base|", "gain", "residual", "snr"),
         rows,
         text_columns=3,
@@ -169,7 +193,7 @@ def size_grids(weights: pd.DataFrame, slug: str) -> list[Grid]:
     """Heat maps of relative change: heads, kv heads, matrices."""
     grids = [
         _head_grid(weights, kind, words, f"{slug}-size-{kind}")
-        for kind, words in (("head", "head"), ("kv_head", "kv head"))
+        for kind, words in (("head", "head"), ("kv_head", "key-value head"))
     ]
     matrices = weights[(weights["kind"] == "matrix") & weights["part"].isin(PARTS)]
     grids.append(
@@ -203,7 +227,7 @@ def score_grids(study: StudyFolder, tuned: str, slug: str) -> list[Grid]:
     means = mean_scores(rows)
     unit = str(rows["unit"].dropna().iloc[0]) if rows["unit"].notna().any() else ""
     grids = []
-    for kind, words in (("head", "head"), ("kv_head", "kv head"), ("matrix", "")):
+    for kind, words in (("head", "head"), ("kv_head", "key-value head"), ("matrix", "")):
         here = means[(means["kind"] == kind) & means["layer"].notna()]
         here = here[here["part"].isin(PARTS)] if kind == "matrix" else here
         sums = here.groupby(["layer", "part" if kind == "matrix" else "index"], as_index=False)
@@ -230,9 +254,7 @@ def _grid(
         return None
     words = isinstance(frame["column"].iloc[0], str)
     present = set(frame["column"])
-    columns = (
-        [part for part in PARTS if part in present] if words else range(int(max(present)) + 1)
-    )
+    columns = [part for part in PARTS if part in present] if words else range(int(max(present)) + 1)
     wide = frame.pivot_table(index="layer", columns="column", values="value", aggfunc="first")
     layers = range(int(frame["layer"].max()) + 1)
     return Grid(
@@ -293,42 +315,44 @@ def ranking_tables(study: StudyFolder, tuned: str) -> list[DataTable]:
     if rows.empty:
         return []
     prompts = study.table("prompts", tuned)
-    joined = _beside_exact(rows, attribution, study.table("findings", tuned), prompts)
-    pieces = joined[~joined["kind"].isin(_FINER)]
-    finer = joined[joined["kind"].isin(_FINER)]
+    joined = _beside_exact(rows, of_method(attribution, EXACT), prompts)
+    joined = _with_findings(joined, study.table("findings", tuned))
+    decided = checks(study.table("fidelity", tuned))
+    own = decided[decided["method"] == ESTIMATE]
+    passed = own.groupby("kind")["verdict"].agg(
+        lambda v: "passed" if all(v == "passed") else "withheld"
+    )
+    joined["check"] = joined["kind"].map(passed).fillna("not checked")
+    finer = joined["kind"].isin(_FINER)
     unit = str(rows["unit"].dropna().iloc[0]) if rows["unit"].notna().any() else "metric units"
     tables = [
-        _ranking(pieces, f"Pieces of the model, which together make the whole change ({unit})."),
-        _ranking(finer, f"Heads, kv heads and neurons: finer cuts of the same matrices ({unit})."),
+        _ranking(joined[~finer], f"Pieces of the model: they add up to the whole change ({unit})."),
+        _ranking(joined[finer], f"Heads and neurons: finer cuts of the same matrices ({unit})."),
     ]
     return [table for table in tables if table.rows]
 
 
 def _beside_exact(
-    rows: pd.DataFrame, attribution: pd.DataFrame, findings: pd.DataFrame, prompts: pd.DataFrame
+    rows: pd.DataFrame, exact_rows: pd.DataFrame, prompts: pd.DataFrame
 ) -> pd.DataFrame:
-    means = mean_scores(rows).set_index("component")
+    joined = mean_scores(rows).set_index("component")
     choose, judge = split_prompts(prompts, "choose"), split_prompts(prompts, "judge")
-    split = bool(choose and judge)
-    exact_rows = of_method(attribution, EXACT)
-    exact = mean_scores(exact_rows).set_index("component")["score"]
     tested = exact_rows[["component", "prompt"]].dropna().drop_duplicates()
     same = rows.merge(tested, on=["component", "prompt"])
-    found = findings.dropna(subset=["finding"]).drop_duplicates("site").set_index("site")
-    columns: dict[str, Any] = {
-        "rank": mean_scores(rows, choose).set_index("component")["score"] if split else means["score"],
-        "judge": mean_scores(rows, judge).set_index("component")["score"] if split else np.nan,
-        "same": same.groupby("component")["score"].mean(),
-        "exact": exact,
-    }
-    joined = means.assign(**{k: _aligned(v, means.index) for k, v in columns.items()})
-    for column in ("insert", "remove", "finding"):
-        joined[column] = joined["site"].map(found[column])
+    joined["same"] = same.groupby("component")["score"].mean()
+    joined["exact"] = mean_scores(exact_rows).set_index("component")["score"]
+    joined["rank"], joined["judge"] = joined["score"], np.nan
+    if choose and judge:
+        joined["rank"] = mean_scores(rows, choose).set_index("component")["score"]
+        joined["judge"] = mean_scores(rows, judge).set_index("component")["score"]
     return joined.reset_index()
 
 
-def _aligned(values: Any, index: pd.Index) -> Any:
-    return values.reindex(index) if isinstance(values, pd.Series) else values
+def _with_findings(joined: pd.DataFrame, findings: pd.DataFrame) -> pd.DataFrame:
+    key = "site" if findings["component"].isna().all() else "component"
+    found = findings.dropna(subset=["finding"]).drop_duplicates(key).set_index(key)
+    columns = ("insert", "remove", "finding")
+    return joined.assign(**{column: joined[key].map(found[column]) for column in columns})
 
 
 def _ranking(frame: pd.DataFrame, what: str) -> DataTable:
@@ -338,28 +362,29 @@ def _ranking(frame: pd.DataFrame, what: str) -> DataTable:
     for row in frame.reindex(order.index[:TOP]).itertuples():
         scores = (_signed(row.rank), _signed(row.judge)) if split else (_signed(row.score),)
         checked = (_signed(row.same), _signed(row.exact), _signed(row.insert), _signed(row.remove))
-        finding = row.finding if isinstance(row.finding, str) else "–"
-        rows.append((row.component, finding, *scores, *checked))
+        finding = row.finding if isinstance(row.finding, str) else NOTHING
+        rows.append((row.component, row.check, finding, *scores, *checked))
     how = (
-        "Ranked on the prompts of the split ‘choose’; the score on ‘judge’ stands beside it."
+        "Ranked on the prompts of the split 'choose'; the score on 'judge' stands beside it."
         if split
         else "Ranked by the mean over all prompts."
     )
     headings = ("on choose", "on judge") if split else ("estimate",)
     return DataTable(
         f"{what} {how} The exact swing averages what swapping the component in does along the path "
-        "and is set against the estimate on the same prompts. A dash: not measured exactly.",
+        "and is set against the estimate on the same prompts. A dash: not measured exactly. Read "
+        "no order into rows whose kind did not pass its check.",
         (
-            *("component", "finding", *headings),
+            *("component", "check", "finding", *headings),
             *("estimate, same prompts", "exact swing", "alone into base", "alone out of tuned"),
         ),
         tuple(rows),
-        text_columns=2,
-    )
+        text_columns=3,
+    ).without_empty_columns()
 
 
 def _signed(value: Any) -> str:
-    return f"{value:+.3g}" if isinstance(value, float) and math.isfinite(value) else "–"
+    return f"{value:+.3g}" if isinstance(value, float) and math.isfinite(value) else NOTHING
 
 
 def fidelity_table(frame: pd.DataFrame) -> DataTable | None:
@@ -371,13 +396,15 @@ def fidelity_table(frame: pd.DataFrame) -> DataTable | None:
             str(row.method),
             kind_words(str(row.kind)),
             str(row.stratum),
-            verdict(row.passed) if row.stratum == "random" else "–",
+            verdict(row.passed) if row.stratum == "random" else NOTHING,
             number(row.n),
             number(row.spearman),
-            f"{number(row.ci_low, 2)} to {number(row.ci_high, 2)}",
+            _interval(row.ci_low, row.ci_high),
             number(row.spearman_worst),
             number(row.slope),
             number(row.sign_agreement),
+            *(_signed(value) for value in (row.sum_insert, row.sum_remove, row.sum_ig)),
+            _signed(row.metric_change),
         )
         for row in frame.itertuples()
     )
@@ -388,10 +415,15 @@ def fidelity_table(frame: pd.DataFrame) -> DataTable | None:
         (
             *("method", "kind", "sample", "claims", "n", "Spearman", "95 % interval"),
             *("worst prompt", "slope", "signs agree"),
+            *("Σ into base", "Σ out of tuned", "Σ integrated", "change of the metric"),
         ),
         rows,
         text_columns=4,
-    )
+    ).without_empty_columns()
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{number(low)} to {number(high)}" if pd.notna(low) and pd.notna(high) else NOTHING
 
 
 def token_texts(study: StudyFolder, tuned: str, slug: str) -> tuple[list[TokenText], str]:
@@ -408,7 +440,10 @@ def token_texts(study: StudyFolder, tuned: str, slug: str) -> tuple[list[TokenTe
     shown = usable[:TOKEN_PROMPTS]
     limit = max((abs(s) for _, _, scores in shown for s in scores), default=0.0) or 1.0
     texts = [_token_text(f"cv-{slug}-{p}", row, scores, limit) for p, row, scores in shown]
-    notes = [f"{len(shown)} of {len(prompts)} prompts are shown."] if shown else []
+    notes = []
+    if shown:
+        notes.append(f"Full colour is {number(limit)} either way.")
+        notes.append(f"{len(shown)} of {len(prompts)} prompts are shown.")
     if refused:
         notes.append(f"{refused} left out: a token without a finite score.")
     return texts, " ".join(notes)
@@ -425,8 +460,6 @@ def _token_text(name: str, row: Any, scores: list[float], limit: float) -> Token
 
 
 def _shade(position: float) -> str:
-    from .figures import SIGNED, colour_at, hex_code
-
     return hex_code(colour_at(SIGNED, position / 2 + 0.5))
 
 
@@ -449,6 +482,22 @@ def load_tables(report: dict[str, Any]) -> list[DataTable]:
     return tables
 
 
+def config_table(report: dict[str, Any]) -> DataTable | None:
+    """The config entries that differ, and what that means."""
+    found = [d for d in report.get("config_differences") or () if isinstance(d, dict)]
+    effects = {"function": "changes the function", "refused": "not comparable", "note": "noted"}
+    rows = tuple(
+        (
+            _words(difference.get("field")),
+            *(_words(difference.get(end)) for end in ("base", "tuned")),
+            effects.get(str(difference.get("effect")), _words(difference.get("effect"))),
+        )
+        for difference in found
+    )
+    columns = ("entry", "base", "tuned", "effect")
+    return DataTable("Config entries that differ.", columns, rows, text_columns=4) if rows else None
+
+
 def described(items: object) -> list[str]:
     """Config differences or warnings, one line each, whatever form they are stored in."""
     if isinstance(items, dict):
@@ -462,7 +511,7 @@ def described(items: object) -> list[str]:
 
 def _words(value: object) -> str:
     if value is None:
-        return "–"
+        return NOTHING
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(inner)}" for key, inner in value.items())
     return str(value)
@@ -477,7 +526,7 @@ def evaluation_table(frame: pd.DataFrame) -> DataTable | None:
     keys = ["task", "split", "measure", "unit", "n"]
     lines = []
     for key, group in rows.groupby(keys, sort=False, dropna=False):
-        words = tuple("–" if pd.isna(k) else str(k) for k in key[:4])
+        words = tuple(NOTHING if pd.isna(k) else str(k) for k in key[:4])
         cells = (_measured(group[group["model"] == model]) for model in models)
         lines.append((*words, number(key[4]), *cells))
     return DataTable(
@@ -494,4 +543,4 @@ def _measured(rows: pd.DataFrame) -> str:
         known = pd.notna(row.ci_low) and pd.notna(row.ci_high)
         interval = f" [{number(row.ci_low, 4)}, {number(row.ci_high, 4)}]" if known else ""
         cells.append(number(row.value, 4) + interval)
-    return "; ".join(cells) or "–"
+    return "; ".join(cells) or NOTHING

@@ -15,6 +15,7 @@ def demo_plan() -> StudyPlan:
         controls=("demo:ctl",),
         prompts="demo:med",
         stages=("decompose", "attribute", "evaluate"),
+        check_exact=63,  # three of each kind at random and at the top, and as many again
         evaluate={"medical": "demo:med", "maths": "demo:math", "general": "demo:gen"},
     )
 

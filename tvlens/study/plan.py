@@ -24,7 +24,10 @@ class StudyPlan(BaseModel):
         metric: Metric name or ``package.module:function``; None chooses by the prompts.
         stages: Which stages to run.
         evaluate: Held-out text files to measure, by domain name.
-        check_exact: Components in the exact sample of each kind.
+        check_exact: Components in the exact sample; None plans it from ``check_seconds`` and
+            writes what was planned.
+        check_nodes: Nodes of the exact path average; None takes the estimate's own.
+        check_seconds: Time that the exact checks may take, as far as a plan can tell.
         seed: Seed of every random draw.
     """
 
@@ -40,7 +43,8 @@ class StudyPlan(BaseModel):
     evaluate: dict[str, str] = {}
     chat: Literal["auto", "on", "off"] = "auto"
     neurons: Literal["top", "all"] = "top"
-    check_exact: int = Field(default=8, ge=0)
+    check_exact: int | None = Field(default=None, ge=1)
+    check_nodes: int | None = Field(default=None, ge=1)
     check_seconds: float = Field(default=60.0, gt=0)
     skip_bad_lines: bool = False
     device: str = "auto"

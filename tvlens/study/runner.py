@@ -5,7 +5,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json
 if TYPE_CHECKING:
     from ..models.prompts import PromptSet
     from ..weights.matching import Pair
+    from ..weights.sources import Source
 
 Progress = Callable[[str], None]
 PACKAGES = ("tvlens", "torch", "transformer-lens", "transformers", "safetensors", "scipy")
@@ -98,8 +99,8 @@ def compare(
     if prompts is not None:
         asked = str(saved_prompts(prompts, folder.with_name(folder.name + "-prompts.jsonl")))
     plan = StudyPlan(
-        base=pair.base.spec,
-        tuned=(pair.tuned.spec,),
+        base=_spec(pair.base),
+        tuned=(_spec(pair.tuned),),
         tuned_names=(pair.tuned_name,),
         controls=tuple(controls),
         prompts=asked,
@@ -134,11 +135,19 @@ class _Run:
                 output = stage(self.plan, pair, self.say)
                 self.warnings += output.warnings
                 self.facts.setdefault(pair.tuned_name, {}).update(output.facts)
+                self._fix_sample(output.facts)
                 for table in output.tables:
                     made.setdefault(table.name, []).append(table)
             for table_name, parts in made.items():
                 concatenated(table_name, parts, order=ORDERS.get(table_name, "")).save(self.folder)
         self.write_manifest()
+
+    def _fix_sample(self, facts: Mapping[str, Any]) -> None:
+        """Keep the exact sample that was planned by time, so that a rerun repeats it."""
+        if "check_exact" in facts and self.plan.check_exact is None:
+            planned = {name: facts[name] for name in ("check_exact", "check_nodes")}
+            self.plan = self.plan.model_copy(update=planned)
+            self.plan.save(self.folder)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -194,6 +203,11 @@ def _pairs(plan: StudyPlan, folder: Path) -> "list[Pair]":
     return pairs
 
 
+def _spec(source: "Source") -> str:
+    """What reads ``source`` again: its name if that is one, else its folder."""
+    return source.name if source.name.startswith("demo:") else str(source.folder.resolve())
+
+
 def _write_refusal(folder: Path, error: TvlensError) -> None:
     report = getattr(error, "report", None)
     if report is None or (folder / MANIFEST).exists() or folder.is_file():
@@ -219,6 +233,8 @@ def _check_resume(plan: StudyPlan, folder: Path, *, resume: bool) -> None:
     if not (resume and path.is_file()):
         return
     earlier = StudyPlan.load(path)
+    if plan.check_exact is None:
+        earlier = earlier.model_copy(update={"check_exact": None, "check_nodes": None})
     if earlier != plan:
         raise StudyError(
             f"{folder} was made with other options, so its tables cannot be kept.",

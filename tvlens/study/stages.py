@@ -89,13 +89,12 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
     scores = _scores(hooked, batch, metric, say)
     say("checking estimates against exact patching")
-    exact, fidelity, findings = _checked(plan, hooked, batch, metric, scores)
-    attribution = concatenated("attribution", [*scores, *exact], order="score")
+    tables, sample = _checked(plan, hooked, batch, metric, scores)
     say("attributing tokens")
     prompt_table = _prompts_table(hooked, asked, batch, metric)
-    facts = {"metric": metric.name, "unit": metric.unit, "prompts": len(batch)}
+    facts = {"metric": metric.name, "unit": metric.unit, "prompts": len(batch), **sample}
     return StageOutput(
-        (prompt_table, attribution, fidelity, findings),
+        (prompt_table, *tables),
         facts,
         (*_prompt_warnings(plan, asked), *batch.warnings),
     )
@@ -143,20 +142,22 @@ def _scores(hooked: "HookedPair", batch: "Batch", metric: Any, say: Progress) ->
 
 def _checked(
     plan: StudyPlan, hooked: "HookedPair", batch: "Batch", metric: Any, scores: list[Table]
-) -> tuple[list[Table], Table, Table]:
-    """Exact rows of a sample, the agreement of each estimate with them, and findings."""
-    from ..attribution.fidelity import check_fidelity, findings_table
+) -> tuple[list[Table], dict[str, Any]]:
+    """Exact rows of a sample, how each estimate agrees with them, findings; and the sample's size."""
+    from ..attribution.fidelity import CHECKED_PROMPTS, check_fidelity, findings_table, planned_check
 
+    estimates = concatenated("attribution", scores)
+    count, nodes = plan.check_exact, plan.check_nodes
+    if count is None:
+        few = batch.rows(range(min(len(batch), CHECKED_PROMPTS)))
+        own = int(estimates.to_frame()["nodes"].max())
+        count, nodes = planned_check(hooked, few, metric, seconds=plan.check_seconds, nodes=own)
     exact, fidelity = check_fidelity(
-        hooked,
-        batch,
-        metric,
-        concatenated("attribution", scores),
-        count=plan.check_exact,
-        seconds=plan.check_seconds,
-        seed=plan.seed,
+        hooked, batch, metric, estimates, count=count, seed=plan.seed, nodes=nodes
     )
-    return [exact], fidelity, findings_table(concatenated("attribution", [*scores, exact]))
+    attribution = concatenated("attribution", [*scores, exact], order="score")
+    facts = {"check_exact": count, "check_nodes": nodes}
+    return [attribution, fidelity, findings_table(attribution)], facts
 
 
 def _prompts_table(

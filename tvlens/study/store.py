@@ -160,6 +160,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def existing_study(folder: Path) -> Study:
+    """The study in ``folder``.
+
+    Raises:
+        StudyError: There is none.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise StudyError(
+            f"{folder} holds no study: it has no {MANIFEST}.",
+            hint="Give the folder that `tvlens compare --out` wrote.",
+        )
+    return Study(folder)
+
+
 def prepared_folder(folder: Path, inputs: Mapping[str, Any], *, force: bool) -> None:
     """Make ``folder`` ready for a study of ``inputs``, or refuse.
 

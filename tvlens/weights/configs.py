@@ -25,13 +25,13 @@ STRUCTURE = (
     "mlp_bias",
 )
 """Layout entries that must agree, or a difference of weights has no meaning."""
-FUNCTION_ENTRIES = (
-    "sliding_window",
-    "use_sliding_window",
-    "layer_types",
-    "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx",
-)
+FUNCTION_ENTRIES: Mapping[str, Any] = {
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+"""Entries that change the attention, with the value that leaving them out means."""
 SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 ROPE_ENTRIES = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct")
 READ_ELSEWHERE = (
@@ -50,6 +50,8 @@ READ_ELSEWHERE = (
     "tie_word_embeddings",
     "attention_bias",
     "mlp_bias",
+    "layer_types",
+    "model_type",
     "use_parallel_residual",
     "activation_function",
     "n_embd",
@@ -134,8 +136,15 @@ def _function_entries(config: Mapping[str, Any], layout: Layout) -> dict[str, An
         "norm_eps": layout.norm_eps,
         "tie_word_embeddings": layout.tied,
         **rotary,
-        **{name: config.get(name) for name in FUNCTION_ENTRIES},
+        **{name: config.get(name, default) for name, default in FUNCTION_ENTRIES.items()},
+        "layer_types": _unusual_layers(config),
     }
+
+
+def _unusual_layers(config: Mapping[str, Any]) -> list[str] | None:
+    """The kinds of layers, None where all attend to everything."""
+    kinds = config.get("layer_types") or []
+    return None if set(kinds) <= {"full_attention"} else list(kinds)
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -88,7 +88,7 @@ class Absent:
 Delta = Dense | LowRank | Absent
 
 
-def scaled(delta: Delta, factor: float) -> Delta:
+def scaled(delta: Delta, factor: float | int) -> Delta:
     """``factor`` times a difference, in the same form."""
     match delta:
         case Dense():

@@ -20,6 +20,7 @@ class Draft:
         base_tensors: Stored name by the family's name.
         tuned_tensors: The same for the tuned checkpoint.
         adapter: The adapter's changes, None for a full checkpoint.
+        ties: Whether base and tuned tie W_U to W_E.
     """
 
     base: Source
@@ -29,6 +30,7 @@ class Draft:
     base_tensors: dict[str, str] = field(default_factory=dict)
     tuned_tensors: dict[str, str] = field(default_factory=dict)
     adapter: Adapter | None = None
+    ties: tuple[bool, bool] = (False, False)
 
     def note(
         self, base: str | None, tuned: str | None, status: Status, reason: str = ""

@@ -150,11 +150,15 @@ class Layout:
         while wrapper := next((w for w in WRAPPERS if name.startswith(w)), ""):
             name = name[len(wrapper) :]
         name = self._table.aliases.get(name, name)
-        expected = {*self.stored_shapes, self.unembedding_tensor}
-        prefixed = self._table.prefix + name
-        if name not in expected and (prefixed in expected or self.is_buffer("." + name)):
-            return prefixed
-        return name
+        prefix = self._table.prefix
+        if name in self._known or name.startswith(prefix):
+            return name
+        known = prefix + name in self._known or self.is_buffer("." + name)
+        return prefix + name if known else name
+
+    @cached_property
+    def _known(self) -> set[str]:
+        return {*self.stored_shapes, self.unembedding_tensor}
 
     def is_buffer(self, name: str) -> bool:
         """Whether a stored tensor is no parameter (rotary frequencies, causal masks)."""

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tvlens.errors import AdapterError, CheckpointError, IncomparableModelsError, TvlensError
+from tvlens.errors import (
+    AdapterError,
+    CheckpointError,
+    IncomparableModelsError,
+    TvlensError,
+    UnsupportedFormatError,
+)
 
 from .configs import config_differences
 from .contents import equal_fraction, refuse_non_finite, settle_identity
@@ -16,12 +22,16 @@ from .draft import Draft
 from .fitting import account_for_adapter, fit_adapter
 from .layout import Layout, layout_of
 from .pair import Pair, Weight
+from .precision import PRECISIONS
 from .report import Status, with_report
 from .sources.folder import Source
 from .sources.opening import open_source
 from .vocabulary import first_disagreement, token_strings
 
 __all__ = ["Pair", "Weight", "load_pair"]
+
+_INCOMPLETE = "The weights are incomplete or belong to another config.json."
+_NOT_A_PAIR = "A tuning vector needs a base and a fine-tune of that very base."
 
 
 def load_pair(
@@ -97,7 +107,7 @@ def _compare_configs(draft: Draft) -> None:
     if types[0] != types[1]:
         raise IncomparableModelsError(
             f"{base.name} is a {types[0]} model, {tuned.name} a {types[1]} model.",
-            hint="A tuning vector needs a base and a fine-tune of that very base.",
+            hint=_NOT_A_PAIR,
         )
     layouts = draft.layout, layout_of(tuned.config)
     found = config_differences(base.config, tuned.config, layouts)
@@ -107,9 +117,9 @@ def _compare_configs(draft: Draft) -> None:
         if difference.effect == "refused":
             raise IncomparableModelsError(
                 f"the models differ in {difference.field}: {sides}.",
-                hint="A tuning vector needs a base and a fine-tune of that very base.",
+                hint=_NOT_A_PAIR,
             )
-        if difference.effect == "function":
+        if difference.effect == "function" and difference.field != "tie_word_embeddings":
             draft.warn(
                 f"config.json differs in {difference.field}: {sides}. The models compute "
                 "different things even where their weights are equal."
@@ -124,12 +134,19 @@ def _name_tensors(draft: Draft) -> None:
 
 def _named(source: Source, layout: Layout) -> dict[str, str]:
     names: dict[str, str] = {}
-    for stored in source.tensors:
+    known = {*layout.stored_shapes, layout.unembedding_tensor}
+    for stored, info in source.tensors.items():
         name = layout.canonical_name(stored)
         if name in names:
             raise CheckpointError(
                 f"{source.name} stores {name} twice, as {names[name]!r} and as {stored!r}.",
                 hint="Save the model again with save_pretrained().",
+            )
+        if name in known and info.dtype not in PRECISIONS:
+            raise UnsupportedFormatError(
+                f"{source.name} stores {stored} as {info.dtype}, expected one of "
+                f"{', '.join(PRECISIONS)}.",
+                hint="Dequantise the model and save it in float32, float16 or bfloat16 first.",
             )
         names[name] = stored
     return names
@@ -147,6 +164,7 @@ def _settle_ties(draft: Draft) -> None:
             f"{tied.name} ties its unembedding to the embedding, {untied.name} does not: W_U is "
             f"compared with the transposed embedding of {tied.name}."
         )
+    draft.ties = base_tied, tuned_tied
     draft.layout = replace(draft.layout, tied=base_tied and tuned_tied)
 
 
@@ -216,11 +234,7 @@ def _match_tensors(draft: Draft) -> None:
 
 
 def _match_one(draft: Draft, name: str, shape: tuple[int, ...]) -> TvlensError | None:
-    base, tuned = (names.get(name) for _, names in draft.sides)
-    if name == draft.unembedding:
-        embedding = draft.embedding
-        base = base or draft.base_tensors.get(embedding)
-        tuned = tuned or draft.tuned_tensors.get(embedding)
+    base, tuned = (_stored(draft, side, name) for side in (0, 1))
     if base is None or tuned is None:
         return _missing(draft, name, base, tuned)
     shapes = draft.base.tensors[base].shape, draft.tuned.tensors[tuned].shape
@@ -229,8 +243,55 @@ def _match_one(draft: Draft, name: str, shape: tuple[int, ...]) -> TvlensError |
         if not _fits(found, shape, vocabulary=vocabulary):
             draft.note(base, tuned, "refused", f"{found} in {source.name}, expected {shape}")
             return _misshapen(draft, name, shapes, shape)
-    draft.note(base, tuned, *_status(draft, base, tuned, shapes, shape))
+    if vocabulary and shapes[0] != shapes[1]:
+        draft.note(base, tuned, "aligned", _alignment(draft, shapes))
+    elif not shapes[0] == shapes[1] == shape and not vocabulary:
+        draft.note(base, tuned, "reshaped", f"{shapes[0]} and {shapes[1]} read as {shape}")
+    else:
+        draft.note(base, tuned, *_naming(draft, base, tuned))
     return None
+
+
+def _stored(draft: Draft, side: int, name: str) -> str | None:
+    """The stored name on one side; a tied model's W_U is its embedding."""
+    names = draft.sides[side][1]
+    if name == draft.unembedding and name not in names and draft.ties[side]:
+        return names.get(draft.embedding)
+    return names.get(name)
+
+
+def _naming(draft: Draft, base: str, tuned: str) -> tuple[Status, str]:
+    names = draft.layout.canonical_name(base), draft.layout.canonical_name(tuned)
+    if names[0] != names[1]:
+        return "compared", "W_U, which one of the models ties to the embedding"
+    return ("compared", "") if base == tuned else ("renamed", f"both are {names[0]}")
+
+
+def _alignment(draft: Draft, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
+    longer = draft.base if shapes[0][0] > shapes[1][0] else draft.tuned
+    return (
+        f"rows 0 to {min(shapes)[0] - 1} by token number; {abs(shapes[0][0] - shapes[1][0])} "
+        f"further rows of {longer.name} have no counterpart"
+    )
+
+
+def _check_base(draft: Draft) -> None:
+    """An adapter's base must hold what its config asks for; the report follows later."""
+    base = draft.base
+    if (embedding := draft.base_tensors.get(draft.embedding)) is not None:
+        draft.layout = replace(draft.layout, d_vocab=base.tensors[embedding].shape[0])
+    for name, shape in draft.layout.stored_shapes.items():
+        stored = _stored(draft, 0, name)
+        if stored is None:
+            raise CheckpointError(
+                f"{base.name} lacks {name}, which its config.json asks for.", hint=_INCOMPLETE
+            )
+        found = base.tensors[stored].shape
+        if _squeezed(found) != _squeezed(shape):
+            raise CheckpointError(
+                f"{stored} of {base.name} is {found}; its config.json asks for {shape}.",
+                hint=_INCOMPLETE,
+            )
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...], *, vocabulary: bool) -> bool:
@@ -244,33 +305,12 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(length for length in shape if length != 1)
 
 
-def _status(
-    draft: Draft,
-    base: str,
-    tuned: str,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    expected: tuple[int, ...],
-) -> tuple[Status, str]:
-    if shapes[0][:1] != shapes[1][:1] and math.prod(shapes[0]) != math.prod(shapes[1]):
-        longer = draft.base if shapes[0][0] > shapes[1][0] else draft.tuned
-        extra = abs(shapes[0][0] - shapes[1][0])
-        return "aligned", (
-            f"rows 0 to {expected[0] - 1} by token number; {extra} further rows of {longer.name} "
-            "have no counterpart"
-        )
-    if expected not in shapes or shapes[0] != shapes[1]:
-        return "reshaped", f"{shapes[0]} and {shapes[1]} read as {expected}"
-    if base != tuned:
-        return "renamed", f"both are {draft.layout.canonical_name(base)}"
-    return "compared", ""
-
-
 def _missing(draft: Draft, name: str, base: str | None, tuned: str | None) -> TvlensError:
     if base is None and tuned is None:
         return CheckpointError(
             f"neither {draft.base.name} nor {draft.tuned.name} has {name}, which config.json "
             "asks for.",
-            hint="The weights are incomplete or belong to another config.json.",
+            hint=_INCOMPLETE,
         )
     has, lacks = (draft.base, draft.tuned) if base else (draft.tuned, draft.base)
     draft.note(base, tuned, "only_in_base" if base else "only_in_tuned", "the other must have it")
@@ -294,7 +334,7 @@ def _misshapen(
         )
     return IncomparableModelsError(
         f"{name} is {shapes[0]} in {draft.base.name} and {shapes[1]} in {draft.tuned.name}.",
-        hint="A tuning vector needs a base and a fine-tune of that very base.",
+        hint=_NOT_A_PAIR,
     )
 
 

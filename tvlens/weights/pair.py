@@ -1,5 +1,6 @@
 """A matched pair of checkpoints, read one component at a time."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from tvlens.components import Component
 
 from .contents import first_non_finite, non_finite
-from .delta import Absent, Delta, Dense
+from .delta import Absent, Delta, Dense, LowRank, added
 from .families.table import Place
 from .layout import Layout
 from .precision import coarsest_dtype, rounding_energy, stored_dtype, stored_step, uniform_energy
@@ -95,24 +96,20 @@ class Pair:
         """
         place = self.layout.places[component]
         base = self.base_weight(component)
+        delta, tuned_dtype = self._difference(place, base)
+        floor = None
+        if isinstance(delta, Dense):
+            floor = self._floor(place, base, base + delta.tensor)
         name = self._stored_name(self.base_tensors, place)
-        base_dtype = self.base.tensors[name].dtype
-        tied = self.layout.tied and component.part == "W_E"
-        if self.adapter is not None and place.tensor not in self.tuned_tensors:
-            delta, tuned_dtype = self._adapter_delta(place, base, base_dtype)
-            equal = 1.0 if isinstance(delta, Absent) else float("nan")
-            return Weight(component, base, delta, None, equal, base_dtype, tuned_dtype, tied)
-        tuned = self.tuned_weight(component)
-        tuned_dtype = self.tuned.tensors[self._stored_name(self.tuned_tensors, place)].dtype
         return Weight(
             component,
             base,
-            Dense(tuned - base),
-            self._floor(place, base, tuned),
-            float((tuned == base).double().mean()),
-            base_dtype,
+            delta,
+            floor,
+            _equal_fraction(delta),
+            self.base.tensors[name].dtype,
             tuned_dtype,
-            tied,
+            self.layout.tied and component.part == "W_E",
         )
 
     def base_weight(self, component: Component) -> Float[Tensor, "..."]:
@@ -122,10 +119,10 @@ class Pair:
     def tuned_weight(self, component: Component) -> Float[Tensor, "..."]:
         """The tuned model's weight alone, float32, canonical; an adapter's is base + delta."""
         place = self.layout.places[component]
-        if self.adapter is not None and place.tensor not in self.tuned_tensors:
-            base = self.base_weight(component)
-            return base + self._adapter_delta(place, base, "")[0].dense()
-        return self._weight(self.tuned, self.tuned_tensors, place)
+        if self.adapter is None:
+            return self._weight(self.tuned, self.tuned_tensors, place)
+        base = self.base_weight(component)
+        return base + self._difference(place, base)[0].dense()
 
     def _weight(self, source: Source, names: dict[str, str], place: Place) -> Float[Tensor, "..."]:
         stored = self._stored(source, self._stored_name(names, place), place)
@@ -145,16 +142,24 @@ class Pair:
             return names[self.layout.embedding_tensor]
         return names[place.tensor]
 
-    def _adapter_delta(
-        self, place: Place, base: Float[Tensor, "..."], base_dtype: str
-    ) -> tuple[Delta, str]:
-        """The adapter's change and its stored dtype."""
-        factors = self.adapter.factors.get(place.tensor) if self.adapter else None
-        if factors is None:
-            return Absent(tuple(base.shape)), base_dtype
-        whole = low_rank(self.tuned, factors)
-        right = self.layout.output_part(whole.right, place).contiguous()
-        return type(whole)(whole.left, right), self.tuned.tensors[factors.first].dtype
+    def _difference(self, place: Place, base: Float[Tensor, "..."]) -> tuple[Delta, str]:
+        """Tuned minus base and the dtype it was stored in."""
+        if self.adapter is None:
+            name = self._stored_name(self.tuned_tensors, place)
+            tuned = self._weight(self.tuned, self.tuned_tensors, place)
+            return Dense(tuned - base), self.tuned.tensors[name].dtype
+        delta: Delta = Absent(tuple(base.shape))
+        dtype = self.base.tensors[self._stored_name(self.base_tensors, place)].dtype
+        if stored := self.tuned_tensors.get(place.tensor):
+            difference = self._weight(self.tuned, self.tuned_tensors, place) - base
+            delta = Dense(difference) if bool(difference.count_nonzero()) else delta
+            dtype = self.tuned.tensors[stored].dtype
+        if factors := self.adapter.factors.get(place.tensor):
+            whole = low_rank(self.tuned, factors)
+            right = self.layout.output_part(whole.right, place).contiguous()
+            delta = added(delta, LowRank(whole.left, right))
+            dtype = self.tuned.tensors[factors.first].dtype
+        return delta, dtype
 
     def _floor(
         self, place: Place, base: Float[Tensor, "..."], tuned: Float[Tensor, "..."]
@@ -175,3 +180,14 @@ class Pair:
         rows = step.reshape(-1, *[1] * (len(shape) - 1)) if step.dim() else step
         steps = self.layout.canonical(torch.broadcast_to(rows, shape), place)
         return uniform_energy(steps) + rounding_energy(base, coarsest_dtype(dtypes[0]))
+
+
+def _equal_fraction(delta: Delta) -> float:
+    """Share of zeros; NaN for factors."""
+    match delta:
+        case Absent():
+            return 1.0
+        case LowRank():
+            return math.nan
+        case Dense():
+            return float((delta.tensor == 0).double().mean())

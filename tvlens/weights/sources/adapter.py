@@ -22,7 +22,8 @@ FACTOR = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.defaul
 PREFIX = "base_model.model."
 REBASING = ("pissa", "olora", "corda", "loftq")
 """Initialisations that also change the base weights: the factors alone are not the delta."""
-SAVED_WHOLE = re.compile(r"\.modules_to_save(\.default)?\.")
+SAVED_WHOLE = re.compile(r"\.(modules_to_save(\.default)?|base_layer)\.")
+"""Marks a weight that the adapter stores beside or instead of factors."""
 
 
 class Factors(NamedTuple):

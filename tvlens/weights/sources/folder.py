@@ -232,7 +232,7 @@ def _headers(folder: Path, file: str) -> dict[str, TensorInfo]:
 
 
 def _header(part: Any, file: str) -> TensorInfo:
-    dtype = part.get_dtype()
+    dtype = str(part.get_dtype())
     return TensorInfo(DTYPES.get(dtype, dtype), tuple(part.get_shape()), file)
 
 

@@ -1,0 +1,179 @@
+"""The command line: exit statuses, sentences, and that bad input loses nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_checkpoints import add_noise, copy_with, tiny_gpt2, tiny_llama
+from tvlens import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: exit status, standard output, standard error."""
+
+    def run_command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tvlens", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    base = tiny_llama(root / "base")
+    return {
+        "base": base,
+        "tuned": copy_with(base, root / "tuned", add_noise()),
+        "other": tiny_gpt2(root / "other"),
+        "wide": tiny_llama(root / "wide", hidden_size=64),
+        "nan": copy_with(base, root / "nan", _with_nan),
+    }
+
+
+def _with_nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 5] = float("nan")
+
+
+def test_decompose_writes_the_weights_side_and_loads_no_model(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    status, out, err = run("decompose", folders["base"], folders["tuned"], "--out", tmp_path / "s")
+    assert status == 0, err
+    made = {p.name for p in (tmp_path / "s").iterdir()}
+    assert {"weights.parquet", "tests.parquet", "labels.parquet", "report.html"} <= made
+    assert "attribution.parquet" not in made
+    assert "report:" in out
+
+
+def test_json_prints_one_object_and_nothing_else(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    status, out, err = run(
+        "decompose", folders["base"], folders["tuned"], "--out", tmp_path / "s", "--json"
+    )
+    assert (status, err) == (0, "")
+    assert json.loads(out)["tables"]["labels"] > 0
+
+
+def test_identical_models_are_said_to_be_identical_and_the_run_finishes(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    same = copy_with(folders["base"], tmp_path / "same", lambda tensors: None)
+    status, out, err = run("decompose", folders["base"], same, "--out", tmp_path / "s")
+    assert status == 0, err
+    assert "identical to the base" in out
+    report = json.loads((tmp_path / "s" / "load_report.json").read_text())
+    assert report["identical"] is True
+
+
+@pytest.mark.parametrize(
+    ("tuned", "sentence"),
+    [
+        ("other", "llama.*gpt2|gpt2.*llama"),
+        ("wide", "d_head: 8 in base, 16 in wide"),
+        ("nan", "up_proj"),
+    ],
+)
+def test_models_that_cannot_be_compared_give_a_sentence_and_status_2(
+    run: Run, folders: dict[str, Path], tmp_path: Path, tuned: str, sentence: str
+) -> None:
+    import re
+
+    status, _, err = run("decompose", folders["base"], folders[tuned], "--out", tmp_path / "s")
+    assert status == 2
+    assert re.search(sentence, err)
+    assert "Traceback" not in err
+
+
+def test_a_nan_names_tensor_and_index_and_leaves_a_refused_load_report(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    status, _, err = run("decompose", folders["base"], folders["nan"], "--out", tmp_path / "s")
+    assert status == 2
+    assert "model.layers.1.mlp.up_proj.weight" in err
+    assert "2, 5" in err
+    report = json.loads((tmp_path / "s" / "load_report.json").read_text())
+    assert "refused" in {entry["status"] for entry in report["tensors"]}
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "demo:bse"])
+def test_a_model_that_does_not_exist_gives_a_sentence(
+    run: Run, folders: dict[str, Path], tmp_path: Path, path: str
+) -> None:
+    status, _, err = run("decompose", path, folders["tuned"], "--out", tmp_path / "s")
+    assert status == 2
+    assert path.removeprefix("demo:") in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_output_folder_of_another_pair_is_refused_and_kept(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ("decompose", folders["base"])
+    assert run(*words, folders["tuned"], "--out", tmp_path / "s")[0] == 0
+    before = (tmp_path / "s" / "weights.parquet").read_bytes()
+    again = copy_with(folders["base"], tmp_path / "again", add_noise(seed=7))
+    status, _, err = run(*words, again, "--out", tmp_path / "s")
+    assert status == 2
+    assert "another pair" in err
+    assert (tmp_path / "s" / "weights.parquet").read_bytes() == before
+
+
+def test_the_same_plan_gives_the_same_bytes(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        run("decompose", folders["base"], folders["tuned"], "--out", tmp_path / name)
+    for table in ("weights", "tests", "labels"):
+        one, two = (tmp_path / name / f"{table}.parquet" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), table
+
+
+def test_several_fine_tunes_share_the_tables_under_their_names(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    import pandas as pd
+
+    second = copy_with(folders["base"], tmp_path / "second", add_noise(seed=7))
+    words = ("decompose", folders["base"], folders["tuned"], second, "--out", tmp_path / "s")
+    assert run(*words)[0] == 0
+    weights = pd.read_parquet(tmp_path / "s" / "weights.parquet")
+    assert weights.groupby("tuned").size().nunique() == 1
+    assert set(weights["tuned"]) == {"tuned", "second"}
+
+
+def test_inspect_reads_headers_and_says_what_would_be_compared(
+    run: Run, folders: dict[str, Path]
+) -> None:
+    status, out, err = run("inspect", folders["base"], folders["tuned"], "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["shape"]["n_kv_heads"] == 2
+    assert sum(found["tensors"].values()) > 0
+
+
+def test_a_wrong_option_gives_usage_and_status_2(run: Run) -> None:
+    status, _, err = run("decompose", "--no-such-option")
+    assert status == 2
+    assert "no-such-option" in err
+
+
+def test_the_report_of_a_folder_that_is_no_study_gives_a_sentence(
+    run: Run, tmp_path: Path
+) -> None:
+    status, _, err = run("report", tmp_path)
+    assert status == 2
+    assert "Traceback" not in err

@@ -1,0 +1,127 @@
+"""The canonical weights are the ones the host computes with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from tests.tiny_checkpoints import tiny_gpt2, tiny_llama, tiny_neox, tiny_qwen2
+from tvlens.components import DISJOINT_KINDS, Component
+from tvlens.errors import CheckpointError, UnsupportedFormatError
+
+CASES: dict[str, tuple[Callable[..., Path], dict[str, object]]] = {
+    "llama": (tiny_llama, {}),
+    "llama tied": (tiny_llama, {"tie_word_embeddings": True}),
+    "llama wide heads and biases": (
+        tiny_llama,
+        {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
+    ),
+    "qwen2": (tiny_qwen2, {}),
+    "gpt2": (tiny_gpt2, {}),
+    "neox": (tiny_neox, {}),
+    "neox sequential": (tiny_neox, {"use_parallel_residual": False}),
+}
+
+
+@pytest.fixture(params=CASES, ids=str)
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    make, config = CASES[request.param]
+    return make(tmp_path / "model", seed=3, **config)
+
+
+def _bridge(folder: Path):  # noqa: ANN202
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+
+
+def _host_weight(bridge, component: Component) -> Tensor:  # noqa: ANN001
+    """The same part read off the live bridge, flattened over heads."""
+    part = component.part or ""
+    if part in ("W_E", "W_U", "W_pos"):
+        return getattr(bridge, part)
+    block = bridge if component.layer is None else bridge.blocks[component.layer]
+    if part.startswith("ln"):
+        owner, side = part.split(".")
+        return getattr(getattr(block, owner), "weight" if side == "w" else "bias")
+    layer = block.mlp if part in ("W_in", "W_out", "W_gate", "b_in", "b_out", "b_gate") else None
+    value = getattr(layer if layer is not None else block.attn, part)
+    if part in ("W_Q", "W_K", "W_V"):
+        return rearrange(value, "head d_model d_head -> d_model (head d_head)")
+    if part == "W_O":
+        return rearrange(value, "head d_head d_model -> (head d_head) d_model")
+    return value.flatten() if part.startswith("b_") else value
+
+
+def test_every_component_is_bit_equal_to_the_live_bridge(checkpoint: Path) -> None:
+    from tvlens.weights.matching import load_pair
+
+    bridge = _bridge(checkpoint)
+    pair = load_pair(checkpoint, checkpoint)
+    for component in pair.components:
+        if component.part == "b_gate":  # the bridge names no such attribute
+            continue
+        ours, host = pair.base_weight(component), _host_weight(bridge, component)
+        assert torch.equal(ours, host), component
+
+
+def test_the_components_hold_every_parameter_once(checkpoint: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tvlens.weights.matching import load_pair
+
+    pair = load_pair(checkpoint, checkpoint, scan=False)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    sizes = [pair.base_weight(component).numel() for component in pair.components]
+    assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
+    assert {component.kind for component in pair.components} <= set(DISJOINT_KINDS)
+    assert len(set(map(str, pair.components))) == len(pair.components)
+
+
+def test_blocks_are_the_components_in_pieces(checkpoint: Path) -> None:
+    from tvlens.weights.matching import load_pair
+
+    pair = load_pair(checkpoint, checkpoint, scan=False)
+    blocks = pair.blocks()
+    assert len(blocks) == pair.layout.n_layers + 1
+    assert {c for block in blocks for c in block} == set(pair.components)
+    assert all(c.layer == i for i, block in enumerate(blocks[:-1]) for c in block)
+    assert all(c.layer is None for c in blocks[-1])
+
+
+def test_shapes_follow_the_layout(checkpoint: Path) -> None:
+    from tvlens.weights.matching import load_pair
+
+    pair = load_pair(checkpoint, checkpoint, scan=False)
+    for component in pair.components:
+        assert tuple(pair.base_weight(component).shape) == pair.layout.shape(component)
+
+
+def test_a_tied_unembedding_is_no_component_of_its_own(tmp_path: Path) -> None:
+    from tvlens.weights.matching import load_pair
+
+    tied = tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    pair = load_pair(tied, tied)
+    assert Component("embedding", None, None, "W_U") not in pair.components
+    assert pair.read(Component("embedding", None, None, "W_E")).tied
+
+
+def test_a_model_type_without_a_table_is_refused() -> None:
+    from tvlens.weights.layout import layout_of
+
+    with pytest.raises(UnsupportedFormatError, match=r"model_type 'bert'; tvlens has tables for"):
+        layout_of({"model_type": "bert"})
+
+
+def test_a_config_that_lacks_a_number_is_refused() -> None:
+    from tvlens.weights.layout import layout_of
+
+    with pytest.raises(CheckpointError, match="lacks or garbles a number: 'num_attention_heads'"):
+        layout_of({"model_type": "llama"})
