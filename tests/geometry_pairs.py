@@ -120,9 +120,7 @@ def fake_pair(
     return FakePair(weights, layout)
 
 
-def within_matrix(
-    layout: FakeLayout, component: Component, index: int, part: Tensor
-) -> Tensor:
+def within_matrix(layout: FakeLayout, component: Component, index: int, part: Tensor) -> Tensor:
     """A tuning vector of the whole matrix that is ``part`` in one head or neuron."""
     whole = torch.zeros(shapes(layout)[component.part or ""])
     if component.part == "W_O":

@@ -171,9 +171,7 @@ def test_a_wrong_option_gives_usage_and_status_2(run: Run) -> None:
     assert "no-such-option" in err
 
 
-def test_the_report_of_a_folder_that_is_no_study_gives_a_sentence(
-    run: Run, tmp_path: Path
-) -> None:
+def test_the_report_of_a_folder_that_is_no_study_gives_a_sentence(run: Run, tmp_path: Path) -> None:
     status, _, err = run("report", tmp_path)
     assert status == 2
     assert "Traceback" not in err

@@ -105,7 +105,7 @@ def test_a_gain_of_a_shared_value_matrix_amplifies_all_its_query_heads() -> None
     assert _of(labels, "head", "OV")["label"].tolist() == expected
 
 
-def _planted_neurons(size: float, seed: int, scale: float = 1.0) -> Labels:
+def _planted_neurons(size: float, seed: int) -> Labels:
     """W_out neurons 0-19 amplified, 20-39 attenuated, 40-59 one new direction, 60-79 noise."""
     base = base_weights(LAYOUT, seed)[W_OUT]
     generator = torch.Generator().manual_seed(200 + seed)
@@ -113,7 +113,7 @@ def _planted_neurons(size: float, seed: int, scale: float = 1.0) -> Labels:
     noise = torch.nn.functional.normalize(torch.randn(base.shape, generator=generator), dim=1)
     signs = 2.0 * torch.randint(0, 2, (20, 1), generator=generator) - 1
     planted = torch.zeros_like(base)
-    planted[:20] = scale * size * base[:20]
+    planted[:20] = size * base[:20]
     planted[20:40] = -size * base[20:40]
     planted[40:60] = signs * length[40:60] * tail_direction(base, generator)
     planted[60:80] = length[60:80] * noise[60:80]
@@ -146,8 +146,8 @@ def test_reading_neurons_that_share_a_new_direction_are_new_read() -> None:
 
 def test_one_neuron_with_a_random_change_carries_no_evidence_of_structure() -> None:
     base = base_weights(LAYOUT)[W_OUT]
-    planted = within_matrix(LAYOUT, W_OUT, 7, 0.05 * torch.randn(LAYOUT.d_model,
-                            generator=torch.Generator().manual_seed(4)) * base[7].norm() / 10)  # fmt: skip
+    noise = torch.randn(LAYOUT.d_model, generator=torch.Generator().manual_seed(4))
+    planted = within_matrix(LAYOUT, W_OUT, 7, _scaled_to(noise, 0.05, base[7]))
     found = _of(_labelled(fake_pair(LAYOUT, {W_OUT: planted})), "neuron", "W_out")
     assert found.loc[7, "label"] == "unresolved"
     assert set(found["label"].drop(7)) == {"unchanged"}
@@ -159,7 +159,9 @@ def test_whole_matrices_get_their_label() -> None:
     reads = torch.nn.functional.normalize(torch.randn(LAYOUT.d_mlp, generator=generator), dim=0)
     planted = {
         W_O: 0.02 * base[W_O],
-        W_OUT: 0.02 * base[W_OUT].norm() * torch.outer(reads, tail_direction(base[W_OUT], generator)),
+        W_OUT: 0.02
+        * base[W_OUT].norm()
+        * torch.outer(reads, tail_direction(base[W_OUT], generator)),
         W_GATE: 0.02
         * base[W_GATE].norm()
         * torch.outer(tail_direction(base[W_GATE].T, generator), reads),

@@ -61,7 +61,12 @@ def test_new_write_exists_only_where_the_residual_stream_is_written(noisy: pd.Da
 def test_the_energies_of_heads_and_neurons_sum_to_their_matrix(noisy: pd.DataFrame) -> None:
     energy = noisy.assign(energy=noisy["delta_norm"] ** 2).groupby(["layer", "kind", "part"])
     total = energy["energy"].sum()
-    for part, kind in {"W_O": "head", "W_V": "kv_head", "W_in": "neuron", "W_out": "neuron"}.items():
+    for part, kind in {
+        "W_O": "head",
+        "W_V": "kv_head",
+        "W_in": "neuron",
+        "W_out": "neuron",
+    }.items():
         assert total[0, kind, part] == pytest.approx(total[0, "matrix", part], rel=1e-9)
 
 
@@ -112,9 +117,7 @@ def test_a_scaled_shared_w_v_scales_the_ov_of_every_head_that_reads_it() -> None
 
 def test_reversing_the_pair_turns_gains_round_and_keeps_norms() -> None:
     pair = fake_pair(LAYOUT, background=0.01)
-    reverse = {
-        c: type(w)(c, w.base + w.delta, -w.delta, w.floor) for c, w in pair.weights.items()
-    }
+    reverse = {c: type(w)(c, w.base + w.delta, -w.delta, w.floor) for c, w in pair.weights.items()}
     there = decompose(pair).to_frame()
     back = decompose(type(pair)(reverse, pair.layout)).to_frame()
     # float32 base + delta is rounded at 6e-8 of the base, 6e-6 of a 1 % change

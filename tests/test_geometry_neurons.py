@@ -40,9 +40,7 @@ def test_the_cosine_from_gain_and_residual_is_the_cosine(size: tuple[int, int, i
 
 
 @given(sizes, st.floats(-3, 3).filter(lambda a: abs(a) > 1e-6))
-def test_the_gain_of_a_scaled_vector_is_the_scale(
-    size: tuple[int, int, int], scale: float
-) -> None:
+def test_the_gain_of_a_scaled_vector_is_the_scale(size: tuple[int, int, int], scale: float) -> None:
     base, _ = _random(*size)
     found = vector_measures(base, scale * base)
     torch.testing.assert_close(found.gain, torch.full_like(found.gain, scale))

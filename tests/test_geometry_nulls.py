@@ -82,7 +82,10 @@ def test_factor_swaps_have_unit_spread_under_noise_and_equal_a_loop() -> None:
     z = factor_swap(value, d_value, output, d_output).z
     for h in range(4):
         for g in range(4):
-            to_output, to_value = value[g].T @ value[g] @ output[g], value[g] @ output[g] @ output[g].T
+            to_output, to_value = (
+                value[g].T @ value[g] @ output[g],
+                value[g] @ output[g] @ output[g].T,
+            )
             inner = (d_output[h] * to_output).sum() + (d_value[h] * to_value).sum()
             spread = (
                 d_output[h].square().mean() * to_output.square().sum()
@@ -128,7 +131,9 @@ def test_the_spread_of_a_random_directions_alignment() -> None:
     squares = _normal(4000, 30).square()
     share = squares / squares.sum(1, keepdim=True)
     weights = 1 - (2 * torch.arange(1, 31) - 1) / 30
-    assert float((share * weights).sum(1).std()) == pytest.approx(unit_alignment_spread(30), rel=0.05)
+    assert float((share * weights).sum(1).std()) == pytest.approx(
+        unit_alignment_spread(30), rel=0.05
+    )
 
 
 def test_sign_flips_enumerate_few_layers_and_name_the_smallest_p() -> None:

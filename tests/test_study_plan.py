@@ -24,7 +24,7 @@ def test_fine_tunes_are_named_by_the_last_part_of_what_was_given() -> None:
 
 def test_two_fine_tunes_of_one_name_are_refused_with_the_way_out() -> None:
     plan = StudyPlan(base="b", tuned=("one/model", "two/model"))
-    with pytest.raises(StudyError, match="called the same.*--tuned-name"):
+    with pytest.raises(StudyError, match=r"called the same.*--tuned-name"):
         _ = plan.names
 
 
@@ -46,7 +46,7 @@ def test_a_folder_of_another_pair_is_refused_and_keeps_its_files(tmp_path: Path)
     prepared_folder(tmp_path, {"base": {"a": "1"}}, force=False)
     write_json(tmp_path / "manifest.json", {"inputs": {"base": {"a": "1"}}})
     (tmp_path / "weights.parquet").write_text("kept")
-    with pytest.raises(StudyError, match="holds the study of another pair.*--force"):
+    with pytest.raises(StudyError, match=r"holds the study of another pair.*--force"):
         prepared_folder(tmp_path, {"base": {"a": "2"}}, force=False)
     assert (tmp_path / "weights.parquet").read_text() == "kept"
     prepared_folder(tmp_path, {"base": {"a": "1"}}, force=False)

@@ -28,7 +28,9 @@ Base = Annotated[str, typer.Argument(help="Folder, org/model[@revision], or demo
 Tuned = Annotated[list[str], typer.Argument(help="Fine-tunes: folders, adapters, hub ids.")]
 Out = Annotated[Path, typer.Option("--out", help="Study folder to write.")]
 Prompts = Annotated[str | None, typer.Option(help="Prompt file (.jsonl, .txt) or demo:NAME.")]
-MetricName = Annotated[str | None, typer.Option("--metric", help="Name or package.module:function.")]
+MetricName = Annotated[
+    str | None, typer.Option("--metric", help="Name or package.module:function.")
+]
 Names = Annotated[list[str] | None, typer.Option("--tuned-name", help="A name per fine-tune.")]
 Controls = Annotated[list[str] | None, typer.Option("--control", help="A control fine-tune.")]
 CheckExact = Annotated[int | None, typer.Option(min=1, help="Components checked exactly.")]
@@ -175,7 +177,9 @@ def report(study: Annotated[Path, typer.Argument(help="A study folder.")]) -> No
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Study folder to write.")] = Path("tvlens-demo"),
+    out: Annotated[Path, typer.Option("--out", help="Study folder to write.")] = Path(
+        "tvlens-demo"
+    ),
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -215,7 +219,9 @@ def _summary_text(summary: dict[str, object]) -> str:
     lines = [f"warning: {text}" for text in summary["warnings"]]  # type: ignore[attr-defined]
     for name, same in summary["identical"].items():  # type: ignore[attr-defined]
         if same:
-            lines.append(f"{name}: identical to the base, bit for bit; there is nothing to explain.")
+            lines.append(
+                f"{name}: identical to the base, bit for bit; there is nothing to explain."
+            )
     for name, headline in summary["headline"].items():  # type: ignore[attr-defined]
         lines.append(f"{name}: {headline.get('sentence', '')}")
     return "\n".join([*lines, f"report: {summary['report']}"])

@@ -51,7 +51,12 @@ class Table:
 
     @classmethod
     def of(
-        cls, name: str, schema: pa.Schema, columns: Mapping[str, Sequence[object]], *, order: str = ""
+        cls,
+        name: str,
+        schema: pa.Schema,
+        columns: Mapping[str, Sequence[object]],
+        *,
+        order: str = "",
     ) -> "Table":
         """A table of ``columns``; a schema field that is absent is filled with nulls.
 
@@ -63,7 +68,9 @@ class Table:
         length = len(next(iter(columns.values()), ()))
         try:
             arrays = [
-                pa.array(columns.get(field.name, [None] * length), type=field.type, from_pandas=True)
+                pa.array(
+                    columns.get(field.name, [None] * length), type=field.type, from_pandas=True
+                )
                 for field in schema
             ]
             return cls(name, pa.Table.from_arrays(arrays, schema=schema), order)

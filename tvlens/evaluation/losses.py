@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ..tables import Table
+from tvlens.tables import Table
 
 if TYPE_CHECKING:
-    from ..models.lens import LensModel
-    from ..models.prompts import Batch
+    from tvlens.models.lens import LensModel
+    from tvlens.models.prompts import Batch
 
 EVALUATION_SCHEMA = pa.schema(
     [
@@ -61,7 +61,7 @@ def held_out_losses(lens: "LensModel", batch: "Batch", *, chunk: int = CHUNK) ->
     """One loss per text, in nats per token; memory O(chunk * pos * d_vocab)."""
     import torch
 
-    from ..models.metrics import SHIPPED, Run
+    from tvlens.models.metrics import SHIPPED, Run
 
     loss = SHIPPED["loss"]
     with torch.no_grad():

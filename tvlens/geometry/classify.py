@@ -15,16 +15,18 @@ is unaligned with the base. The headline is therefore a contrast between MLP and
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from jaxtyping import Bool, Float
+from torch import Tensor
 
-from ..components import Component, key_columns
-from ..errors import StudyError
-from ..tables import Table, keyed_schema
+from tvlens.components import Component, key_columns
+from tvlens.errors import StudyError
+from tvlens.tables import Table, keyed_schema
+
 from .decompose import (
     NEURON_PARTS,
     Pair,
@@ -76,6 +78,9 @@ LABELS_SCHEMA = keyed_schema(
 )
 GATE_COLUMNS = ("delta_norm", "snr", "gain", "kappa")
 LATER_KINDS = ("norm", "bias", "embedding")
+
+Row = dict[Any, Any]
+"""One record of the evidence frame."""
 
 Classifier = Callable[[pd.DataFrame], pd.DataFrame]
 """Evidence, one row a component, to the same rows with the columns of ``LABELS_SCHEMA``."""
@@ -130,8 +135,10 @@ def decide(
 
 
 def with_q_values(frame: pd.DataFrame) -> pd.DataFrame:
-    """Evidence with ``significant_*``: BH over the components of a kind and part that are above
-    the rounding floor, or sure already."""
+    """Evidence with ``significant_*``: sure already, or by BH.
+
+    BH runs over the components of one kind and part that are above the rounding floor.
+    """
     frame = frame.copy()
     frame["resolved"] = above_rounding(
         frame["delta_norm"].to_numpy(float), frame["snr"].to_numpy(float)
@@ -151,7 +158,7 @@ def _gain_label(gain: float) -> str:
     return "flipped" if gain < -1 else "attenuated"
 
 
-def _label(row: dict[str, object]) -> str:
+def _label(row: Row) -> str:
     """The label of one component from its gate and decision."""
     if row["delta_norm"] == 0:
         return "unchanged"
@@ -163,7 +170,7 @@ def _label(row: dict[str, object]) -> str:
     return {"gain": _gain_label(row["gain"]), "within": "rewired", "new": row["new_label"]}[part]
 
 
-def _why_unresolved(row: dict[str, object]) -> str:
+def _why_unresolved(row: Row) -> str:
     if not row["resolved"]:
         return (
             f"The change has {row['snr']:.2g} times the energy of rounding; "
@@ -180,7 +187,7 @@ def _why_unresolved(row: dict[str, object]) -> str:
     )
 
 
-def _why_structured(row: dict[str, object]) -> str:
+def _why_structured(row: Row) -> str:
     share = f"{row['structured_share']:.0%} of the energy of the change is structured, "
     inside = f"{row['dominance']:.0%} of that "
     aligned = ""
@@ -194,7 +201,7 @@ def _why_structured(row: dict[str, object]) -> str:
     return f"{share}{inside}in directions unrelated to the base's{aligned}."
 
 
-def _reason(row: dict[str, object]) -> str:
+def _reason(row: Row) -> str:
     """One plain sentence with the numbers that decided."""
     if row["label"] == "unchanged":
         return "Not one number differs from the base."
@@ -208,7 +215,7 @@ def _reason(row: dict[str, object]) -> str:
     return _why_structured(row)
 
 
-def _decided_by(row: dict[str, object]) -> str:
+def _decided_by(row: Row) -> str:
     if row["label"] == "unchanged":
         return "equality"
     return str(row["decided_by"]) if row["resolved"] else "rounding floor"
@@ -266,7 +273,14 @@ def _untested(components: Sequence[Component]) -> Evidence:
     return Evidence(frame, pd.DataFrame())
 
 
-def _neurons(base, delta, layer: int | None, part: str, *, seed: int) -> Evidence:
+def _neurons(
+    base: Float[Tensor, "d_in d_out"],
+    delta: Float[Tensor, "d_in d_out"],
+    layer: int | None,
+    part: str,
+    *,
+    seed: int,
+) -> Evidence:
     count = base.shape[0] if part == "W_out" else base.shape[1]
     components = [Component("neuron", layer, index, part) for index in range(count)]
     if not bool(delta.any()):
@@ -276,7 +290,7 @@ def _neurons(base, delta, layer: int | None, part: str, *, seed: int) -> Evidenc
 
 def _keyed(
     frame: pd.DataFrame, pair: Pair, kv_of_head: list[int], tied: pd.Series
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Key columns of the components of a frame."""
     components = list(frame["component"])
     kv_index = [kv_of_head[c.index] if c.kind == "head" else None for c in components]
@@ -351,7 +365,8 @@ def headline(
     scope = "" if others else " Without a control this says nothing about the domain."
     sentence = (
         f"MLP newer than attention: {verdict} (mean difference {test.mean:+.3f} +- {half:.3f} over "
-        f"{count} layers, p = {test.p_value:.3g}, smallest possible {test.p_floor:.2g}; {why}).{scope}"
+        f"{count} layers, p = {test.p_value:.3g}, smallest possible {test.p_floor:.2g}; "
+        f"{why}).{scope}"
     )
     return {
         **known,
@@ -421,9 +436,7 @@ def _whole_numbers(column: pd.Series) -> list[int | None]:
     return [None if pd.isna(value) else int(value) for value in column]
 
 
-def _table(
-    name: str, schema: pa.Schema, frame: pd.DataFrame, keys: dict[str, object]
-) -> Table:
+def _table(name: str, schema: pa.Schema, frame: pd.DataFrame, keys: dict[str, Any]) -> Table:
     """The columns of ``schema`` from the frame and its keys."""
     own = {
         field.name: _whole_numbers(frame[field.name])

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
-import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..components import READING_PARTS, WRITING_PARTS, Component, key_columns
-from ..tables import Table, concatenated, keyed_schema
+from tvlens.components import READING_PARTS, WRITING_PARTS, Component, key_columns
+from tvlens.tables import Table, concatenated, keyed_schema
+
 from .heads import CircuitCores, Factor, circuit_cores, kv_index_of_heads, slices_of_heads
 from .matrices import (
     K_FRACTION,
@@ -95,12 +95,35 @@ Columns = dict[str, Sequence[object] | Tensor]
 class Weight(Protocol):
     """What geometry reads of one component: float32 tensors in the orientation x @ W."""
 
-    base: Tensor
-    floor: Tensor | None
-    equal_fraction: float
-    tied: bool
-    base_dtype: object
-    tuned_dtype: object
+    @property
+    def base(self) -> Tensor:
+        """Base weights."""
+        ...
+
+    @property
+    def floor(self) -> Tensor | None:
+        """Expected rounding energy per entry, None for adapters."""
+        ...
+
+    @property
+    def equal_fraction(self) -> float:
+        """Share of entries that are the same number in both checkpoints."""
+        ...
+
+    @property
+    def base_dtype(self) -> object:
+        """Stored dtype of the base."""
+        ...
+
+    @property
+    def tuned_dtype(self) -> object:
+        """Stored dtype of the tuned model."""
+        ...
+
+    @property
+    def tied(self) -> bool:
+        """Whether the tensor is shared with another component."""
+        ...
 
     def dense_delta(self) -> Tensor:
         """The tuning vector as a dense tensor."""
@@ -111,17 +134,35 @@ class Weight(Protocol):
 class Layout(Protocol):
     """The numbers of heads, which no tensor's shape tells."""
 
-    n_heads: int
-    n_kv_heads: int
+    @property
+    def n_heads(self) -> int:
+        """Query heads in a layer."""
+        ...
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads in a layer."""
+        ...
 
 
 @runtime_checkable
 class Pair(Protocol):
-    """What geometry needs of a pair of checkpoints; ``weights.matching`` makes the real one."""
+    """What geometry needs of a pair of checkpoints; ``weights.pair`` has the real one."""
 
-    base_name: str
-    tuned_name: str
-    layout: Layout
+    @property
+    def base_name(self) -> str:
+        """Name of the base in tables."""
+        ...
+
+    @property
+    def tuned_name(self) -> str:
+        """Name of the tuned model in tables."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Numbers of the model."""
+        ...
 
     def blocks(self) -> list[list[Component]]:
         """The disjoint components, one list a layer and one for what has no layer."""
@@ -277,7 +318,7 @@ class _Writer:
         columns: Columns,
         *,
         weight: Slice | None = None,
-        kv_index: list[int | None] | None = None,
+        kv_index: list[int] | None = None,
     ) -> Table:
         """Rows of components that were all cut from ``weight`` (None: from several)."""
         count = len(components)
@@ -287,7 +328,7 @@ class _Writer:
         if weight is not None:
             values["base_dtype"] = [weight.dtypes[0]] * count
             values["tuned_dtype"] = [weight.dtypes[1]] * count
-        keys = key_columns(components, kv_index=kv_index)
+        keys = key_columns(components, kv_index=None if kv_index is None else [*kv_index])
         everything = {**keys, **both, "tied": [tied] * count, **values}
         return Table.of("weights", WEIGHTS_SCHEMA, everything, order="relative_delta")
 

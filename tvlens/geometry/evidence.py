@@ -15,6 +15,7 @@ upper bound is below NEW_HI, and a claim needs the contrast of ``classify``'s he
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,8 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from ..components import READING_PARTS, Component
+from tvlens.components import READING_PARTS, Component
+
 from .heads import Factor
 from .matrices import (
     Basis,
@@ -115,7 +117,7 @@ def spikes_above_edge(delta: Float[Tensor, "d_in d_out"], *, seed: int) -> Spike
     return Spikes(basis.read[:, above], basis.values[above], basis.write[:, above], total)
 
 
-def evidence_frame(components: Sequence[Component], **columns: object) -> pd.DataFrame:
+def evidence_frame(components: Sequence[Component], **columns: Any) -> pd.DataFrame:
     """A frame of evidence; what is not given is absent (NaN shares, nothing sure)."""
     frame = pd.DataFrame({"component": list(components)}, dtype=object)
     frame["kind"] = [component.kind for component in components]
@@ -136,9 +138,9 @@ def statistic_rows(
     *,
     side: str,
     null: str,
-    effect: object,
-    half_interval: object = np.nan,
-    p_value: object = np.nan,
+    effect: Any,
+    half_interval: Any = np.nan,
+    p_value: Any = np.nan,
     k: int | None = None,
 ) -> pd.DataFrame:
     """Rows of the table of tests for one statistic; analytic nulls reach any p and draw nothing."""
@@ -260,7 +262,7 @@ def matrix_evidence(
     limit = stats.norm.sf(GAIN_Z)
     rest = matrix_structure(base, delta - gain * base, basis, part, seed=seed)
     share = rest.share * (1 - whole)
-    placed = _placed(*(np.array([v]) for v in (share, rest.aligned, rest.error)), part)
+    placed = _placed(np.array([share]), np.array([rest.aligned]), np.array([rest.error]), part)
     frame = evidence_frame(
         [component],
         share_gain=whole + max(0.0, scale - chance),

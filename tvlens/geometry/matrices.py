@@ -205,9 +205,7 @@ class RowSpace:
     delta_energies: Float[Tensor, " d_model"]
 
 
-def row_space(
-    base: Float[Tensor, "row d_model"], delta: Float[Tensor, "row d_model"]
-) -> RowSpace:
+def row_space(base: Float[Tensor, "row d_model"], delta: Float[Tensor, "row d_model"]) -> RowSpace:
     """Alignment and spectra on the d_model side of a tall matrix, from Grams alone."""
     delta_gram = gram_of_rows(delta)
     energies, vectors = torch.linalg.eigh(gram_of_rows(base))

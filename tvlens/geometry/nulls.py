@@ -49,9 +49,7 @@ def with_random_signs(
     return delta * (2 * signs - 1).to(delta)
 
 
-def noise_edge(
-    delta: Float[Tensor, "*component a b"], *, seed: int
-) -> Float[Tensor, "*component"]:
+def noise_edge(delta: Float[Tensor, "*component a b"], *, seed: int) -> Float[Tensor, "*component"]:
     """Largest singular value that entries of these magnitudes reach without structure.
 
     The larger of the iid edge |D| / sqrt(mn) (sqrt m + sqrt n) and one sign-flip draw, plus 2 %.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .figures import LABELS, number
-from .folder import StudyFolder
+from .folder import StudyFolder, rows_of
 from .scores import (
     ESTIMATE,
     checks,
@@ -183,8 +183,7 @@ def _ranking(
     checked = means[means["kind"].isin(set(decided["kind"]))]
     top = checked.reindex(checked["score"].abs().sort_values(ascending=False, kind="stable").index)
     listed = ", ".join(
-        f"{row.component} ({row.score:+.3g}{_of(row.score, total)})"
-        for row in top.head(3).itertuples()
+        f"{row.component} ({row.score:+.3g}{_of(row.score, total)})" for row in rows_of(top.head(3))
     )
     words = " and ".join(kind_words(k) for k in dict.fromkeys(decided["kind"]))
     return Statement(question, f"Among {words}, {listed}.")

@@ -6,7 +6,7 @@ Labels differ by shape as well as by colour (Okabe and Ito's palette).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -160,7 +160,7 @@ class Scatter:
     drawn: int
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: Any, digits: int = 3) -> str:
     """A number for people with ``digits`` significant digits; a dash where there is none."""
     if value is None or not np.isfinite(value):
         return NOTHING

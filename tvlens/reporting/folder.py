@@ -6,6 +6,7 @@ older version; a file that is not there leaves its section with the command that
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,11 @@ class StudyFolder:
     def _tuned_specs(self) -> list[str]:
         given = self.plan.get("tuned") or "TUNED"
         return [given] if isinstance(given, str) else [str(spec) for spec in given]
+
+
+def rows_of(frame: pd.DataFrame) -> Iterator[Any]:
+    """The rows as named tuples; what a cell holds is known by its column's name alone."""
+    return frame.itertuples()
 
 
 def _text(path: Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tvlens.components import ATTENTION_PARTS, DISJOINT_KINDS, MLP_PARTS
+
 from .folder import StudyFolder
 
 ESTIMATE = "weight_ig"

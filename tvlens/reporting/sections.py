@@ -24,7 +24,7 @@ from .figures import (
     label_scatter,
     number,
 )
-from .folder import StudyFolder
+from .folder import StudyFolder, rows_of
 from .scores import (
     ESTIMATE,
     EXACT,
@@ -176,7 +176,7 @@ def largest_table(study: StudyFolder, tuned: str) -> DataTable:
             number(row.residual),
             number(row.snr),
         )
-        for row in pd.concat([pieces, heads]).itertuples()
+        for row in rows_of(pd.concat([pieces, heads]))
     )
     return DataTable(
         f"The {len(pieces)} tensors and the {len(heads)} head slices that changed most for their "
@@ -230,12 +230,12 @@ def score_grids(study: StudyFolder, tuned: str, slug: str) -> list[Grid]:
     for kind, words in (("head", "head"), ("kv_head", "key-value head"), ("matrix", "")):
         here = means[(means["kind"] == kind) & means["layer"].notna()]
         here = here[here["part"].isin(PARTS)] if kind == "matrix" else here
-        sums = here.groupby(["layer", "part" if kind == "matrix" else "index"], as_index=False)
-        summed = sums["score"].sum().rename(columns={"part": "column", "index": "column"})
+        placed = here.assign(column=here["part" if kind == "matrix" else "index"])
+        summed = placed.groupby(["layer", "column"], as_index=False)["score"].sum()
         title = f"{words.capitalize()}s" if words else "Matrices"
         grids.append(
             _grid(
-                summed.rename(columns={"score": "value"}),
+                summed.assign(value=summed["score"]),
                 f"{slug}-score-{kind}",
                 f"{title}: mean {ESTIMATE} score",
                 what=f"layer {{}} {words}".rstrip() + " {}",
@@ -359,7 +359,7 @@ def _ranking(frame: pd.DataFrame, what: str) -> DataTable:
     order = frame["rank"].abs().sort_values(ascending=False, kind="stable", na_position="last")
     split = bool(frame["judge"].notna().any())
     rows = []
-    for row in frame.reindex(order.index[:TOP]).itertuples():
+    for row in rows_of(frame.reindex(order.index[:TOP])):
         scores = (_signed(row.rank), _signed(row.judge)) if split else (_signed(row.score),)
         checked = (_signed(row.same), _signed(row.exact), _signed(row.insert), _signed(row.remove))
         finding = row.finding if isinstance(row.finding, str) else NOTHING
@@ -406,7 +406,7 @@ def fidelity_table(frame: pd.DataFrame) -> DataTable | None:
             *(_signed(value) for value in (row.sum_insert, row.sum_remove, row.sum_ig)),
             _signed(row.metric_change),
         )
-        for row in frame.itertuples()
+        for row in rows_of(frame)
     )
     return DataTable(
         "Estimates against the exact quantity that asks the same question. The random sample "
@@ -431,7 +431,7 @@ def token_texts(study: StudyFolder, tuned: str, slug: str) -> tuple[list[TokenTe
     prompts = study.table("prompts", tuned)
     rows = prompts[prompts["tokens"].notna() & prompts["token_scores"].notna()]
     usable, refused = [], 0
-    for place, row in enumerate(rows.itertuples()):
+    for place, row in enumerate(rows_of(rows)):
         scores = [float("nan") if s is None else float(s) for s in row.token_scores]
         if len(scores) != len(row.tokens) or not all(map(math.isfinite, scores)) or not scores:
             refused += 1
@@ -525,10 +525,12 @@ def evaluation_table(frame: pd.DataFrame) -> DataTable | None:
     models = [str(m) for m in rows["model"].dropna().unique()]
     keys = ["task", "split", "measure", "unit", "n"]
     lines = []
-    for key, group in rows.groupby(keys, sort=False, dropna=False):
-        words = tuple(NOTHING if pd.isna(k) else str(k) for k in key[:4])
+    for _, group in rows.groupby(keys, sort=False, dropna=False):
+        first = next(rows_of(group))
+        named = (first.task, first.split, first.measure, first.unit)
+        words = (word if isinstance(word, str) else NOTHING for word in named)
         cells = (_measured(group[group["model"] == model]) for model in models)
-        lines.append((*words, number(key[4]), *cells))
+        lines.append((*words, number(first.n), *cells))
     return DataTable(
         "Measured on held-out data, with 95 % intervals. A lower loss is better.",
         ("task", "split", "measure", "unit", "n", *models),
@@ -539,7 +541,7 @@ def evaluation_table(frame: pd.DataFrame) -> DataTable | None:
 
 def _measured(rows: pd.DataFrame) -> str:
     cells = []
-    for row in rows.itertuples():
+    for row in rows_of(rows):
         known = pd.notna(row.ci_low) and pd.notna(row.ci_high)
         interval = f" [{number(row.ci_low, 4)}, {number(row.ci_high, 4)}]" if known else ""
         cells.append(number(row.value, 4) + interval)

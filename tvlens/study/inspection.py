@@ -6,8 +6,9 @@ are for deciding whether to start, not for quoting.
 
 from typing import Any
 
-from ..components import DISJOINT_KINDS
-from ..weights.matching import Pair, load_pair
+from tvlens.components import DISJOINT_KINDS
+from tvlens.weights.matching import Pair, load_pair
+
 from .plan import name_of
 
 READ_RATE = 0.4e9  # bytes a second that are read, hashed and scanned, one thread of a 2024 CPU

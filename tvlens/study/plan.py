@@ -6,7 +6,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import StudyError
+from tvlens.errors import StudyError
 
 Stage = Literal["decompose", "attribute", "evaluate"]
 STAGES: tuple[Stage, ...] = ("decompose", "attribute", "evaluate")

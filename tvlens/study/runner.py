@@ -12,18 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StudyError, TvlensError
-from ..reporting.report import render_report
-from ..tables import Table, concatenated
-from ..weights.matching import load_pair
+from tvlens.errors import StudyError, TvlensError
+from tvlens.reporting.report import render_report
+from tvlens.tables import Table, concatenated
+from tvlens.weights.matching import load_pair
+
 from . import stages
 from .plan import StudyPlan
 from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json
 
 if TYPE_CHECKING:
-    from ..models.prompts import PromptSet
-    from ..weights.matching import Pair
-    from ..weights.sources import Source
+    from tvlens.models.prompts import PromptSet
+    from tvlens.weights.matching import Pair
+    from tvlens.weights.sources import Source
 
 Progress = Callable[[str], None]
 PACKAGES = ("tvlens", "torch", "transformer-lens", "transformers", "safetensors", "scipy")

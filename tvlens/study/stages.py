@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ..tables import Table, concatenated
-from ..weights.matching import load_pair
+from tvlens.tables import Table, concatenated
+from tvlens.weights.matching import load_pair
+
 from .plan import StudyPlan, name_of
 
 if TYPE_CHECKING:
-    from ..models.pair import HookedPair
-    from ..models.prompts import Batch, PromptSet
-    from ..weights.matching import Pair
+    from tvlens.models.pair import HookedPair
+    from tvlens.models.prompts import Batch, PromptSet
+    from tvlens.weights.matching import Pair
 
 Progress = Callable[[str], None]
 
@@ -64,8 +65,8 @@ class StageOutput:
 
 def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Measure and classify every component of the tuning vector."""
-    from ..geometry.classify import classify
-    from ..geometry.decompose import decompose
+    from tvlens.geometry.classify import classify
+    from tvlens.geometry.decompose import decompose
 
     weights = decompose(pair)
     say(f"classify: {pair.tuned_name}")
@@ -79,9 +80,9 @@ def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
 
 def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Attribute the metric on the prompts to activations and weights, and check the estimates."""
-    from ..models.metrics import resolve_metric
-    from ..models.pair import HookedPair
-    from ..models.prompts import load_prompts, tokenised
+    from tvlens.models.metrics import resolve_metric
+    from tvlens.models.pair import HookedPair
+    from tvlens.models.prompts import load_prompts, tokenised
 
     hooked = HookedPair(pair, device=_device(plan))
     asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
@@ -120,15 +121,13 @@ def _device(plan: StudyPlan) -> str:
 
 def _scores(hooked: "HookedPair", batch: "Batch", metric: Any, say: Progress) -> list[Table]:
     """Every estimate of the study, cheapest first."""
-    from ..attribution.activations import attribute_activations
-    from ..attribution.weights import attribute_weights
+    from tvlens.attribution.activations import attribute_activations
+    from tvlens.attribution.weights import attribute_weights
 
     tables = []
     if any(len(ids) for ids in batch.corrupt_ids):
         say("activations, clean into corrupt")
-        tables.append(
-            attribute_activations(hooked, batch, metric, direction="clean_into_corrupt")
-        )
+        tables.append(attribute_activations(hooked, batch, metric, direction="clean_into_corrupt"))
     for direction in ("tuned_into_base", "base_into_tuned"):
         say(f"activations, {direction.replace('_', ' ')}")
         tables.append(attribute_activations(hooked, batch, metric, direction=direction))
@@ -143,8 +142,13 @@ def _scores(hooked: "HookedPair", batch: "Batch", metric: Any, say: Progress) ->
 def _checked(
     plan: StudyPlan, hooked: "HookedPair", batch: "Batch", metric: Any, scores: list[Table]
 ) -> tuple[list[Table], dict[str, Any]]:
-    """Exact rows of a sample, how each estimate agrees with them, findings; and the sample's size."""
-    from ..attribution.fidelity import CHECKED_PROMPTS, check_fidelity, findings_table, planned_check
+    """Exact rows of a sample, the estimates' agreement with them, findings; and its size."""
+    from tvlens.attribution.fidelity import (
+        CHECKED_PROMPTS,
+        check_fidelity,
+        findings_table,
+        planned_check,
+    )
 
     estimates = concatenated("attribution", scores)
     count, nodes = plan.check_exact, plan.check_nodes
@@ -160,11 +164,9 @@ def _checked(
     return [attribution, fidelity, findings_table(attribution)], facts
 
 
-def _prompts_table(
-    hooked: "HookedPair", asked: "PromptSet", batch: "Batch", metric: Any
-) -> Table:
+def _prompts_table(hooked: "HookedPair", asked: "PromptSet", batch: "Batch", metric: Any) -> Table:
     """Each prompt as the models read it, its metric at both ends, and its tokens' scores."""
-    from ..attribution.positions import token_scores
+    from tvlens.attribution.positions import token_scores
 
     scores = token_scores(hooked, batch, metric)
     prompts = [asked[number] for number in batch.numbers]
@@ -196,10 +198,10 @@ def _prompts_table(
 
 def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Held-out loss per domain of the base, the fine-tune and the controls."""
-    from ..evaluation.losses import losses_table
-    from ..models.lens import LensModel
-    from ..models.pair import tokenizer_in
-    from ..models.prompts import load_texts, tokenised
+    from tvlens.evaluation.losses import losses_table
+    from tvlens.models.lens import LensModel
+    from tvlens.models.pair import tokenizer_in
+    from tvlens.models.prompts import load_texts, tokenised
 
     tokenizer = tokenizer_in([pair.tuned.folder, pair.base.folder])
     tasks = {

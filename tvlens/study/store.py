@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..errors import StudyError
-from ..tables import Table
+from tvlens.errors import StudyError
+from tvlens.tables import Table
+
 from .plan import StudyPlan
 
 if TYPE_CHECKING:
