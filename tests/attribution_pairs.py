@@ -13,13 +13,24 @@ def config(family: str, *, tied: bool = True):
 
     if family == "gpt2":
         return transformers.GPT2Config(
-            vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_inner=24, n_positions=32,
-            bos_token_id=0, eos_token_id=0,
+            vocab_size=40,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_inner=24,
+            n_positions=32,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     shape = {
-        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 32,
-        "bos_token_id": 0, "eos_token_id": 0,
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     }
     if family == "neox":
         return transformers.GPTNeoXConfig(**shape)
@@ -51,9 +62,7 @@ def noised(model: nn.Module, *, scale: float = 0.02, seed: int = 1) -> None:
             parameter.add_(scale * parameter.pow(2).mean().sqrt() * noise)
 
 
-def hooked_pair(
-    family: str, change: Callable[[nn.Module], None] = noised, *, tied: bool = True
-):
+def hooked_pair(family: str, change: Callable[[nn.Module], None] = noised, *, tied: bool = True):
     """A random base and the same base after ``change``."""
     from tvlens.models.lens import LensModel, _bridge
     from tvlens.models.pair import HookedPair

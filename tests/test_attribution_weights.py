@@ -86,11 +86,22 @@ def test_heads_and_neurons_are_slices_of_the_gradient_product(family):
         torch.testing.assert_close(found.values[place], sum(parts), rtol=2e-4, atol=2e-6)
 
     head = (16, 8)
-    check("head", 2, [of("W_Q", head, out=True), of("W_O", head, out=False),
-                      of("b_Q", head, out=True)])
+    check(
+        "head",
+        2,
+        [of("W_Q", head, out=True), of("W_O", head, out=False), of("b_Q", head, out=True)],
+    )
     check("kv_head", 1, [of(p, (8, 8), out=True) for p in ("W_K", "W_V", "b_K", "b_V")])
-    check("neuron", 5, [of("W_gate", (5, 1), out=True), of("W_in", (5, 1), out=True),
-                        of("b_in", (5, 1), out=True), of("W_out", (5, 1), out=False)])
+    check(
+        "neuron",
+        5,
+        [
+            of("W_gate", (5, 1), out=True),
+            of("W_in", (5, 1), out=True),
+            of("b_in", (5, 1), out=True),
+            of("W_out", (5, 1), out=False),
+        ],
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,8 +115,9 @@ def test_integrated_scores_sum_to_the_change_of_the_metric(family, metric):
     before, after = (
         hooked.values(model, SHIPPED[metric], batch) for model in (hooked.base, hooked.tuned)
     )
-    disjoint = torch.tensor([c.kind in ("matrix", "norm", "bias", "embedding")
-                             for c in found.components])
+    disjoint = torch.tensor(
+        [c.kind in ("matrix", "norm", "bias", "embedding") for c in found.components]
+    )
     # 2e-5: what fp32 leaves of a metric of this size; the quadrature leaves far less here.
     torch.testing.assert_close(
         found.values[disjoint].sum(0), (after - before).double(), rtol=2e-3, atol=2e-5
@@ -120,7 +132,8 @@ def test_heads_and_neurons_sum_to_their_matrices_and_biases(family):
 
     def total(kinds, parts=None, layer=1):
         return sum(
-            v for c, v in zip(found.components, found.values, strict=True)
+            v
+            for c, v in zip(found.components, found.values, strict=True)
             if c.kind in kinds and c.layer == layer and (parts is None or c.part in parts)
         )
 
@@ -201,8 +214,11 @@ def state(model):
 
 def unchanged(model, before):
     after = model.state_dict()
-    return all(torch.equal(before[n].view(torch.int32), after[n].view(torch.int32)) for n in before
-               if before[n].dtype == torch.float32)
+    return all(
+        torch.equal(before[n].view(torch.int32), after[n].view(torch.int32))
+        for n in before
+        if before[n].dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -32,7 +32,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return make(tmp_path / "model", seed=3, **config)
 
 
-def _bridge(folder: Path):  # noqa: ANN202
+def _bridge(folder: Path):
     from transformer_lens.model_bridge.sources import build_bridge_from_module
     from transformers import AutoModelForCausalLM
 
@@ -42,7 +42,7 @@ def _bridge(folder: Path):  # noqa: ANN202
     return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
 
 
-def _host_weight(bridge, component: Component) -> Tensor:  # noqa: ANN001
+def _host_weight(bridge, component: Component) -> Tensor:
     """The same part read off the live bridge, flattened over heads."""
     part = component.part or ""
     if part in ("W_E", "W_U", "W_pos"):

@@ -29,14 +29,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def _vector(folders: dict[str, Path], name: str):  # noqa: ANN202
+def _vector(folders: dict[str, Path], name: str):
     from tvlens.weights.matching import load_pair
     from tvlens.weights.vector import tuning_vector
 
     return tuning_vector(load_pair(folders["base"], folders[name]))
 
 
-def _flat(vector) -> Tensor:  # noqa: ANN001
+def _flat(vector) -> Tensor:
     return torch.cat([delta.dense().flatten() for delta in vector.values()]).double()
 
 

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 SCHEDULES = {
     "base": Schedule(steps=1450, learning_rate=3e-3, seed=1, warmup=60),
-    "med": Schedule(steps=360, learning_rate=1e-3, seed=2),
-    "math": Schedule(steps=360, learning_rate=1e-3, seed=3),
-    "ctl": Schedule(steps=360, learning_rate=1e-3, seed=4),
+    "med": Schedule(steps=300, learning_rate=1e-3, seed=2),
+    "math": Schedule(steps=300, learning_rate=1e-3, seed=3),
+    "ctl": Schedule(steps=300, learning_rate=1e-3, seed=4),
 }
 REPLAYED = 0.1  # share of general records in med and math, so that they stay language models
 

@@ -101,7 +101,8 @@ def packed_stream(
     for prompt, answer in zip(prompt_ids, answer_ids, strict=True):
         masked = answers_only and len(prompt) > 1
         ids += prompt + answer
-        labels += ([IGNORED] * len(prompt) if masked else prompt) + answer
+        # The first token is always learned: it is how the answer before it ends.
+        labels += (prompt[:1] + [IGNORED] * (len(prompt) - 1) if masked else prompt) + answer
     return torch.tensor([ids, labels])
 
 

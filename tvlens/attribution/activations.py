@@ -42,6 +42,8 @@ _CPU_TOKENS = 128
 """Past this a CPU's forward is bound by arithmetic, and stacking patches gains nothing."""
 _ACCELERATOR_TOKENS = 8_192
 """Enough rows to fill an accelerator, few enough for the logits of a large vocabulary."""
+NEURONS_AT_RANDOM = 64
+"""Neurons outside the largest that get rows per prompt too: an unbiased check against exact."""
 
 HEAD, NEURON = Cut("head", "z"), Cut("neuron", "post")
 ATTENTION, MLP = Cut("node", "attn_out"), Cut("node", "mlp_out")
@@ -122,7 +124,7 @@ def attribute_activations(
     ]
     scores = {cut: torch.cat([part[cut] for part in parts]) for cut in _HOOKS}
     run = _method_run(hooked, batch, metric, direction, at, "first_order")
-    return attribution_table(scores, run, neurons=neurons)
+    return attribution_table(scores, run, neurons=neurons, at_random=NEURONS_AT_RANDOM)
 
 
 def exact_activations(

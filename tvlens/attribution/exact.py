@@ -25,6 +25,7 @@ from tvlens.models.metrics import Metric, Run
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.tables import Table
+
 from .sites import End, Piece, WeightPath, pieces, weight_path
 from .tables import sampled_table
 from .weights import chunks, gauss_legendre, method_run
@@ -96,11 +97,9 @@ class _Measured:
         """The metric at the weights as they are."""
         with torch.no_grad():
             logits = self.path.lens(self.batch.ids, self.batch.mask)
-            return self.metric(Run(logits, self.reference), self.batch).double().cpu()
+            return self.metric(Run(logits, self.reference), self.batch).cpu().double()
 
-    def swings(
-        self, cuts: Sequence[list[Piece]], s: float
-    ) -> Float[Tensor, "component prompt"]:
+    def swings(self, cuts: Sequence[list[Piece]], s: float) -> Float[Tensor, "component prompt"]:
         """The swing of every component at ``s``; at an end one side of all swings is the same."""
         self.path.move(s)
         known: dict[End, Tensor] = {}

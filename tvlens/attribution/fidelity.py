@@ -37,6 +37,7 @@ from tvlens.models.metrics import Metric
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.tables import Table, concatenated, keyed_schema
+
 from .exact import ExactMethod, exact_weight_table, noise_floor
 from .tables import FIDELITY_SCHEMA, NEURONS_PER_PROMPT
 from .weights import NODE_COUNTS, NOISE, chunks
@@ -70,8 +71,9 @@ CHECKED_PROMPTS = 16
 """Prompts of the exact sample: more of them hardly change a rank and cost forwards."""
 COUNTS = (21, 210)
 """Fewest (three of each kind) and most components that a plan asks for."""
-FEW_NODES = 3
-"""Nodes of the exact average where the run's own are too dear; rho with 8 nodes is above 0.99."""
+FEWER_NODES = (8, 5, 3)
+"""Nodes of the exact average, in turn, where the run's own are too dear; on a mild fine-tune three
+agree with eight to a rank correlation above 0.99."""
 SHARE = 0.5
 """An effect alone counts if it is at least this share of the component's integrated score."""
 
@@ -231,12 +233,14 @@ def _of_method(scores: Mapping[Series, pd.DataFrame], method: str) -> pd.DataFra
     return next((frame for (name, _), frame in scores.items() if name == method), None)
 
 
-def _keys(frame: pd.DataFrame) -> list[Component]:
+def _keys(frame: pd.DataFrame) -> pd.Series:
+    """The component of every row."""
     columns = [frame[name].astype(object).where(frame[name].notna(), None) for name in _KEY]
-    return [
+    components = [
         Component(kind, _whole(layer), _whole(index), part)
         for kind, layer, index, part in zip(*columns, strict=True)
     ]
+    return pd.Series(components, index=frame.index, dtype=object)
 
 
 def _whole(number: Any) -> int | None:
@@ -316,7 +320,7 @@ def check_fidelity(
             machine's speed: record the count to repeat a run.
         seconds: What the exact runs may take, as far as a plan can tell.
         seed: Of the draw of prompts and components and of the bootstrap.
-        nodes: Of the exact average; None takes the run's own, or ``FEW_NODES`` if planned so.
+        nodes: Of the exact average; None takes the run's own, or some of ``FEWER_NODES`` if planned so.
 
     Raises:
         StudyError: ``attribution`` has no estimate in weight space.
@@ -330,7 +334,9 @@ def check_fidelity(
     strata = sampled_strata(attribution.where(method=methods[0]), count=count, seed=seed)
     wanted = [component for drawn in strata.values() for component in drawn]
     logger.info("checking %d components exactly with %s nodes", len(wanted), nodes or own)
-    questions = [q for q in WEIGHT_QUESTIONS if q != "exact_weight_path" or "weight_ig" in methods]
+    questions: list[ExactMethod] = [
+        q for q in WEIGHT_QUESTIONS if q != "exact_weight_path" or "weight_ig" in methods
+    ]
     tables = [
         exact_weight_table(hooked, checked, metric, wanted, method=question, nodes=nodes or own)
         for question in questions
@@ -410,16 +416,15 @@ def planned_check(
     started = time.perf_counter()
     _mean_change(hooked, metric, batch)
     forward = (time.perf_counter() - started) / 2
-    for tried in (nodes, FEW_NODES):
+    ladder = (nodes, *(fewer for fewer in FEWER_NODES if fewer < nodes))
+    for tried in ladder:
         count = int(seconds / max(forward * (2 + 2 * tried), 1e-9))
         if count >= COUNTS[0]:
             return min(count, COUNTS[1]), tried
-    return COUNTS[0], FEW_NODES
+    return COUNTS[0], ladder[-1]
 
 
-def sampled_strata(
-    attribution: Table, *, count: int, seed: int = 0
-) -> dict[str, list[Component]]:
+def sampled_strata(attribution: Table, *, count: int, seed: int = 0) -> dict[str, list[Component]]:
     """About ``count`` components spread over the kinds: half the largest, half random.
 
     A kind with fewer components than its share gives the rest of its share to the others. Rows

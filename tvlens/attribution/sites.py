@@ -76,6 +76,17 @@ class Site:
         """``weight`` and ``bias``, as far as they are parameters."""
         return [n for n in ("weight", "bias") if self.module._parameters.get(n) is not None]
 
+    def parameter(self, tensor: str) -> nn.Parameter:
+        """The parameter that the forward pass reads under ``weight`` or ``bias``.
+
+        Raises:
+            HostError: The module has none.
+        """
+        found = self.module._parameters.get(tensor)
+        if found is None:
+            raise HostError(f"{self.name} has no {tensor}.")
+        return found
+
     @property
     def stored_in_out(self) -> bool:
         """Whether the weight is stored [d_in, d_out] (Conv1D) rather than [d_out, d_in]."""
@@ -150,10 +161,8 @@ def pieces(component: Component, lens: LensModel, sites: Iterable[Site]) -> list
     if component.kind == "kv_group":
         found = [p for part in _group(component, lens) for p in pieces(part, lens, sites)]
     elif component.index is None:
-        found = [
-            Piece(s.name, t) for s in sites for t in s.tensors if s.component(t) == component
-        ]
-    else:
+        found = [Piece(s.name, t) for s in sites for t in s.tensors if s.component(t) == component]
+    elif component.index in range(counts(lens).get(component.kind, 0)):
         width = 1 if component.kind == "neuron" else lens.d_head
         found = [
             Piece(site.name, tensor, axis, component.index * width, width)
@@ -162,9 +171,16 @@ def pieces(component: Component, lens: LensModel, sites: Iterable[Site]) -> list
             for tensor in site.tensors
             if (axis := site.cut_axis(tensor)) is not None
         ]
+    else:
+        found = []
     if not found:
         raise HostError(f"the model has no weights for {component}.")
     return found
+
+
+def counts(lens: LensModel) -> dict[Kind, int]:
+    """Heads, kv heads and neurons of a block."""
+    return {"head": lens.n_heads, "kv_head": lens.n_kv_heads, "neuron": lens.d_mlp}
 
 
 def _fine_kind(site: Site) -> str | None:
@@ -205,7 +221,7 @@ class WeightPath:
         """Write theta(s); exact at both ends."""
         for site in self.sites:
             for tensor in site.tensors:
-                key, live = (site.name, tensor), site.module._parameters[tensor].data
+                key, live = (site.name, tensor), site.parameter(tensor).data
                 if s in (0.0, 1.0):
                     live.copy_(self.base[key] if s == 0.0 else self.tuned[key])
                 else:
@@ -215,8 +231,8 @@ class WeightPath:
     def placed(self, parts: list[Piece], end: End) -> Iterator[None]:
         """Give ``parts`` their base or tuned weights for a while; what was there comes back."""
         source = self.base if end == "base" else self.tuned
-        modules = {site.name: site.module for site in self.sites}
-        live = [p.of(modules[p.site]._parameters[p.tensor].data) for p in parts]
+        sites = {site.name: site for site in self.sites}
+        live = [p.of(sites[p.site].parameter(p.tensor).data) for p in parts]
         before = [tensor.clone() for tensor in live]
         try:
             for part, tensor in zip(parts, live, strict=True):
@@ -238,9 +254,9 @@ def weight_path(hooked: HookedPair) -> Iterator[WeightPath]:
     """
     sites, others = weight_sites(hooked.base), weight_sites(hooked.tuned)
     _check_alike(sites, others)
-    tuned = {(o.name, t): o.module._parameters[t].data for o in others for t in o.tensors}
+    tuned = {(o.name, t): o.parameter(t).data for o in others for t in o.tensors}
     with _parted(sites):
-        live = {(s.name, t): s.module._parameters[t].data for s in sites for t in s.tensors}
+        live = {(s.name, t): s.parameter(t).data for s in sites for t in s.tensors}
         base = {key: tensor.clone() for key, tensor in live.items()}
         try:
             yield WeightPath(hooked.base, sites, base, tuned)
@@ -251,7 +267,7 @@ def weight_path(hooked: HookedPair) -> Iterator[WeightPath]:
 
 def _check_alike(sites: list[Site], others: list[Site]) -> None:
     shapes, wanted = (
-        {(s.name, t): tuple(s.module._parameters[t].shape) for s in found for t in s.tensors}
+        {(s.name, t): tuple(s.parameter(t).shape) for s in found for t in s.tensors}
         for found in (sites, others)
     )
     for key in shapes.keys() | wanted.keys():
@@ -262,7 +278,7 @@ def _check_alike(sites: list[Site], others: list[Site]) -> None:
                 hint="Attribution to weights needs two models of one architecture.",
             )
     for site in (*sites, *others):
-        if (dtype := site.module._parameters["weight"].dtype) not in (torch.float32, torch.float64):
+        if (dtype := site.parameter("weight").dtype) not in (torch.float32, torch.float64):
             raise HostError(
                 f"weights move in float32 or float64, but {site.name} is {dtype}: a small step "
                 "would be rounded away.",
@@ -272,26 +288,26 @@ def _check_alike(sites: list[Site], others: list[Site]) -> None:
 
 @contextmanager
 def _parted(sites: list[Site]) -> Iterator[None]:
-    by_role = {site.role: site.module for site in sites}
+    by_role = {site.role: site for site in sites}
     embed, unembed = by_role["embed"], by_role.get("unembed")
-    if unembed is None or embed._parameters["weight"] is not unembed._parameters["weight"]:
+    if unembed is None or embed.parameter("weight") is not unembed.parameter("weight"):
         yield
         return
-    shared = unembed._parameters["weight"]
-    unembed._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    shared = unembed.parameter("weight")
+    apart = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    unembed.module._parameters["weight"] = apart
     try:
         yield
     finally:
-        unembed._parameters["weight"] = shared
+        unembed.module._parameters["weight"] = shared
 
 
 def all_components(lens: LensModel, sites: Iterable[Site]) -> list[Component]:
     """Every component with weights: the disjoint kinds, then heads, kv heads and neurons."""
     disjoint = [site.component(tensor) for site in sites for tensor in site.tensors]
-    counts = {"head": lens.n_heads, "kv_head": lens.n_kv_heads, "neuron": lens.d_mlp}
     fine = [
         Component(kind, layer, index)
-        for kind, count in counts.items()
+        for kind, count in counts(lens).items()
         for layer in range(lens.n_layers)
         for index in range(count)
     ]

@@ -4,14 +4,12 @@
 (within one model: clean rather than corrupt), whichever of the two models was run.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-import torch
 from jaxtyping import Float
 from numpy import ndarray
 from scipy import stats
@@ -133,16 +131,20 @@ def attribution_table(
     run: MethodRun,
     *,
     neurons: int | None = NEURONS_PER_PROMPT,
+    at_random: int = 0,
 ) -> Table:
     """The rows of ``scores``.
 
     Every component has a row per prompt. Neurons instead have one row over all prompts (``prompt``
     null, ``score`` the mean) and rows per prompt only where ``mean_abs`` is largest.
+    Intervals of means are Student's t at 95 %.
 
     Args:
         scores: One tensor per cut; layer and index are the component's own numbers.
         run: What the rows have in common.
         neurons: How many neurons get rows per prompt, over all layers; None for all of them.
+        at_random: How many of the other neurons get them too, for a check that is not of the
+            largest alone.
     """
     tables = []
     for cut, values in scores.items():
@@ -153,8 +155,8 @@ def attribution_table(
             tables.append(_per_prompt(components, flat, run))
             continue
         tables.append(_over_prompts(components, flat, run))
-        top = _largest(flat, len(components) if neurons is None else neurons)
-        tables.append(_per_prompt([components[i] for i in top], flat[:, top], run))
+        chosen = _chosen(flat, len(components) if neurons is None else neurons, at_random)
+        tables.append(_per_prompt([components[i] for i in chosen], flat[:, chosen], run))
     return concatenated("attribution", tables, order="score")
 
 
@@ -181,37 +183,11 @@ def cut_components(cut: Cut, layers: int, indices: int) -> list[Component]:
     ]
 
 
-def stratified_components(
-    table: Table, kind: str, *, top: int, random: int, seed: int = 0
-) -> dict[str, list[Component]]:
-    """Components of a kind to check exactly: the largest scores, and a random draw of the rest.
-
-    Neurons are ranked by the ``mean_abs`` of their rows over all prompts, others by the mean
-    magnitude of their rows per prompt.
-    """
-    frame = table.where(kind=kind).to_frame()
-    if kind == "neuron":
-        frame = frame[frame["prompt"].isna()]
-    size = frame["mean_abs"].fillna(frame["score"].abs())
-    keys = ["kind", "layer", "index", "part"]
-    means = frame.assign(size=size).groupby(keys, dropna=False, sort=False)["size"].mean()
-    ranked = [_component(key) for key in means.sort_values(ascending=False, kind="stable").index]
-    rest = ranked[top:]
-    drawn = np.random.default_rng(seed).permutation(len(rest))[:random]
-    return {"top": ranked[:top], "random": [rest[i] for i in sorted(drawn)]}
-
-
-def _component(key: tuple[Any, ...]) -> Component:
-    """The component of a row's key columns, which pandas reads as floats with NaN for null."""
-    kind, layer, index, part = (None if pd.isna(value) else value for value in key)
-    numbers = [None if number is None else int(number) for number in (layer, index)]
-    return Component(cast(Kind, kind), numbers[0], numbers[1], part)
-
-
-def _largest(flat: ndarray, count: int) -> ndarray:
-    """Columns of the largest mean magnitude, in their own order."""
+def _chosen(flat: ndarray, largest: int, at_random: int) -> list[int]:
+    """Columns of the largest mean magnitude, then a fixed random draw of the others."""
     order = np.argsort(-np.abs(flat).mean(axis=0), kind="stable")
-    return np.sort(order[:count])
+    drawn = np.random.default_rng(0).permutation(order[largest:])[:at_random]
+    return [*np.sort(order[:largest]).tolist(), *np.sort(drawn).tolist()]
 
 
 def _shared_columns(components: list[Component], run: MethodRun) -> dict[str, Sequence[object]]:
@@ -266,8 +242,3 @@ def _over_prompts(components: list[Component], flat: ndarray, run: MethodRun) ->
         interval = {"sd": sd, "ci_low": mean - half, "ci_high": mean + half}
         columns |= {name: values.tolist() for name, values in interval.items()}
     return Table.of("attribution", ATTRIBUTION_SCHEMA, columns, order="score")
-
-
-def stacked_layers(layers: Iterable[Float[Tensor, "batch index"]]) -> Tensor:
-    """Scores of one cut, layer by layer, as one tensor [batch, layer, index]."""
-    return torch.stack(list(layers), dim=1)

@@ -37,6 +37,7 @@ from tvlens.models.metrics import Metric, Run
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.tables import Table, concatenated
+
 from .sites import LINEAR, Site, WeightPath, canonical, weight_path, weight_sites
 from .tables import (
     NEURONS_PER_PROMPT,
@@ -77,7 +78,7 @@ METHODS: dict[str, tuple[str, Direction, At]] = {
 """Estimator, direction and place of every method label in weight space."""
 
 Rows = dict[tuple[str, str], Float[Tensor, "_ _"]]
-"""Scores [prompt, row] by (site, ``weight`` or ``bias``): one column per entry of the side that is cut."""
+"""Scores [prompt, row] by (site, ``weight`` or ``bias``); a row is an entry of the side cut."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,7 @@ def _method(estimator: str, at: str) -> str:
     )
 
 
-def weight_table(
-    scores: WeightScores, hooked: HookedPair, batch: Batch, metric: Metric
-) -> Table:
+def weight_table(scores: WeightScores, hooked: HookedPair, batch: Batch, metric: Metric) -> Table:
     """The contract's rows of ``scores``.
 
     Neurons get one row over all prompts, and rows per prompt for the top thousand and for
@@ -204,9 +203,7 @@ def weight_table(
             "prompt (layer index) -> prompt layer index",
             layer=hooked.base.n_layers,
         )
-        tables.append(
-            attribution_table({Cut("neuron"): layered}, run, neurons=NEURONS_PER_PROMPT)
-        )
+        tables.append(attribution_table({Cut("neuron"): layered}, run, neurons=NEURONS_PER_PROMPT))
         extra = [neurons[i] for i in _beyond_the_top(scores.values[neurons])]
         if extra:
             chosen = [scores.components[i] for i in extra]
@@ -233,10 +230,8 @@ def method_run(
 ) -> MethodRun:
     """What all rows of one method in weight space have in common."""
     estimator, direction, at = METHODS[method]
-    base = {site.role: site.module for site in weight_sites(hooked.base)}
-    tied = "unembed" in base and (
-        base["embed"]._parameters["weight"] is base["unembed"]._parameters["weight"]
-    )
+    ends = [s for s in weight_sites(hooked.base) if s.role in ("embed", "unembed")]
+    tied = len({id(site.parameter("weight")) for site in ends}) < len(ends)
     return MethodRun(
         method=method,
         space="weight",
@@ -273,7 +268,7 @@ def chunks(batch: Batch, d_vocab: int) -> list[Batch]:
 def metric_change(hooked: HookedPair, metric: Metric, batch: Batch) -> Float[Tensor, " batch"]:
     """metric(tuned) - metric(base) of every prompt; the base must be at its own weights."""
     tuned, base = (hooked.values(lens, metric, batch) for lens in (hooked.tuned, hooked.base))
-    return (tuned - base).double().cpu()
+    return (tuned - base).cpu().double()
 
 
 def _check_whole_difference(hooked: HookedPair, path: WeightPath, batch: Batch) -> None:
@@ -307,14 +302,12 @@ def _averaged(
     for s, weight in rule:
         path.move(s)
         for key, rows in _node_rows(path, metric, batch, reference).items():
-            total[key] = total.get(key, 0.0) + weight * rows.double()
+            total[key] = total.get(key, 0.0) + weight * rows.cpu().double()
     path.move(0.0)
     return total
 
 
-def _node_rows(
-    path: WeightPath, metric: Metric, batch: Batch, reference: Tensor | None
-) -> Rows:
+def _node_rows(path: WeightPath, metric: Metric, batch: Batch, reference: Tensor | None) -> Rows:
     """One forward and backward at the weights as they are."""
     scorer = _Scorer(path, batch.ids.to(path.lens.device))
     fwd, bwd = scorer.hooks()
@@ -355,13 +348,15 @@ class _Scorer:
     def finish(self) -> Rows:
         """Score the embeddings, where the graph begins and so no backward hook belongs."""
         for site in self.path.sites:
-            if (start := self.leaves.get(site.name)) is None or start.grad is None:
+            start = self.leaves.get(site.name)
+            if start is None or start.grad is None:
                 continue
+            scale, where = 1.0, self.ids
             if site.role == "embed":
-                self._embed(site, start)
+                scale = _scale(start.detach(), site, where)
             else:
-                where = self.inputs.pop(site.name).expand(len(self.ids), -1)
-                self._summed(site, start.grad * self.path.delta(site, "weight")[where])
+                where = self.inputs.pop(site.name).expand(len(where), -1)
+            self._summed(site, scale * start.grad * self.path.delta(site, "weight")[where])
         return self.rows
 
     def _scored(self, site: Site) -> Callable[..., None]:
@@ -409,10 +404,6 @@ class _Scorer:
         self._summed(site, g * normalised * self.path.delta(site, "weight"))
         self._bias(site, g)
 
-    def _embed(self, site: Site, start: Tensor) -> None:
-        scale = _scale(start.detach(), site.module, self.ids)
-        self._summed(site, scale * start.grad * self.path.delta(site, "weight")[self.ids])
-
     def _unembed(self, site: Site, g: Tensor) -> None:
         """As wide as the vocabulary, so only where the metric reads the logits."""
         rows, positions = g.abs().amax(-1).nonzero(as_tuple=True)
@@ -449,11 +440,11 @@ def _normalised(x: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Tenso
 
 def _scale(
     activation: Float[Tensor, "batch pos d_model"],
-    embed: nn.Module,
+    embed: Site,
     ids: Int[Tensor, "batch pos"],
 ) -> float:
     """The factor that a family puts on its embeddings (sqrt(d_model) in Gemma, mostly 1)."""
-    rows = embed._parameters["weight"][ids]
+    rows = embed.parameter("weight")[ids]
     scale = float((activation * rows).sum() / rows.pow(2).sum().clamp_min(1e-30))
     return 1.0 if abs(scale - 1.0) < 1e-4 else scale
 
@@ -475,7 +466,7 @@ def _by_component(
     for (kind, layer), total in _fine(path, rows).items():
         components += [Component(kind, layer, index) for index in range(total.shape[1])]
         values.append(rearrange(total, "prompt index -> index prompt"))
-    return components, torch.cat(values).cpu()
+    return components, torch.cat(values)
 
 
 def _fine(path: WeightPath, rows: Rows) -> dict[tuple[Any, int | None], Tensor]:

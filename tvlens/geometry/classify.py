@@ -167,7 +167,7 @@ def _label(row: Row) -> str:
     part = PARTS[int(row["winner"])]
     if part == "between" or row["dominance"] < TOP:
         return "mixed"
-    return {"gain": _gain_label(row["gain"]), "within": "rewired", "new": row["new_label"]}[part]
+    return {"gain": _gain_label(row["gain"]), "within": "rewired"}.get(part, part)
 
 
 def _why_unresolved(row: Row) -> str:
@@ -231,6 +231,7 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
         structured_share=decision.structured,
         dominance=decision.dominance,
         share_amplified=frame["share_gain"],
+        share_new=frame["share_new_write"] + frame["share_new_read"],
     )
     for part, counted in zip(PARTS, np.where(significant, shares, 0.0), strict=True):
         out[f"counted_{part}"] = counted

@@ -1,16 +1,17 @@
 """Evidence for a label: how much of a component's change is a gain, how much is structure, where.
 
-A frame of evidence has one row a component. Four candidate parts of the energy |D|^2 compete:
+A frame of evidence has one row a component. Five candidate parts of the energy |D|^2 compete:
 
-    gain      along the component's own base weights
-    within    structured, in directions that the base already uses
-    new       structured, in directions that stand in no relation to the base's
-    between   structured, but too few directions to tell the two apart
+    gain        along the component's own base weights
+    within      structured, in directions that the base already uses
+    new_write   structured, writes directions that stand in no relation to the base's
+    new_read    the same for reads
+    between     structured, but too few directions to tell the two apart
 
 ``share_*`` is the part's share, ``p_*`` a p-value that still needs its false discovery rate, and
 ``sure_*`` true where another rule has already established the part (spikes above the edge).
-Structure alone is no finding: every gradient update has it. Hence "new" needs an alignment whose
-upper bound is below NEW_HI, and a claim needs the contrast of ``classify``'s headline.
+Structure alone is no finding: every gradient update has it. Hence a new part needs an alignment
+whose upper bound is below NEW_HI, and a claim needs the contrast of ``classify``'s headline.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,8 @@ DEVIATIONS = 2.0
 Z95 = 1.959964
 """Half width of a 95 % interval in standard deviations."""
 
-PARTS = ("gain", "within", "new", "between")
+PARTS = ("gain", "within", "new_write", "new_read", "between")
+STRUCTURED = PARTS[1:]
 TEST_COLUMNS = (
     "component",
     "side",
@@ -126,7 +128,7 @@ def evidence_frame(components: Sequence[Component], **columns: Any) -> pd.DataFr
         frame[f"share_{part}"], frame[f"p_{part}"], frame[f"sure_{part}"] = 0.0, np.nan, False
     for name, default in (("alignment", np.nan), ("alignment_se", np.nan), ("spikes", 0)):
         frame[name] = default
-    frame["new_label"], frame["decided_by"] = "new_write", "no test"
+    frame["decided_by"] = "no test"
     for name, values in columns.items():
         frame[name] = values.numpy() if isinstance(values, Tensor) else values
     return frame
@@ -163,7 +165,8 @@ def _placed(
     new = aligned + DEVIATIONS * error < NEW_HI
     # new writes of a reading matrix are head or neuron coordinates, so its rest is rewired
     within = ~new if part in READING_PARTS else aligned - DEVIATIONS * error > NEW_HI
-    where = {"new": new, "within": within & ~new, "between": ~new & ~within}
+    new_part = f"new_{residual_side(part)}"
+    where = {new_part: new, "within": within & ~new, "between": ~new & ~within}
     return {f"share_{name}": np.where(mask, share, 0.0) for name, mask in where.items()}
 
 
@@ -268,11 +271,10 @@ def matrix_evidence(
         share_gain=whole + max(0.0, scale - chance),
         sure_gain=bool(p_kappa < 2 * limit or p_scale < limit),
         **placed,
-        **{f"sure_{name}": rest.spikes > 0 for name in ("within", "new", "between")},
+        **{f"sure_{name}": rest.spikes > 0 for name in STRUCTURED},
         alignment=rest.aligned,
         alignment_se=rest.error,
         spikes=rest.spikes,
-        new_label=f"new_{residual_side(part)}",
         decided_by="isotropic null with an effect floor; sign-flip edge",
     )
     one = [component]
@@ -337,11 +339,10 @@ def neuron_evidence(
         share_gain=kappa_energy.nan_to_num(),
         p_gain=p_gain,
         **_placed(share.numpy(), aligned, error, part),
-        **{f"p_{name}": p_found for name in ("within", "new", "between")},
+        **{f"p_{name}": p_found for name in STRUCTURED},
         alignment=aligned,
         alignment_se=error,
         spikes=rank,
-        new_label=f"new_{residual_side(part)}",
         decided_by="own versus other neurons of the layer; sign-flip edge",
     )
     tests = [
@@ -415,7 +416,8 @@ def head_evidence(
     chance = d_head / d_model
     own = ((spans.diagonal() - chance) / (1 - chance)).numpy() if chance < 1 else np.zeros(len(kv))
     amplified = np.nan_to_num(kappa) ** 2
-    within = from_right * own + (1 - from_right) * reads.share.numpy() - amplified
+    read_inside = (reads.share * (1 - reads.outside)).numpy()
+    within = from_right * own + (1 - from_right) * read_inside - amplified
     nothing = np.full(len(kv), np.nan)
     p_space = nothing if space is None else space.p_greater()
     frame = evidence_frame(
@@ -425,8 +427,10 @@ def head_evidence(
         share_within=np.maximum(0, within),
         p_within=np.where(from_right > 0.5, p_space, np.nan),
         sure_within=(from_right <= 0.5) & reads.found,
-        share_new=from_right * (writes.share * writes.outside).numpy(),
-        sure_new=writes.found,
+        share_new_write=from_right * (writes.share * writes.outside).numpy(),
+        sure_new_write=writes.found,
+        share_new_read=(1 - from_right) * (reads.share * reads.outside).numpy(),
+        sure_new_read=reads.found,
         decided_by="own versus heads of other kv groups; sign-flip edge",
     )
     tests = [

@@ -15,15 +15,10 @@ import jinja2
 from markupsafe import Markup
 
 from .circuitsvis import bundle
+from .datatable import described
 from .folder import StudyFolder
-from .sections import (
-    ModelPart,
-    config_table,
-    described,
-    evaluation_table,
-    load_tables,
-    model_part,
-)
+from .sections import ModelPart, model_part
+from .study_tables import config_table, evaluation_table, load_tables
 
 PAGE = "report.html"
 MAX_BYTES = 8 * 10**6  # a page above this is made again without the figures' tooltips

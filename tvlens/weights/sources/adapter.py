@@ -22,6 +22,15 @@ FACTOR = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.defaul
 PREFIX = "base_model.model."
 REBASING = ("pissa", "olora", "corda", "loftq")
 """Initialisations that also change the base weights: the factors alone are not the delta."""
+MORE_THAN_FACTORS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
+"""Entries of adapter_config.json under which the change is not ``scaling * B @ A`` everywhere."""
 SAVED_WHOLE = re.compile(r"\.(modules_to_save(\.default)?|base_layer)\.")
 """Marks a weight that the adapter stores beside or instead of factors."""
 
@@ -106,7 +115,7 @@ def _factors(source: Source, module: str, sides: Mapping[str, str]) -> Factors:
     return Factors(sides["A"], sides["B"], rank, alpha / divisor)
 
 
-def _of_module(config: Mapping[str, Any], module: str, pattern: str, default: str) -> float:
+def _of_module(config: Mapping[str, Any], module: str, pattern: str, default: str) -> int | float:
     """The value for a module: peft matches the keys of a pattern against the end of its name."""
     for key, value in (config.get(pattern) or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -119,15 +128,10 @@ def _of_module(config: Mapping[str, Any], module: str, pattern: str, default: st
 def _refuse_other_forms(source: Source) -> None:
     config = source.config
     start = config.get("init_lora_weights")
-    reasons = {
-        f"of type {config.get('peft_type')!r}": config.get("peft_type") != "LORA",
-        "with use_dora": config.get("use_dora"),
-        "with lora_bias": config.get("lora_bias"),
-        "with layer_replication": config.get("layer_replication"),
-        f"initialised by {start!r}, which also changes the base weights,": (
-            isinstance(start, str) and start.lower().startswith(REBASING)
-        ),
-    }
+    reasons = {f"with {flag}": bool(config.get(flag)) for flag in MORE_THAN_FACTORS}
+    reasons[f"of type {config.get('peft_type')!r}"] = config.get("peft_type") != "LORA"
+    rebased = isinstance(start, str) and start.lower().startswith(REBASING)
+    reasons[f"initialised by {start!r}, which also changes the base weights,"] = rebased
     for reason, applies in reasons.items():
         if applies:
             raise UnsupportedFormatError(

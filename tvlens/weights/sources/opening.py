@@ -42,7 +42,8 @@ def _demo(spec: str) -> Path:
 
 
 def _is_path(text: str) -> bool:
-    return text.startswith((".", "/", "~")) or text.count("/") != 1
+    repository = text.split("#")[0].split("@")[0]
+    return text.startswith((".", "/", "~")) or repository.count("/") != 1
 
 
 def _a_file(path: Path) -> CheckpointError:

@@ -1,0 +1,232 @@
+"""The agreement of estimates with exact patches: planted numbers, and a real sample."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from . import attribution_pairs as pairs
+
+
+def random_scores(components=12, prompts=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(components, prompts, generator=generator).double()
+
+
+def agreement(estimate, exact, **how):
+    from tvlens.attribution.fidelity import agreement as agree
+
+    return agree(estimate, exact, **how)
+
+
+def test_equal_scores_agree_perfectly():
+    scores = random_scores()
+    found = agreement(scores, scores)
+    assert found.n == 12
+    assert found.spearman == pytest.approx(1.0)
+    assert found.spearman_worst == pytest.approx(1.0)
+    assert found.slope == pytest.approx(1.0)
+    assert found.sign_agreement == 1.0
+    assert (found.ci_low, found.ci_high) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert found.passed is True
+
+
+def test_a_wrong_sign_and_a_wrong_factor_do_not_pass():
+    scores = random_scores()
+    assert agreement(-scores, scores).spearman == pytest.approx(-1.0)
+    assert agreement(-scores, scores).sign_agreement == 0.0
+    assert agreement(-scores, scores).passed is False
+    doubled = agreement(scores, 2 * scores)
+    assert doubled.spearman == pytest.approx(1.0)
+    assert doubled.slope == pytest.approx(2.0)
+    assert doubled.passed is False
+
+
+def test_the_slope_is_exact_per_estimate_and_rho_is_scipys():
+    estimate = random_scores()
+    exact = 1.2 * estimate + 0.5 * random_scores(seed=1)
+    found = agreement(estimate, exact)
+    x, y = estimate.mean(1).numpy(), exact.mean(1).numpy()
+    assert found.slope == pytest.approx(np.linalg.lstsq(x[:, None], y, rcond=None)[0][0])
+    assert found.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
+    worst = min(stats.spearmanr(estimate[:, i], exact[:, i]).statistic for i in range(5))
+    assert found.spearman_worst == pytest.approx(worst)
+    assert found.ci_low <= found.spearman <= found.ci_high
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_fewer_than_three_components_say_nothing(count):
+    found = agreement(random_scores(count), random_scores(count))
+    assert found.n == count
+    assert found.spearman is None
+    assert found.slope is None
+    assert found.passed is None
+
+
+def test_a_constant_says_nothing():
+    found = agreement(random_scores(), torch.ones(12, 5).double())
+    assert found.spearman is None
+    assert found.ci_low is None
+    assert found.passed is None
+
+
+def test_components_that_are_only_noise_are_left_out():
+    scores = random_scores()
+    noise = 1e-6 * random_scores(40, seed=2)
+    mixed = agreement(torch.cat([scores, noise]), torch.cat([scores, -noise]), noise=1e-4)
+    assert mixed.n == 12
+    assert mixed.spearman == pytest.approx(1.0)
+    assert agreement(torch.cat([scores, noise]), torch.cat([scores, -noise])).spearman < 0.9
+
+
+@pytest.mark.parametrize(
+    ("insert", "remove", "ig", "said"),
+    [
+        (1.0, 1.0, 1.0, "both"),
+        (1.0, 0.1, 1.0, "sufficient"),
+        (0.1, 0.9, 1.0, "necessary"),
+        (0.1, 0.1, 1.0, "redundant"),
+        (-1.0, -1.0, 1.0, "redundant"),
+        (-2.0, -0.1, -1.0, "sufficient"),
+        (0.0, 1e-5, -1e-5, "none"),
+    ],
+)
+def test_findings_say_what_a_component_does_alone(insert, remove, ig, said):
+    from tvlens.attribution.fidelity import finding
+
+    assert finding(insert, remove, ig) == said
+
+
+def estimates(hooked, batch, metric):
+    from tvlens.attribution.activations import attribute_activations
+    from tvlens.attribution.weights import attribute_weights
+    from tvlens.tables import concatenated
+
+    how = (
+        {"estimator": "ig", "at": "path"},
+        {"estimator": "first_order", "at": "base"},
+        {"estimator": "first_order", "at": "tuned"},
+    )
+    return concatenated(
+        "attribution",
+        [
+            *(attribute_weights(hooked, batch, metric, **one) for one in how),
+            *(
+                attribute_activations(hooked, batch, metric, direction=direction)
+                for direction in ("tuned_into_base", "base_into_tuned")
+            ),
+        ],
+        order="score",
+    )
+
+
+@pytest.fixture(scope="module")
+def checked():
+    from tvlens.attribution.fidelity import check_fidelity
+    from tvlens.models.metrics import SHIPPED
+
+    hooked, batch = pairs.hooked_pair("llama"), pairs.batch()
+    table = estimates(hooked, batch, SHIPPED["logprob"])
+    found = check_fidelity(hooked, batch, SHIPPED["logprob"], table, count=56)
+    return table, *found
+
+
+def test_every_estimate_of_a_small_fine_tune_passes_its_own_question(checked):
+    _, _, fidelity = checked
+    frame = fidelity.to_frame()
+    pooled = frame[(frame["kind"] == "all") & (frame["stratum"] == "random")]
+    assert set(zip(pooled["method"], pooled["direction"], strict=True)) == {
+        ("weight_ig", "tuned_into_base"),
+        ("weight_first_order_base", "tuned_into_base"),
+        ("weight_first_order_tuned", "base_into_tuned"),
+        ("cross_model_first_order", "tuned_into_base"),
+        ("cross_model_first_order", "base_into_tuned"),
+    }
+    assert pooled["passed"].all()
+    ig = pooled[pooled["method"] == "weight_ig"].iloc[0]
+    assert ig["spearman"] > 0.99
+    assert 0.97 < ig["slope"] < 1.03
+    assert frame.loc[frame["stratum"] == "top", "passed"].isna().all()
+    assert frame.loc[(frame["kind"] != "all") & (frame["n"] < 3), "spearman"].isna().all()
+
+
+def test_estimates_of_the_wrong_sign_fail_the_check(checked):
+    import pyarrow as pa
+
+    from tvlens.attribution.fidelity import fidelity_table, sampled_strata
+    from tvlens.tables import Table
+
+    table, exact, _ = checked
+    scores = pa.array(-table.data["score"].to_numpy())
+    place = table.data.schema.get_field_index("score")
+    wrong = Table(table.name, table.data.set_column(place, "score", scores), table.order)
+    strata = sampled_strata(table.where(method="weight_ig"), count=56)
+    frame = fidelity_table(wrong, exact, strata).to_frame()
+    assert len(frame) > 0
+    assert not frame.loc[frame["stratum"] == "random", "passed"].fillna(False).any()
+
+
+def test_sums_stand_beside_the_change_of_the_metric(checked):
+    table, exact, fidelity = checked
+    row = fidelity.where(method="weight_ig", kind="matrix", stratum="top").to_frame().iloc[0]
+    frame = exact.where(method="exact_weight_insert", kind="matrix").to_frame()
+    named = table.where(method="weight_ig", kind="matrix").to_frame()
+    largest = named.assign(size=named["score"].abs()).groupby("component")["size"].mean()
+    top = largest.sort_values(ascending=False).index[: int(row["n"])]
+    wanted = frame[frame["component"].isin(top)].groupby("component")["score"].mean().sum()
+    assert row["sum_insert"] == pytest.approx(wanted)
+    change = named["gap"].groupby(named["prompt"]).first()
+    total = table.where(method="weight_ig").to_frame()
+    total = total[total["kind"].isin(["matrix", "norm", "bias", "embedding"])]
+    per_prompt = total.groupby("prompt")["score"].sum() + change
+    assert row["metric_change"] == pytest.approx(per_prompt.mean(), abs=1e-5)
+
+
+def test_findings_hold_the_means_of_the_exact_sample(checked):
+    from tvlens.attribution.fidelity import findings_table
+    from tvlens.tables import concatenated
+
+    table, exact, _ = checked
+    frame = findings_table(concatenated("attribution", [table, exact])).to_frame()
+    sample = exact.where(method="exact_weight_remove").to_frame()
+    assert set(frame["component"]) == set(sample["component"])
+    row = frame[frame["kind"] == "head"].iloc[0]
+    rows = sample[sample["component"] == row["component"]]
+    assert row["remove"] == pytest.approx(rows["score"].mean())
+    assert frame["role"].isna().all()
+    assert set(frame["finding"]) <= {"sufficient", "necessary", "both", "redundant", "none"}
+
+
+def test_the_same_seed_draws_the_same_sample_and_another_seed_another(checked):
+    from tvlens.attribution.fidelity import sampled_strata
+
+    table = checked[0].where(method="weight_ig")
+    first, again = (sampled_strata(table, count=40, seed=1) for _ in range(2))
+    assert first == again
+    assert first["random"] != sampled_strata(table, count=40, seed=2)["random"]
+    assert first["top"] == sampled_strata(table, count=40, seed=2)["top"]
+    assert not set(first["top"]) & set(first["random"])
+    assert sum(map(len, first.values())) == 40
+
+
+def test_a_plan_with_little_time_still_checks_every_kind():
+    from tvlens.attribution.fidelity import COUNTS, FEWER_NODES, planned_check
+    from tvlens.models.metrics import SHIPPED
+
+    hooked, batch = pairs.hooked_pair("llama"), pairs.batch()
+    count, nodes = planned_check(hooked, batch, SHIPPED["logprob"], seconds=1e-6, nodes=8)
+    assert (count, nodes) == (COUNTS[0], FEWER_NODES[-1])
+    count, nodes = planned_check(hooked, batch, SHIPPED["logprob"], seconds=1e6, nodes=8)
+    assert (count, nodes) == (COUNTS[1], 8)
+
+
+def test_a_table_without_weight_scores_is_refused():
+    from tvlens.attribution.activations import attribute_activations
+    from tvlens.attribution.fidelity import check_fidelity
+    from tvlens.errors import StudyError
+    from tvlens.models.metrics import SHIPPED
+
+    hooked, batch = pairs.hooked_pair("llama"), pairs.batch()
+    table = attribute_activations(hooked, batch, SHIPPED["logprob"], direction="tuned_into_base")
+    with pytest.raises(StudyError, match="weight space"):
+        check_fidelity(hooked, batch, SHIPPED["logprob"], table, count=3)

@@ -1,0 +1,78 @@
+"""What was compared and what was measured on held-out data."""
+
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+
+from .datatable import DataTable, words
+from .figures import NOTHING, number
+from .folder import rows_of
+
+MAX_LISTED = 200  # tensors named one by one; the rest are counted
+
+
+def load_tables(report: dict[str, Any]) -> list[DataTable]:
+    """Status counts, then every tensor that was not plainly compared."""
+    tensors = [t for t in report.get("tensors") or () if isinstance(t, dict)]
+    counts = Counter(str(t.get("status")) for t in tensors)
+    rows = tuple((status, f"{count:,}") for status, count in sorted(counts.items()))
+    tables = [DataTable("Tensors of the two checkpoints by status.", ("status", "tensors"), rows)]
+    odd = [t for t in tensors if t.get("status") != "compared"]
+    listed = tuple(
+        tuple(words(t.get(key)) for key in ("status", "base", "tuned", "reason"))
+        for t in odd[:MAX_LISTED]
+    )
+    if listed:
+        more = f" (the first {MAX_LISTED} of {len(odd):,})" if len(odd) > MAX_LISTED else ""
+        caption = f"Tensors that were not simply compared{more}."
+        columns = ("status", "base", "tuned", "reason")
+        tables.append(DataTable(caption, columns, listed, text_columns=4))
+    return tables
+
+
+def config_table(report: dict[str, Any]) -> DataTable | None:
+    """The config entries that differ, and what that means."""
+    found = [d for d in report.get("config_differences") or () if isinstance(d, dict)]
+    effects = {"function": "changes the function", "refused": "not comparable", "note": "noted"}
+    rows = tuple(
+        (
+            words(difference.get("field")),
+            *(words(difference.get(end)) for end in ("base", "tuned")),
+            effects.get(str(difference.get("effect")), words(difference.get("effect"))),
+        )
+        for difference in found
+    )
+    columns = ("entry", "base", "tuned", "effect")
+    return DataTable("Config entries that differ.", columns, rows, text_columns=4) if rows else None
+
+
+def evaluation_table(frame: pd.DataFrame) -> DataTable | None:
+    """Measured values, one column a model."""
+    rows = frame.dropna(subset=["value"])
+    if rows.empty:
+        return None
+    models = [str(m) for m in rows["model"].dropna().unique()]
+    keys = ["task", "split", "measure", "unit", "n"]
+    lines = []
+    for _, group in rows.groupby(keys, sort=False, dropna=False):
+        first = next(rows_of(group))
+        named = (first.task, first.split, first.measure, first.unit)
+        texts = (text if isinstance(text, str) else NOTHING for text in named)
+        cells = (_measured(group[group["model"] == model]) for model in models)
+        lines.append((*texts, number(first.n), *cells))
+    return DataTable(
+        "Measured on held-out data, with 95 % intervals. A lower loss is better.",
+        ("task", "split", "measure", "unit", "n", *models),
+        tuple(lines),
+        text_columns=4,
+    )
+
+
+def _measured(rows: pd.DataFrame) -> str:
+    cells = []
+    for row in rows_of(rows):
+        known = pd.notna(row.ci_low) and pd.notna(row.ci_high)
+        interval = f" [{number(row.ci_low, 4)}, {number(row.ci_high, 4)}]" if known else ""
+        cells.append(number(row.value, 4) + interval)
+    return "; ".join(cells) or NOTHING

@@ -1,0 +1,98 @@
+"""Where the weights changed and what the change was called: tables and the neuron scatter."""
+
+import pandas as pd
+
+from .answer import kind_words, percent
+from .datatable import DataTable
+from .figures import LABELS, NOTHING, Scatter, label_scatter, number
+from .folder import StudyFolder, rows_of
+from .scores import disjoint, energy_shares, labels_of, relative_size
+
+TOP = 12  # rows of a ranking that fit a screen with their captions
+
+
+def places_table(weights: pd.DataFrame) -> DataTable:
+    """Length of the tuning vector by place in the model."""
+    pieces = disjoint(weights)
+    shares = energy_shares(weights, "place")
+    rows = []
+    for name, share in shares.items():
+        here = pieces[pieces["place"] == name]
+        delta, base, ratio = relative_size(here)
+        cells = (f"{len(here):,}", number(base), number(delta), percent(ratio), percent(share))
+        rows.append((str(name), *cells))
+    return DataTable(
+        "The tuning vector by place. Shares are of its squared length, so they add up to 100 %.",
+        ("place", "tensors", "|base|", "|delta|", "|delta| / |base|", "share of |delta|²"),
+        tuple(rows),
+    )
+
+
+def largest_table(study: StudyFolder, tuned: str) -> DataTable:
+    """The pieces and heads that changed most for their size."""
+    weights = study.table("weights", tuned).dropna(subset=["relative_delta"])
+    labels = labels_of(study, tuned)
+    order = weights["relative_delta"].abs().sort_values(ascending=False, kind="stable").index
+    ranked = weights.reindex(order)
+    pieces = disjoint(ranked).head(TOP)
+    heads = ranked[ranked["kind"].isin(("head", "kv_head"))].head(TOP)
+    rows = tuple(
+        (
+            row.component,
+            row.kind.replace("_", " "),
+            labels.get(row.component, labels.get(row.site, NOTHING)).replace("_", " "),
+            percent(row.relative_delta),
+            number(row.gain),
+            number(row.residual),
+            number(row.snr),
+        )
+        for row in rows_of(pd.concat([pieces, heads]))
+    )
+    return DataTable(
+        f"The {len(pieces)} tensors and the {len(heads)} head slices that changed most for their "
+        "size. gain > 0: longer along its own base direction; residual: the rest, relative to the "
+        "base; snr: energy over the expected rounding energy. A head's label is that of its whole "
+        "OV circuit.",
+        ("component", "kind", "label", "|delta| / |base|", "gain", "residual", "snr"),
+        rows,
+        text_columns=3,
+    )
+
+
+def label_table(study: StudyFolder, tuned: str) -> DataTable | None:
+    """How many components of each kind got which label."""
+    frame = study.table("labels", tuned).dropna(subset=["label"])
+    if frame.empty:
+        return None
+    counts = pd.crosstab(frame["kind"], frame["label"])
+    labels = [x for x in LABELS if x in counts.columns]
+    labels += sorted(set(counts.columns) - set(labels))
+    rows = tuple(
+        (kind_words(str(kind)), f"{int(counts.loc[kind].sum()):,}", *(f"{n:,}" for n in numbers))
+        for kind, numbers in zip(counts.index, counts[labels].to_numpy().tolist(), strict=True)
+    )
+    return DataTable(
+        "Labels by kind. Heads, kv heads and neurons are finer cuts of the matrices: never add "
+        "them. “New direction” is new read or new write; any gradient update looks like one, so "
+        "read the contrast in the answer before this table.",
+        ("kind", "all", *(label.replace("_", " ") for label in labels)),
+        rows,
+    )
+
+
+def neuron_scatter(
+    study: StudyFolder, tuned: str, slug: str, *, tooltips: bool = True
+) -> Scatter | None:
+    """Gain against residual of the neurons' write vectors, by label."""
+    weights = study.table("weights", tuned)
+    rows = weights[(weights["kind"] == "neuron") & (weights["part"] == "W_out")]
+    rows = rows.dropna(subset=["gain", "residual"])
+    if rows.empty:
+        return None
+    labels = labels_of(study, tuned)
+    found = [
+        labels.get(component, labels.get(site, "no label"))
+        for component, site in zip(rows["component"], rows["site"], strict=True)
+    ]
+    frame = rows[["component", "gain", "residual"]].assign(label=found)
+    return label_scatter(f"{slug}-neurons", frame.reset_index(drop=True), tooltips=tooltips)
