@@ -6,6 +6,7 @@ plants, on top of an optional isotropic background.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ def shapes(layout: FakeLayout) -> dict[str, tuple[int, int]]:
     }
 
 
+@cache
 def base_weights(layout: FakeLayout, seed: int = 0) -> dict[Component, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights = {Component("embedding", None, None, "W_E"): decaying(300, layout.d_model, generator)}

@@ -209,15 +209,36 @@ def test_the_same_seed_draws_the_same_sample_and_another_seed_another(checked):
     assert sum(map(len, first.values())) == 40
 
 
-def test_a_plan_with_little_time_still_checks_every_kind():
-    from tvlens.attribution.fidelity import COUNTS, FEWER_NODES, planned_check
+def test_a_plan_spends_more_time_on_more_components_and_nodes():
+    from tvlens.attribution.fidelity import MOST, planned_check
     from tvlens.models.metrics import SHIPPED
 
     hooked, batch = pairs.hooked_pair("llama"), pairs.batch()
-    count, nodes = planned_check(hooked, batch, SHIPPED["logprob"], seconds=1e-6, nodes=8)
-    assert (count, nodes) == (COUNTS[0], FEWER_NODES[-1])
-    count, nodes = planned_check(hooked, batch, SHIPPED["logprob"], seconds=1e6, nodes=8)
-    assert (count, nodes) == (COUNTS[1], 8)
+    assert planned_check(hooked, batch, SHIPPED["logprob"], seconds=1e-6, nodes=8) == (0, 3)
+    assert planned_check(hooked, batch, SHIPPED["logprob"], seconds=1e6, nodes=12) == (MOST, 12)
+
+
+def test_with_no_time_at_all_a_few_of_every_kind_are_checked_on_a_few_prompts():
+    from tvlens.attribution.fidelity import LEAST, check_fidelity
+    from tvlens.attribution.weights import attribute_weights
+    from tvlens.models.metrics import SHIPPED
+
+    hooked, batch = pairs.hooked_pair("gpt2"), pairs.batch(lengths=(4, 5, 6, 4, 5, 6))
+    table = attribute_weights(hooked, batch, SHIPPED["logprob"])
+    exact, fidelity = check_fidelity(hooked, batch, SHIPPED["logprob"], table, seconds=1e-6)
+    frame = exact.to_frame()
+    assert frame["component"].nunique() == LEAST
+    assert frame["prompt"].nunique() == 4
+    assert set(frame["kind"]) == {
+        "matrix",
+        "head",
+        "kv_head",
+        "neuron",
+        "norm",
+        "bias",
+        "embedding",
+    }
+    assert set(fidelity.to_frame()["method"]) == {"weight_ig"}
 
 
 def test_a_table_without_weight_scores_is_refused():

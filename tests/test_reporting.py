@@ -476,6 +476,82 @@ def test_heat_maps_hold_every_layer_and_head(page):
         assert cells[1].count("<rect") == LAYERS * count
 
 
+def test_a_cell_of_the_maps_holds_the_value_of_its_head(page):
+    text = page.read_text("utf-8")
+    weights = weights_table().to_frame().set_index("component")
+    both = weights.loc[["L3H2.W_Q", "L3H2.W_O"]]
+    size = math.hypot(*both["delta_norm"]) / math.hypot(*both["base_norm"])
+    assert f"<title>layer 3 head 2: {size:.4g}</title>" in text
+    matrix = weights.loc["L6.W_gate", "relative_delta"]
+    assert f"<title>layer 6 W_gate: {matrix:.4g}</title>" in text
+    rows = attribution_table().to_frame()
+    scores = rows[(rows["method"] == "weight_ig") & (rows["site"] == "L3H2")]
+    mean = scores["score"].sum() / PROMPTS
+    assert f"<title>layer 3 head 2: {mean:.4g} logits</title>" in text
+
+
+def test_json_for_a_script_holds_nothing_that_ends_one():
+    from tvlens.reporting.circuitsvis import script_json
+
+    hostile = [HOSTILE, "\u2028\u2029&<!--"]
+    text = script_json(hostile)
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == hostile
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        script_json([math.nan])
+
+
+def test_hostile_names_stay_text_wherever_they_come_from(tmp_path):
+    from tvlens.reporting.report import render_report
+
+    def renamed(table):
+        data = table.data
+        for place, field in enumerate(data.schema):
+            if field.type == pa.string() and field.name not in (
+                "kind",
+                "part",
+                "method",
+                "stratum",
+            ):
+                words = [f"{HOSTILE}{word}" for word in data.column(place).to_pylist()]
+                data = data.set_column(place, field, pa.array(words))
+        return type(table)(table.name, data)
+
+    makers = (weights_table, labels_table, attribution_table, fidelity_table)
+    makers = (*makers, prompts_table, findings_table, evaluation_table)
+    folder = write_study(tmp_path / "s", [renamed(make()) for make in makers])
+    for name in ("load_report.json", "manifest.json"):
+        content = json.loads((folder / name).read_text("utf-8"))
+        (folder / name).write_text(json.dumps(_hostile(content)), "utf-8")
+    plan = {"base": HOSTILE, "tuned": [HOSTILE], "tuned_names": [f"{HOSTILE}med"]}
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan), "utf-8")
+    page = render_report(folder)
+    markup = parsed(page)
+    assert "img" not in markup.tags
+    assert "<img" not in page.read_text("utf-8")
+    assert f"tuning vector of {HOSTILE}med" in markup.words
+
+
+def _hostile(content):
+    if isinstance(content, dict):
+        return {key: _hostile(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_hostile(value) for value in content]
+    return f"{HOSTILE}{content}" if isinstance(content, str) else content
+
+
+def test_without_circuitsvis_the_tokens_are_plain_coloured_text(study, tmp_path, monkeypatch):
+    from tvlens.reporting import report
+
+    copy = tmp_path / "s"
+    shutil.copytree(study, copy)
+    monkeypatch.setattr(report, "bundle", lambda: "")
+    markup = parsed(report.render_report(copy))
+    assert "script" not in markup.tags
+    assert ("span", "class", "token") in markup.attributes
+    assert any("script-src 'none'" in v for _, n, v in markup.attributes if n == "content")
+
+
 def test_a_study_of_two_fine_tunes_has_a_part_for_each(tmp_path):
     from tvlens.reporting.report import render_report
     from tvlens.tables import concatenated

@@ -125,3 +125,31 @@ def test_a_config_that_lacks_a_number_is_refused() -> None:
 
     with pytest.raises(CheckpointError, match="lacks or garbles a number: 'num_attention_heads'"):
         layout_of({"model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"num_hidden_layers": "2"}, "gives n_layers as '2', expected a whole number"),
+        ({"num_hidden_layers": 10**8}, "gives n_layers as 100000000"),
+        ({"num_hidden_layers": 10**5}, "gives 100000 layers"),
+        ({"vocab_size": 0}, "gives d_vocab as 0"),
+        ({"num_key_value_heads": 3}, "4 query heads over 3 kv heads, which no model has"),
+    ],
+)
+def test_a_config_with_impossible_numbers_is_refused(
+    entries: dict[str, object], sentence: str
+) -> None:
+    from tvlens.weights.layout import layout_of
+
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+    }
+    assert layout_of(config).n_kv_heads == 4
+    with pytest.raises(CheckpointError, match=sentence):
+        layout_of(config | entries)

@@ -45,13 +45,16 @@ def test_bfloat16_noise_is_the_fraction_of_the_norm_that_was_measured() -> None:
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_energies_are_finite_and_positive_everywhere(weight: float) -> None:
-    from tvlens.weights.precision import rounding_energy
+def test_energies_are_those_of_the_spacing_and_positive_everywhere(weight: float) -> None:
+    from tvlens.weights.precision import rounding_energy, spacing, uniform_energy
 
+    weights = torch.tensor([weight])
     for dtype in DTYPES:
-        if weight == 0 or abs(weight) < torch.finfo(DTYPES[dtype]).max:
-            energy = float(rounding_energy(torch.tensor([weight]), dtype))
-            assert energy > 0
+        energy = float(rounding_energy(weights, dtype))
+        assert 0 < energy < math.inf
+        slow = float(uniform_energy(spacing(weights, dtype)))
+        if slow < 1e37:  # beyond, float32 cannot hold the energy and the largest is given
+            assert energy == pytest.approx(slow, rel=1e-6)
 
 
 def test_the_coarsest_dtype_has_the_fewest_bits_and_is_never_finer_than_the_arithmetic() -> None:

@@ -50,9 +50,9 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "med": Recipe("med", steps=64, learning_rate=5e-5),
-    "math": Recipe("math", steps=64, learning_rate=5e-5),
-    "ctl": Recipe("gen", steps=64, learning_rate=5e-5),
+    "med": Recipe("med", steps=40, learning_rate=5e-5),
+    "math": Recipe("math", steps=40, learning_rate=5e-5),
+    "ctl": Recipe("gen", steps=40, learning_rate=5e-5),
     "med-lora": Recipe("med", steps=40, learning_rate=5e-4, rank=8),
 }
 

@@ -67,10 +67,11 @@ FEWEST = 3
 """Components below which a rank correlation says nothing."""
 RESAMPLES = 1_000
 """Bootstrap draws; the interval's ends move by a few hundredths at most between seeds."""
-CHECKED_PROMPTS = 16
-"""Prompts of the exact sample: more of them hardly change a rank and cost forwards."""
-COUNTS = (21, 210)
-"""Fewest (three of each kind) and most components that a plan asks for."""
+CHECKED_PROMPTS = (16, 8, 4)
+"""Prompts of the exact sample; fewer, in turn, where the time does not suffice otherwise."""
+LEAST, WANTED, MOST = 21, 35, 210
+"""Components of a plan: three of each kind, five of each kind (so that each has three random
+ones), and what is enough for any interval."""
 FEWER_NODES = (8, 5, 3)
 """Nodes of the exact average, in turn, where the run's own are too dear; on a mild fine-tune three
 agree with eight to a rank correlation above 0.99."""
@@ -150,7 +151,7 @@ def agreement(
 def _spearman(x: ndarray, y: ndarray) -> float | None:
     if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    return float(stats.spearmanr(x, y).statistic)
+    return float(stats.spearmanr(x, y)[0])
 
 
 def _slope(x: ndarray, y: ndarray) -> float | None:
@@ -313,23 +314,23 @@ def check_fidelity(
 
     Args:
         hooked: The pair the estimates were made on.
-        batch: The prompts they were made on; at most ``CHECKED_PROMPTS`` of them are used.
+        batch: The prompts they were made on; at most 16 of them are used.
         metric: The metric they were made with.
         attribution: The estimates, weight-space methods among them.
         count: Components of the sample; None plans it from ``seconds``, which depends on this
             machine's speed: record the count to repeat a run.
         seconds: What the exact runs may take, as far as a plan can tell.
         seed: Of the draw of prompts and components and of the bootstrap.
-        nodes: Of the exact average; None takes the run's own, or some of ``FEWER_NODES`` if planned so.
+        nodes: Of the exact average; None takes the run's own, or fewer if planned so.
 
     Raises:
         StudyError: ``attribution`` has no estimate in weight space.
     """
-    checked = _checked_rows(batch, seed)
+    checked = _checked_rows(batch, seed, CHECKED_PROMPTS[0])
     methods = _weight_methods(attribution)
     own = _own_nodes(attribution.where(method=methods[0]))
     if count is None:
-        count, planned = planned_check(hooked, checked, metric, seconds=seconds, nodes=own)
+        checked, count, planned = _planned(hooked, batch, metric, seconds, own, seed=seed)
         nodes = nodes or planned
     strata = sampled_strata(attribution.where(method=methods[0]), count=count, seed=seed)
     wanted = [component for drawn in strata.values() for component in drawn]
@@ -341,7 +342,9 @@ def check_fidelity(
         exact_weight_table(hooked, checked, metric, wanted, method=question, nodes=nodes or own)
         for question in questions
     ]
-    for exact, drawn in _checked_activations(hooked, batch, metric, attribution, count, seed=seed):
+    for exact, drawn in _checked_activations(
+        hooked, batch, metric, attribution, count, size=len(checked), seed=seed
+    ):
         tables.append(exact)
         strata = {name: [*strata[name], *drawn[name]] for name in strata}
     exact = concatenated("attribution", tables, order="score")
@@ -376,6 +379,7 @@ def _checked_activations(
     attribution: Table,
     count: int,
     *,
+    size: int,
     seed: int,
 ) -> Iterator[tuple[Table, dict[str, list[Component]]]]:
     """Exact rows and strata of every activation series that is in ``attribution``."""
@@ -388,12 +392,12 @@ def _checked_activations(
         series = attribution.where(method=method, direction=direction)
         drawn = sampled_strata(series, count=count, seed=seed)
         wanted = [component for part in drawn.values() for component in part]
-        checked = _checked_rows(rows, seed)
+        checked = _checked_rows(rows, seed, size)
         yield exact_activations(hooked, checked, metric, wanted, direction=direction, at=at), drawn
 
 
-def _checked_rows(batch: Batch, seed: int) -> Batch:
-    drawn = np.random.default_rng(seed).permutation(len(batch))[:CHECKED_PROMPTS]
+def _checked_rows(batch: Batch, seed: int, size: int) -> Batch:
+    drawn = np.random.default_rng(seed).permutation(len(batch))[:size]
     return batch.rows(sorted(int(i) for i in drawn))
 
 
@@ -405,23 +409,36 @@ def _mean_change(hooked: HookedPair, metric: Metric, batch: Batch) -> float:
     return total / len(batch)
 
 
+def _planned(
+    hooked: HookedPair, batch: Batch, metric: Metric, seconds: float, own: int, *, seed: int
+) -> tuple[Batch, int, int]:
+    """Prompts, components and nodes that fit into ``seconds``, or the fewest of each."""
+    for size in CHECKED_PROMPTS:
+        checked = _checked_rows(batch, seed, size)
+        count, nodes = planned_check(hooked, checked, metric, seconds=seconds, nodes=own)
+        if count >= LEAST:
+            break
+    return checked, max(count, LEAST), nodes
+
+
 def planned_check(
     hooked: HookedPair, batch: Batch, metric: Metric, *, seconds: float, nodes: int
 ) -> tuple[int, int]:
     """How many components, and how many nodes of the exact average, fit into ``seconds``.
 
-    Times one forward. The run's own ``nodes`` are kept if three components of each kind fit.
+    Times one forward of ``batch``. The run's own ``nodes`` are kept if ``WANTED`` components fit,
+    else some of ``FEWER_NODES`` are taken.
     """
     _mean_change(hooked, metric, batch)
     started = time.perf_counter()
     _mean_change(hooked, metric, batch)
     forward = (time.perf_counter() - started) / 2
-    ladder = (nodes, *(fewer for fewer in FEWER_NODES if fewer < nodes))
-    for tried in ladder:
-        count = int(seconds / max(forward * (2 + 2 * tried), 1e-9))
-        if count >= COUNTS[0]:
-            return min(count, COUNTS[1]), tried
-    return COUNTS[0], ladder[-1]
+    count = 0
+    for tried in (nodes, *(fewer for fewer in FEWER_NODES if fewer < nodes)):
+        nodes, count = tried, int(seconds / max(forward * (2 + 2 * tried), 1e-9))
+        if count >= WANTED:
+            break
+    return min(count, MOST), nodes
 
 
 def sampled_strata(attribution: Table, *, count: int, seed: int = 0) -> dict[str, list[Component]]:

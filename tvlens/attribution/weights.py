@@ -77,6 +77,8 @@ METHODS: dict[str, tuple[str, Direction, At]] = {
 }
 """Estimator, direction and place of every method label in weight space."""
 
+TOKENS = ("", "tokens")
+"""Where ``Rows`` keeps the sum over all sites, by position."""
 Rows = dict[tuple[str, str], Float[Tensor, "_ _"]]
 """Scores [prompt, row] by (site, ``weight`` or ``bias``); a row is an entry of the side cut."""
 
@@ -91,6 +93,7 @@ class WeightScores:
         values: Scores in the metric's units, float64.
         change: metric(tuned) - metric(base) of every prompt.
         nodes: Quadrature nodes; 1 for a first-order estimate.
+        by_token: The same scores by the position they arise at, summed over components.
     """
 
     method: str
@@ -98,6 +101,7 @@ class WeightScores:
     values: Float[Tensor, "component prompt"]
     change: Float[Tensor, " prompt"]
     nodes: int
+    by_token: Float[Tensor, "prompt pos"]
 
     @property
     def gap(self) -> Float[Tensor, " prompt"]:
@@ -163,7 +167,7 @@ def weight_scores(
             rule = gauss_legendre(nodes) if at == "path" else [(float(at == "tuned"), 1.0)]
             rows = _over_chunks([_averaged(hooked, path, metric, part, rule) for part in parts])
             components, values = _by_component(path, rows)
-            scores = WeightScores(method, components, values, change, nodes)
+            scores = WeightScores(method, components, values, change, nodes, rows[TOKENS])
             if scores.completeness <= COMPLETE:
                 break
     return scores
@@ -178,11 +182,18 @@ def _method(estimator: str, at: str) -> str:
     )
 
 
-def weight_table(scores: WeightScores, hooked: HookedPair, batch: Batch, metric: Metric) -> Table:
+def weight_table(
+    scores: WeightScores,
+    hooked: HookedPair,
+    batch: Batch,
+    metric: Metric,
+    *,
+    neurons: int | None = NEURONS_PER_PROMPT,
+) -> Table:
     """The contract's rows of ``scores``.
 
-    Neurons get one row over all prompts, and rows per prompt for the top thousand and for
-    ``NEURONS_AT_RANDOM`` of the others.
+    Neurons get one row over all prompts, and rows per prompt for the top ``neurons`` (None: all)
+    and for ``NEURONS_AT_RANDOM`` of the others.
     """
     run = method_run(
         scores.method,
@@ -194,26 +205,28 @@ def weight_table(scores: WeightScores, hooked: HookedPair, batch: Batch, metric:
         status="incomplete" if scores.incomplete else "ok",
     )
     coarse = [i for i, c in enumerate(scores.components) if c.kind != "neuron"]
-    neurons = [i for i, c in enumerate(scores.components) if c.kind == "neuron"]
+    fine = [i for i, c in enumerate(scores.components) if c.kind == "neuron"]
     by_prompt = rearrange(scores.values, "component prompt -> prompt component")
     tables = [sampled_table([scores.components[i] for i in coarse], by_prompt[:, coarse], run)]
-    if neurons:
+    if fine:
         layered = rearrange(
-            by_prompt[:, neurons],
+            by_prompt[:, fine],
             "prompt (layer index) -> prompt layer index",
             layer=hooked.base.n_layers,
         )
-        tables.append(attribution_table({Cut("neuron"): layered}, run, neurons=NEURONS_PER_PROMPT))
-        extra = [neurons[i] for i in _beyond_the_top(scores.values[neurons])]
+        tables.append(attribution_table({Cut("neuron"): layered}, run, neurons=neurons))
+        extra = [fine[i] for i in _beyond_the_top(scores.values[fine], neurons)]
         if extra:
             chosen = [scores.components[i] for i in extra]
             tables.append(sampled_table(chosen, by_prompt[:, extra], run))
     return concatenated("attribution", tables, order="score")
 
 
-def _beyond_the_top(values: Float[Tensor, "neuron prompt"]) -> list[int]:
+def _beyond_the_top(values: Float[Tensor, "neuron prompt"], top: int | None) -> list[int]:
     """A fixed random draw of the neurons that ``attribution_table`` gives no row per prompt."""
-    order = np.argsort(-values.abs().mean(1).numpy(), kind="stable")[NEURONS_PER_PROMPT:]
+    if top is None:
+        return []
+    order = np.argsort(-values.abs().mean(1).numpy(), kind="stable")[top:]
     drawn = np.random.default_rng(0).permutation(order)[:NEURONS_AT_RANDOM]
     return sorted(int(i) for i in drawn)
 
@@ -329,6 +342,7 @@ class _Scorer:
         self.inputs: dict[str, Tensor] = {}
         self.rows: Rows = {}
         self.leaves: dict[str, Tensor] = {}
+        self.by_token = torch.zeros(ids.shape, device=ids.device)
 
     def hooks(self) -> tuple[HookList, HookList]:
         """Forward and backward hooks for every site."""
@@ -357,6 +371,7 @@ class _Scorer:
             else:
                 where = self.inputs.pop(site.name).expand(len(where), -1)
             self._summed(site, scale * start.grad * self.path.delta(site, "weight")[where])
+        self.rows[TOKENS] = self.by_token
         return self.rows
 
     def _scored(self, site: Site) -> Callable[..., None]:
@@ -392,12 +407,14 @@ class _Scorer:
         else:
             terms = x * einsum(g, delta, "batch pos d_out, d_in d_out -> batch pos d_in")
         self.rows[site.name, "weight"] = reduce(terms, "batch pos row -> batch row", "sum")
+        self._at_tokens(terms)
         self._bias(site, g)
 
     def _bias(self, site: Site, g: Float[Tensor, "batch pos d_out"]) -> None:
         if "bias" in site.tensors:
-            summed = reduce(g, "batch pos d_out -> batch d_out", "sum")
-            self.rows[site.name, "bias"] = summed * self.path.delta(site, "bias")
+            terms = g * self.path.delta(site, "bias")
+            self.rows[site.name, "bias"] = reduce(terms, "batch pos d_out -> batch d_out", "sum")
+            self._at_tokens(terms)
 
     def _norm(self, site: Site, g: Tensor) -> None:
         normalised = _normalised(self.inputs.pop(site.name), site.module)
@@ -412,13 +429,19 @@ class _Scorer:
         moved = einsum(x, delta, "read d_model, d_model d_vocab -> read d_vocab")
         scores = reduce(read * moved, "read d_vocab -> read", "sum")
         self.rows[site.name, "weight"] = _per_prompt(scores, rows, len(g))
+        self.by_token.index_put_((rows, positions), scores, accumulate=True)
         if "bias" in site.tensors:
             terms = reduce(read * self.path.delta(site, "bias"), "read d_vocab -> read", "sum")
             self.rows[site.name, "bias"] = _per_prompt(terms, rows, len(g))
+            self.by_token.index_put_((rows, positions), terms, accumulate=True)
 
     def _summed(self, site: Site, terms: Float[Tensor, "batch pos d_model"]) -> None:
         total = reduce(terms, "batch pos d_model -> batch", "sum")
         self.rows[site.name, "weight"] = rearrange(total, "batch -> batch 1")
+        self._at_tokens(terms)
+
+    def _at_tokens(self, terms: Float[Tensor, "batch pos row"]) -> None:
+        self.by_token += reduce(terms, "batch pos row -> batch pos", "sum")
 
 
 def _per_prompt(
@@ -450,6 +473,10 @@ def _scale(
 
 
 def _over_chunks(parts: list[Rows]) -> Rows:
+    width = max(part[TOKENS].shape[1] for part in parts)
+    for part in parts:
+        short = width - part[TOKENS].shape[1]
+        part[TOKENS] = nn.functional.pad(part[TOKENS], (0, short))
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 

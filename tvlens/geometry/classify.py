@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from jaxtyping import Bool, Float
-from torch import Tensor
 
 from tvlens.components import Component, key_columns
 from tvlens.errors import StudyError
@@ -30,6 +29,7 @@ from tvlens.tables import Table, keyed_schema
 from .decompose import (
     NEURON_PARTS,
     Pair,
+    Slice,
     factors_of_circuit,
     kv_index_of,
     layer_of_block,
@@ -47,6 +47,7 @@ from .evidence import (
     neuron_evidence,
     with_weights,
 )
+from .matrices import Basis, spectral_basis
 from .nulls import SNR, above_rounding, benjamini_hochberg, sign_flip_test
 
 Q = 0.05
@@ -245,6 +246,11 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
+def _testable(weight: Slice) -> bool:
+    """Whether there is a change, and a base to hold it against."""
+    return bool(weight.delta.any()) and bool(weight.base.any())
+
+
 def evidence_of_block(
     pair: Pair, block: Sequence[Component], kappa: pd.Series, *, seed: int
 ) -> Evidence:
@@ -252,12 +258,14 @@ def evidence_of_block(
     weights = read_block(pair, block)
     parts, layer, group = matrices_by_part(weights), layer_of_block(weights), kv_index_of(pair)
     seed = seed + 1000 * (0 if layer is None else layer + 1)  # another draw in every layer
-    found = [
-        matrix_evidence(component, weight.base, weight.delta, seed=seed)
-        if component.kind == "matrix" and bool(weight.delta.any())
-        else joined_evidence([_untested([component])])
-        for component, weight in weights.items()
-    ]
+    bases = {part: spectral_basis(w.base) for part, w in parts.items() if _testable(w)}
+    found: list[Evidence] = []
+    for one, weight in weights.items():
+        if one.kind == "matrix" and one.part in bases:
+            basis = bases[one.part]
+            found.append(matrix_evidence(one, weight.base, weight.delta, basis, seed=seed))
+        else:
+            found.append(_untested([one]))
     if "W_V" in parts and "W_O" in parts:
         heads = [Component("head", layer, head, "OV") for head in range(len(group))]
         value, output = factors_of_circuit(parts, "OV", group)
@@ -265,28 +273,22 @@ def evidence_of_block(
         found.append(head_evidence(heads, value, output, group, own, seed=seed))
     for part in NEURON_PARTS:
         if part in parts:
-            found.append(_neurons(parts[part].base, parts[part].delta, layer, part, seed=seed))
+            found.append(_neurons(parts[part], layer, part, bases.get(part), seed=seed))
     return joined_evidence(found)
 
 
 def _untested(components: Sequence[Component]) -> Evidence:
-    frame = evidence_frame(components)
-    return Evidence(frame, pd.DataFrame())
+    return Evidence(evidence_frame(components), pd.DataFrame())
 
 
 def _neurons(
-    base: Float[Tensor, "d_in d_out"],
-    delta: Float[Tensor, "d_in d_out"],
-    layer: int | None,
-    part: str,
-    *,
-    seed: int,
+    weight: Slice, layer: int | None, part: str, basis: Basis | None, *, seed: int
 ) -> Evidence:
-    count = base.shape[0] if part == "W_out" else base.shape[1]
+    count = weight.base.shape[0] if part == "W_out" else weight.base.shape[1]
     components = [Component("neuron", layer, index, part) for index in range(count)]
-    if not bool(delta.any()):
+    if basis is None:
         return _untested(components)
-    return neuron_evidence(components, base, delta, seed=seed)
+    return neuron_evidence(components, weight.base, weight.delta, basis, seed=seed)
 
 
 def _keyed(

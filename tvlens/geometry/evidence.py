@@ -32,12 +32,12 @@ from .heads import Factor
 from .matrices import (
     Basis,
     alignment,
-    energy_split,
+    channel_gains,
     self_alignment,
     spectral_basis,
     transposed,
 )
-from .neurons import rows_of_neurons
+from .neurons import rows_of_neurons, vector_measures
 from .nulls import (
     cosine_spread,
     factor_swap,
@@ -121,17 +121,20 @@ def spikes_above_edge(delta: Float[Tensor, "d_in d_out"], *, seed: int) -> Spike
 
 def evidence_frame(components: Sequence[Component], **columns: Any) -> pd.DataFrame:
     """A frame of evidence; what is not given is absent (NaN shares, nothing sure)."""
-    frame = pd.DataFrame({"component": list(components)}, dtype=object)
-    frame["kind"] = [component.kind for component in components]
-    frame["part"] = [component.part for component in components]
+    values: dict[str, Any] = {
+        "component": pd.Series(list(components), dtype=object),
+        "kind": [component.kind for component in components],
+        "part": [component.part for component in components],
+        "alignment": np.nan,
+        "alignment_se": np.nan,
+        "spikes": 0,
+        "decided_by": "no test",
+    }
     for part in PARTS:
-        frame[f"share_{part}"], frame[f"p_{part}"], frame[f"sure_{part}"] = 0.0, np.nan, False
-    for name, default in (("alignment", np.nan), ("alignment_se", np.nan), ("spikes", 0)):
-        frame[name] = default
-    frame["decided_by"] = "no test"
-    for name, values in columns.items():
-        frame[name] = values.numpy() if isinstance(values, Tensor) else values
-    return frame
+        values |= {f"share_{part}": 0.0, f"p_{part}": np.nan, f"sure_{part}": False}
+    for name, column in columns.items():
+        values[name] = column.numpy() if isinstance(column, Tensor) else column
+    return pd.DataFrame(values)
 
 
 def statistic_rows(
@@ -146,13 +149,22 @@ def statistic_rows(
     k: int | None = None,
 ) -> pd.DataFrame:
     """Rows of the table of tests for one statistic; analytic nulls reach any p and draw nothing."""
-    frame = pd.DataFrame({"component": list(components)}, dtype=object)
     middle = np.asarray(effect, dtype=float)
-    frame["side"], frame["statistic"], frame["null"] = side, statistic, null
-    frame["effect"] = middle
-    frame["ci_low"], frame["ci_high"] = middle - half_interval, middle + half_interval
-    frame["p_value"], frame["p_floor"], frame["draws"], frame["k"] = p_value, 0.0, 0, k
-    return frame
+    return pd.DataFrame(
+        {
+            "component": pd.Series(list(components), dtype=object),
+            "side": side,
+            "statistic": statistic,
+            "null": null,
+            "effect": middle,
+            "ci_low": middle - half_interval,
+            "ci_high": middle + half_interval,
+            "p_value": np.asarray(p_value, dtype=float),
+            "p_floor": 0.0,
+            "draws": 0,
+            "k": k,
+        }
+    )
 
 
 def _placed(
@@ -244,31 +256,62 @@ def matrix_structure(
     return MatrixStructure(float(shares.sum()), aligned, error, len(shares))
 
 
+@dataclass(frozen=True, eq=False)
+class MatrixGain:
+    """The part of a matrix's change that scales the base or its directions.
+
+    Attributes:
+        gain: <D, W> / |W|^2.
+        kappa: Cosine of D and W.
+        scale: Share in gains of single directions, beyond the global one, less chance.
+        scale_spread: Its standard deviation under isotropic noise.
+    """
+
+    gain: float
+    kappa: float
+    scale: float
+    scale_spread: float
+
+    @property
+    def share(self) -> float:
+        """Share of the energy in gains."""
+        return self.kappa**2 + max(0.0, self.scale)
+
+
+def matrix_gain(basis: Basis, delta: Float[Tensor, "d_in d_out"]) -> MatrixGain:
+    """Global and single gains of a matrix; chance is r / (m n) +- sqrt(2 r) / (m n)."""
+    channels, total = channel_gains(basis, delta), delta.double().square().sum()
+    inner, energy = (channels * basis.values).sum(), basis.values.square().sum()
+    kappa = float(inner / (energy * total).sqrt())
+    rank, size = float(basis.rank), delta.numel()
+    scale = float(channels.square().sum() / total) - kappa**2 - rank / size
+    return MatrixGain(float(inner / energy), kappa, scale, (2 * rank) ** 0.5 / size)
+
+
 def matrix_evidence(
     component: Component,
     base: Float[Tensor, "d_in d_out"],
     delta: Float[Tensor, "d_in d_out"],
+    basis: Basis,
     *,
     seed: int,
 ) -> Evidence:
-    """Gain against the isotropic null with an effect floor; structure by spikes above the edge."""
-    base, delta = base.double(), delta.double()
-    part, size, basis = component.part or "", base.numel(), spectral_basis(base)
-    split = energy_split(basis, delta, k_read=1, k_write=1)
-    whole, scale = float(split.whole), float(split.scale)
-    gain = float((base * delta).sum() / base.square().sum())
-    kappa = np.copysign(np.sqrt(whole), gain)
-    rank = float(basis.rank)
-    chance, spread = rank / size, np.sqrt(2 * rank) / size
+    """Gain against the isotropic null with an effect floor; structure by spikes above the edge.
+
+    ``basis`` is ``spectral_basis(base)``, which the neurons of the matrix share.
+    """
+    base, delta, part = base.double(), delta.double(), component.part or ""
+    own = matrix_gain(basis, delta)
+    gain, kappa, scale, whole = own.gain, own.kappa, own.scale, own.kappa**2
     p_kappa = 2 * stats.norm.sf(abs(kappa) / cosine_spread(*base.shape))
-    p_scale = stats.norm.sf((scale - chance) / spread)
+    p_scale = stats.norm.sf(scale / own.scale_spread)
     limit = stats.norm.sf(GAIN_Z)
     rest = matrix_structure(base, delta - gain * base, basis, part, seed=seed)
     share = rest.share * (1 - whole)
     placed = _placed(np.array([share]), np.array([rest.aligned]), np.array([rest.error]), part)
     frame = evidence_frame(
         [component],
-        share_gain=whole + max(0.0, scale - chance),
+        share_gain=own.share,
         sure_gain=bool(p_kappa < 2 * limit or p_scale < limit),
         **placed,
         **{f"sure_{name}": rest.spikes > 0 for name in STRUCTURED},
@@ -278,11 +321,11 @@ def matrix_evidence(
         decided_by="isotropic null with an effect floor; sign-flip edge",
     )
     one = [component]
-    kappa_half, scale_half = Z95 * cosine_spread(*base.shape), Z95 * spread
+    kappa_half, scale_half = Z95 * cosine_spread(*base.shape), Z95 * own.scale_spread
     tests = [
         statistic_rows(one, "kappa", side="both", null="isotropic", effect=kappa,
                   half_interval=kappa_half, p_value=p_kappa),
-        statistic_rows(one, "e_scale", side="both", null="isotropic", effect=scale - chance,
+        statistic_rows(one, "e_scale", side="both", null="isotropic", effect=scale,
                   half_interval=scale_half, p_value=p_scale),
         _alignment_rows(frame, residual_side(part)),
     ]  # fmt: skip
@@ -304,52 +347,79 @@ def _alignment_rows(frame: pd.DataFrame, side: str) -> pd.DataFrame:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class NeuronStructure:
+    """How much of each neuron's change lies in directions that the layer's changes share.
+
+    Attributes:
+        share: Share of the change's energy in the common spikes, less chance.
+        p_value: Of that share, against an isotropic rest.
+        inside: The part of the change that lies there.
+        spikes: Number of common spikes.
+    """
+
+    share: Float[Tensor, " neuron"]
+    p_value: Float[np.ndarray, " neuron"]
+    inside: Float[Tensor, "neuron d_model"]
+    spikes: int
+
+
+def neuron_structure(
+    delta: Float[Tensor, "neuron d_model"], rest: Float[Tensor, "neuron d_model"], *, seed: int
+) -> NeuronStructure:
+    """Spikes of the layer's ``rest`` (changes less their own gains) and each neuron's share.
+
+    A single changed neuron has none: one vector carries no evidence of structure.
+    """
+    spikes = spikes_above_edge(rest, seed=seed)
+    rank, d_model = len(spikes.values), rest.shape[1]
+    inside = einsum(rest, spikes.write, "neuron d, d spike -> neuron spike") @ spikes.write.mT
+    found, chance = inside.square().sum(1), rank / d_model
+    share = (found / delta.square().sum(1) - chance) / (1 - chance)
+    of_rest = (found / rest.square().sum(1)).nan_to_num().clamp(max=1).numpy()
+    p_value = np.ones(len(delta))
+    if rank:
+        p_value = stats.beta.sf(of_rest, rank / 2, (d_model - rank) / 2)
+    return NeuronStructure(share.clamp(min=0).nan_to_num(), p_value, inside, rank)
+
+
 def neuron_evidence(
     components: Sequence[Component],
     base: Float[Tensor, "d_in d_out"],
     delta: Float[Tensor, "d_in d_out"],
+    matrix_basis: Basis,
     *,
     seed: int,
 ) -> Evidence:
     """Gain against the other neurons of the layer; structure as the share in common spikes."""
     part = components[0].part or ""
     base, delta = (rows_of_neurons(w.double(), part) for w in (base, delta))
-    n_neurons, d_model = base.shape
+    own = vector_measures(base, delta)
+    gain = rearrange(own.gain.nan_to_num(), "neuron -> neuron 1")
+    shared = neuron_structure(delta, delta - gain * base, seed=seed)
     swap = neuron_gain(base, delta)
-    energy = delta.square().sum(1)
-    gain = (base * delta).sum(1) / base.square().sum(1)
-    gain = gain.nan_to_num()
-    rest = delta - rearrange(gain, "neuron -> neuron 1") * base
-    spikes = spikes_above_edge(rest, seed=seed)
-    inside = einsum(rest, spikes.write, spikes.write, "neuron d, d spike, e spike -> neuron e")
-    rank = len(spikes.values)
-    found, rest_energy = inside.square().sum(1), rest.square().sum(1)
-    share = ((found / energy - rank / d_model) / (1 - rank / d_model)).clamp(min=0).nan_to_num()
-    p_found = stats.beta.sf((found / rest_energy).nan_to_num().clamp(max=1).numpy(),
-                            max(rank, 1) / 2, (d_model - rank) / 2)  # fmt: skip
-    p_found = np.where(rank > 0, p_found, 1.0)
     p_gain = 2 * stats.norm.sf((swap.effect / swap.spread).abs().nan_to_num().numpy())
-    basis = spectral_basis(base)
-    aligned = relative_alignment(inside, basis).numpy() if rank else np.full(n_neurons, np.nan)
-    spread = unit_alignment_spread(d_model) / abs(float(self_alignment(basis, d_model)))
+    basis = _side_basis(matrix_basis, part)
+    aligned = relative_alignment(shared.inside, basis).numpy()  # NaN where nothing is inside
+    spread = unit_alignment_spread(base.shape[1]) / abs(float(self_alignment(basis, base.shape[1])))
     error = np.where(np.isnan(aligned), np.nan, spread)
-    kappa_energy = gain.square() * base.square().sum(1) / energy
     frame = evidence_frame(
         components,
-        share_gain=kappa_energy.nan_to_num(),
+        share_gain=own.kappa.square().nan_to_num(),
         p_gain=p_gain,
-        **_placed(share.numpy(), aligned, error, part),
-        **{f"p_{name}": p_found for name in STRUCTURED},
+        **_placed(shared.share.numpy(), aligned, error, part),
+        **{f"p_{name}": shared.p_value for name in STRUCTURED},
         alignment=aligned,
         alignment_se=error,
-        spikes=rank,
+        spikes=shared.spikes,
         decided_by="own versus other neurons of the layer; sign-flip edge",
     )
     tests = [
-        statistic_rows(components, "gain", side="both", null="own_versus_other", effect=swap.effect,
-                  half_interval=Z95 * swap.spread.numpy(), p_value=p_gain),
+        statistic_rows(components, "gain", side="both", null="own_versus_other",
+                       effect=swap.effect, half_interval=Z95 * swap.spread.numpy(),
+                       p_value=p_gain),
         statistic_rows(components, "structured_share", side=residual_side(part), null="isotropic",
-                  effect=share, p_value=p_found, k=rank),
+                       effect=shared.share, p_value=shared.p_value, k=shared.spikes),
     ]  # fmt: skip
     return Evidence(frame, pd.concat(tests, ignore_index=True))
 

@@ -157,6 +157,14 @@ def self_alignment(basis: Basis, dimension: int) -> Float[Tensor, "*component"]:
     return alignment(energies, energies.sum(-1), basis.rank, dimension)
 
 
+def channel_gains(
+    basis: Basis, delta: Float[Tensor, "*component d_in d_out"]
+) -> Float[Tensor, "*component direction"]:
+    """C_ii: how much ``delta`` adds to each singular value of the base, to first order."""
+    onto_write = einsum(delta.double(), basis.write, "... i o, ... o v -> ... i v")
+    return (basis.read * onto_write).sum(-2)
+
+
 @dataclass(frozen=True, eq=False)
 class SideAlignment:
     """G_rel and G_self of both sides of a matrix."""

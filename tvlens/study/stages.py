@@ -19,6 +19,10 @@ from tvlens.weights.matching import load_pair
 from .plan import StudyPlan, name_of
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from tvlens.models.lens import LensModel
     from tvlens.models.pair import HookedPair
     from tvlens.models.prompts import Batch, PromptSet
     from tvlens.weights.matching import Pair
@@ -80,6 +84,8 @@ def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
 
 def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Attribute the metric on the prompts to activations and weights, and check the estimates."""
+    from tvlens.attribution.tables import NEURONS_PER_PROMPT
+    from tvlens.attribution.weights import weight_scores, weight_table
     from tvlens.models.metrics import resolve_metric
     from tvlens.models.pair import HookedPair
     from tvlens.models.prompts import load_prompts, tokenised
@@ -88,11 +94,14 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
     metric = resolve_metric(plan.metric, asked)
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
-    scores = _scores(hooked, batch, metric, say)
+    neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
+    scores = _estimates(hooked, batch, metric, say, neurons=neurons)
+    say("weights, integrated along the line from base to tuned")
+    integral = weight_scores(hooked, batch, metric, estimator="ig", at="path")
+    scores.append(weight_table(integral, hooked, batch, metric, neurons=neurons))
     say("checking estimates against exact patching")
     tables, sample = _checked(plan, hooked, batch, metric, scores)
-    say("attributing tokens")
-    prompt_table = _prompts_table(hooked, asked, batch, metric)
+    prompt_table = _prompts_table(hooked, asked, batch, metric, integral.by_token)
     facts = {"metric": metric.name, "unit": metric.unit, "prompts": len(batch), **sample}
     return StageOutput(
         (prompt_table, *tables),
@@ -119,23 +128,26 @@ def _device(plan: StudyPlan) -> str:
     return accelerator.type if accelerator is not None else "cpu"
 
 
-def _scores(hooked: "HookedPair", batch: "Batch", metric: Any, say: Progress) -> list[Table]:
-    """Every estimate of the study, cheapest first."""
+def _estimates(
+    hooked: "HookedPair", batch: "Batch", metric: Any, say: Progress, *, neurons: int | None
+) -> list[Table]:
+    """The first-order estimates, of activations and of weights."""
     from tvlens.attribution.activations import attribute_activations
-    from tvlens.attribution.weights import attribute_weights
+    from tvlens.attribution.weights import weight_scores, weight_table
 
     tables = []
+    directions = ["tuned_into_base", "base_into_tuned"]
     if any(len(ids) for ids in batch.corrupt_ids):
-        say("activations, clean into corrupt")
-        tables.append(attribute_activations(hooked, batch, metric, direction="clean_into_corrupt"))
-    for direction in ("tuned_into_base", "base_into_tuned"):
+        directions.insert(0, "clean_into_corrupt")
+    for direction in directions:
         say(f"activations, {direction.replace('_', ' ')}")
-        tables.append(attribute_activations(hooked, batch, metric, direction=direction))
+        tables.append(
+            attribute_activations(hooked, batch, metric, direction=direction, neurons=neurons)
+        )
     for at in ("base", "tuned"):
         say(f"weights, first order at {at}")
-        tables.append(attribute_weights(hooked, batch, metric, estimator="first_order", at=at))
-    say("weights, integrated along the line from base to tuned")
-    tables.append(attribute_weights(hooked, batch, metric, estimator="ig", at="path"))
+        scores = weight_scores(hooked, batch, metric, estimator="first_order", at=at)
+        tables.append(weight_table(scores, hooked, batch, metric, neurons=neurons))
     return tables
 
 
@@ -164,11 +176,14 @@ def _checked(
     return [attribution, fidelity, findings_table(attribution)], facts
 
 
-def _prompts_table(hooked: "HookedPair", asked: "PromptSet", batch: "Batch", metric: Any) -> Table:
+def _prompts_table(
+    hooked: "HookedPair",
+    asked: "PromptSet",
+    batch: "Batch",
+    metric: Any,
+    scores: "Float[Tensor, 'prompt pos']",
+) -> Table:
     """Each prompt as the models read it, its metric at both ends, and its tokens' scores."""
-    from tvlens.attribution.positions import token_scores
-
-    scores = token_scores(hooked, batch, metric)
     prompts = [asked[number] for number in batch.numbers]
     lengths = batch.mask.sum(1).tolist()
     ids = [row[:n].tolist() for row, n in zip(batch.ids, lengths, strict=True)]
@@ -190,10 +205,17 @@ def _prompts_table(hooked: "HookedPair", asked: "PromptSet", batch: "Batch", met
         "tokens": [[decode([i]) for i in row] for row in ids],
         "token_scores": [row[:n].tolist() for row, n in zip(scores, lengths, strict=True)],
         "metric": [metric.name] * len(batch),
-        "metric_base": hooked.values(hooked.base, metric, batch).tolist(),
-        "metric_tuned": hooked.values(hooked.tuned, metric, batch).tolist(),
+        "metric_base": _values(hooked, hooked.base, metric, batch),
+        "metric_tuned": _values(hooked, hooked.tuned, metric, batch),
     }
     return Table.of("prompts", PROMPTS_SCHEMA, columns)
+
+
+def _values(hooked: "HookedPair", lens: "LensModel", metric: Any, batch: "Batch") -> list[float]:
+    from tvlens.attribution.weights import chunks
+
+    parts = chunks(batch, lens.d_vocab)
+    return [value for part in parts for value in hooked.values(lens, metric, part).tolist()]
 
 
 def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:

@@ -19,6 +19,11 @@ from .families.table import Family, Place
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, gpt2.FAMILY, neox.FAMILY)
 WRAPPERS = ("_orig_mod.", "module.")
 """What ``torch.compile`` and data-parallel training put before every name."""
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp", "d_vocab")
+LARGEST_SIZE = 1 << 24
+MOST_LAYERS = 10_000
+"""Far beyond any model; a garbled config must not make tvlens list a billion tensors."""
+_CONFIG_HINT = "Copy the config.json that belongs to these weights."
 HEADLESS_PARTS = ("W_E", "W_pos")
 
 
@@ -205,9 +210,29 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
             hint="A model family is one table in tvlens/weights/families.",
         )
     try:
-        return Layout(family=table.name, _table=table, **table.numbers(config))
+        numbers = table.numbers(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"config.json of a {model_type} model lacks or garbles a number: {error}.",
-            hint="Copy the config.json that belongs to these weights.",
+            hint=_CONFIG_HINT,
         ) from error
+    _refuse_impossible(numbers)
+    return Layout(family=table.name, _table=table, **numbers)
+
+
+def _refuse_impossible(numbers: Mapping[str, Any]) -> None:
+    for name in SIZES:
+        size = numbers[name]
+        if not isinstance(size, int) or not 0 < size <= LARGEST_SIZE:
+            raise CheckpointError(
+                f"config.json gives {name} as {size!r}, expected a whole number from 1 to "
+                f"{LARGEST_SIZE}.",
+                hint=_CONFIG_HINT,
+            )
+    n_layers, n_heads, n_kv_heads = (numbers[k] for k in ("n_layers", "n_heads", "n_kv_heads"))
+    if n_layers > MOST_LAYERS or n_heads % n_kv_heads:
+        raise CheckpointError(
+            f"config.json gives {n_layers} layers and {n_heads} query heads over {n_kv_heads} "
+            "kv heads, which no model has.",
+            hint=_CONFIG_HINT,
+        )

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -112,6 +114,14 @@ class Pair:
             self.layout.tied and component.part == "W_E",
         )
 
+    def compare(self, prompts: Any = None, **options: Any) -> Any:
+        """The whole study of this pair: ``tvlens.compare(pair, prompts, **options)``.
+
+        The one place where an inner ring reaches outwards, and only when it is called: the word a
+        notebook wants to write.
+        """
+        return import_module("tvlens.study.runner").compare(self, prompts, **options)
+
     def base_weight(self, component: Component) -> Float[Tensor, "..."]:
         """The base's weight alone, float32, canonical."""
         return self._weight(self.base, self.base_tensors, self.layout.places[component])
@@ -133,7 +143,8 @@ class Pair:
         if place.part in VOCABULARY_PARTS:
             rows = min(rows, self.layout.d_vocab)
         values = source.read_rows(name, 0, rows).float()
-        if (index := first_non_finite(values)) is not None:
+        scanned = self.load_report.identical is not None
+        if not scanned and (index := first_non_finite(values)) is not None:
             raise with_report(non_finite(source, name, index), self.load_report)
         return values.reshape(self.layout.stored_shapes[place.tensor])
 

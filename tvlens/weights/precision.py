@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from tvlens.errors import CheckpointError
@@ -33,6 +33,8 @@ PRECISIONS = {
     "float16": Precision(10, -14),
     "bfloat16": Precision(7, -126),
 }
+MANTISSA, EXPONENT_MASK, BIAS = 23, 0xFF, 127
+"""Layout of a float32: stored mantissa bits, mask and offset of the exponent above them."""
 ARITHMETIC = "float32"
 """Differences are taken in float32, so nothing is known more finely than that."""
 SMALLEST_ENERGY = torch.finfo(torch.float32).tiny
@@ -68,9 +70,19 @@ def spacing(weights: Float[Tensor, "..."], dtype: str) -> Float[Tensor, "..."]:
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
 
 
-def rounding_energy(weights: Float[Tensor, "..."], dtype: str) -> Float[Tensor, "..."]:
-    """Expected squared rounding error per entry, ``ulp**2 / 12``, in float32."""
-    return uniform_energy(spacing(weights, dtype))
+def rounding_energy(weights: Float32[Tensor, "..."], dtype: str) -> Float32[Tensor, "..."]:
+    """Expected squared rounding error per entry, ``ulp**2 / 12``.
+
+    The same as ``uniform_energy(spacing(weights, dtype))``, by integer arithmetic on the bits:
+    several times faster, and every parameter of a model passes through here.
+    """
+    precision = PRECISIONS[dtype]
+    bits = weights.contiguous().view(torch.int32)
+    exponent = ((bits >> MANTISSA) & EXPONENT_MASK) - BIAS
+    doubled = 2 * (exponent.clamp(min=precision.min_exponent) - precision.mantissa_bits)
+    doubled = doubled.clamp(min=1 - BIAS, max=BIAS)  # what a normal float32 can hold
+    squared = ((doubled + BIAS) << MANTISSA).view(torch.float32)
+    return (squared / 12).clamp(min=SMALLEST_ENERGY)
 
 
 def uniform_energy(step: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
