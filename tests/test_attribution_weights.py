@@ -191,10 +191,11 @@ def test_a_prompt_scores_the_same_alone_and_in_a_batch_and_in_chunks(monkeypatch
     from tvlens.attribution import weights
 
     hooked, batch = pairs.hooked_pair("llama"), pairs.batch()
-    together = scores(hooked, batch)
+    end = {"estimator": "first_order", "at": "tuned"}
+    together = scores(hooked, batch, **end)
     monkeypatch.setattr(weights, "TOKENS_AT_ONCE", 2 * batch.ids.shape[1])
-    chunked = scores(hooked, batch)
-    alone = torch.cat([scores(hooked, one).values for one in batch.chunks(1)], dim=1)
+    chunked = scores(hooked, batch, **end)
+    alone = torch.cat([scores(hooked, one, **end).values for one in batch.chunks(1)], dim=1)
     # 1e-4 of the largest score: fp32 sums over padded rows in another order.
     size = float(together.values.abs().max())
     assert float((together.values - alone).abs().max()) <= 1e-4 * size
@@ -316,10 +317,21 @@ def test_first_order_tables_name_their_end_and_direction():
 def test_neurons_beyond_the_top_get_some_rows_by_chance(monkeypatch):
     from tvlens.attribution import weights
 
-    monkeypatch.setattr(weights, "NEURONS_PER_PROMPT", 10)
     monkeypatch.setattr(weights, "NEURONS_AT_RANDOM", 6)
-    frame = weights.attribute_weights(pairs.hooked_pair("llama"), pairs.batch(), logprob())
-    neurons = frame.where(kind="neuron").to_frame()
+    hooked, batch = pairs.hooked_pair("llama"), pairs.batch()
+    found = scores(hooked, batch, estimator="first_order", at="base")
+    table = weights.weight_table(found, hooked, batch, logprob(), neurons=10)
+    neurons = table.where(kind="neuron").to_frame()
     shown = neurons[neurons["prompt"].notna()]
     assert shown["component"].nunique() == 16
     assert not shown.duplicated(["component", "prompt"]).any()
+    sizes = neurons[neurons["prompt"].isna()].set_index("component")["mean_abs"]
+    largest = set(sizes.sort_values(ascending=False).index[:10])
+    assert largest < set(shown["component"])
+
+
+def test_scores_by_token_sum_to_the_change_too():
+    found = scores(pairs.hooked_pair("gpt2"), pairs.batch())
+    assert float(found.by_token.abs().sum()) > 0
+    total = found.by_token.double().sum(1)
+    torch.testing.assert_close(total, found.change, rtol=2e-3, atol=2e-5)

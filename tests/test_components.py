@@ -24,7 +24,9 @@ from tvlens.components import DISJOINT_KINDS, KINDS, Component, key_columns
         (Component("embedding", None, None, "W_E"), "embed.W_E", "embed"),
         (Component("embedding", None, None, "W_U"), "unembed.W_U", "unembed"),
         (Component("embedding", None, None, "W_pos"), "pos_embed.W_pos", "pos_embed"),
-        (Component("node", 3, None, "mlp_out"), "L3.mlp_out", "L3.mlp_out"),
+        (Component("node", 3, None, "mlp_out"), "L3.mlp_out", "L3.mlp"),
+        (Component("node", 3, None, "attn_out"), "L3.attn_out", "L3.attn"),
+        (Component("node", 3, None, "resid_post"), "L3.resid_post", "L3.resid_post"),
     ],
 )
 def test_labels_and_sites_are_those_of_the_contract(

@@ -331,3 +331,15 @@ def test_a_head_whose_values_read_a_new_direction_is_new_read() -> None:
     expected = ["unresolved"] * 8
     expected[3] = "new_read"
     assert _of(labels, "head", "OV")["label"].tolist() == expected
+
+
+def test_a_matrix_that_was_zero_in_the_base_is_unresolved_and_has_no_gain() -> None:
+    pair = fake_pair(LAYOUT, background=0.01)
+    zero = FakeWeight(W_OUT, torch.zeros(192, 96), pair.weights[W_OUT].delta)
+    pair = FakePair({**pair.weights, W_OUT: zero}, LAYOUT)
+    weights = decompose(pair)
+    row = weights.to_frame().set_index("component").loc["L0.W_out"]
+    assert row[["gain", "kappa", "e_global", "g_write"]].isna().all()
+    found = classify(pair, weights)
+    assert set(_of(found, "neuron", "W_out")["label"]) == {"unresolved"}
+    assert found.headline["n_layers"] == 1

@@ -405,7 +405,7 @@ def test_the_answer_counts_labels_and_repeats_the_headline(markup):
 
 def test_the_answer_names_the_planted_component_and_the_change_with_its_sign(markup):
     assert "logit_diff changes by +3.5 logits on average over 6 prompts" in markup.words
-    assert re.search(r"Among matrices, L5\.W_out \(\+", markup.words)
+    assert re.search(r"Among matrices: L5\.W_out \(\+", markup.words)
     assert "The parts add up to the change to within" in markup.words
 
 
@@ -415,8 +415,28 @@ def test_a_ranking_whose_check_failed_is_withheld(tmp_path):
     tables = (attribution_table(), fidelity_table(matrix_passes=False), prompts_table())
     words = parsed(render_report(write_study(tmp_path / "s", tables))).words
     assert "Withheld: the estimate did not pass its check" in words
-    assert "Among matrices" not in words
-    assert "weight_ig for matrices (Spearman 0.41, slope 1, n = 24)" in words
+    assert "L5.W_out (+" not in words
+    assert "weight_ig for matrices (Spearman 0.41, slope 1.01, n = 24)" in words
+
+
+def test_a_kind_with_too_few_components_is_judged_by_all_kinds():
+    import pandas as pd
+
+    from tvlens.reporting.scores import decisions
+
+    def rows(**passed):
+        kinds = list(passed)
+        same = {"method": "weight_ig", "stratum": "random"}
+        return pd.DataFrame({"kind": kinds, "passed": list(passed.values())}).assign(**same)
+
+    kinds = ("matrix", "norm")
+    judged = decisions(rows(matrix=None, norm=False, all=True), kinds)
+    assert judged == {"matrix": "passed", "norm": "withheld"}
+    assert decisions(rows(matrix=True, all=False), kinds) == {
+        "matrix": "passed",
+        "norm": "withheld",
+    }
+    assert set(decisions(rows(matrix=None), kinds).values()) == {"not checked"}
 
 
 def test_an_unchecked_ranking_is_withheld(tmp_path):

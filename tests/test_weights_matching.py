@@ -178,6 +178,14 @@ def test_buffers_are_named_and_not_compared(tmp_path: Path) -> None:
         assert pair.load_report.identical is True
 
 
+def test_an_adapter_beside_a_model_is_mentioned(base: Path, tuned: Path) -> None:
+    from tvlens.weights.matching import load_pair
+
+    (tuned / "adapter_config.json").write_text("{}")
+    warnings = load_pair(base, tuned).load_report.warnings
+    assert warnings == ["tuned holds an adapter beside the model; only the model is read."]
+
+
 @pytest.mark.parametrize("side", ["base", "tuned"])
 def test_a_tensor_that_only_one_has_is_named_and_warned_of(
     base: Path, tmp_path: Path, side: str
@@ -219,6 +227,7 @@ def test_a_stored_copy_of_a_tied_embedding_is_tied(tmp_path: Path) -> None:
         assert pair.load_report.identical is True
         assert W_U not in pair.components
         assert pair.read(W_E).tied
+        assert not pair.read(W_Q).tied
 
 
 def test_a_head_that_differs_from_its_tied_embedding_is_compared_and_warned_of(

@@ -75,9 +75,9 @@ def _owner(component: Component) -> str:
         return {"W_U": "unembed", "W_pos": "pos_embed"}.get(part, "embed")
     if component.kind == "norm" or part.startswith("ln"):
         return part.rpartition(".")[0] or part
-    if part in ATTENTION_PARTS:
+    if part in (*ATTENTION_PARTS, "attn_out"):
         return "attn"
-    return "mlp" if part in MLP_PARTS else part
+    return "mlp" if part in (*MLP_PARTS, "mlp_out") else part
 
 
 KEY_COLUMNS = ("component", "site", "kind", "layer", "index", "kv_index", "expert", "rank", "part")

@@ -151,7 +151,8 @@ def agreement(
 def _spearman(x: ndarray, y: ndarray) -> float | None:
     if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    return float(stats.spearmanr(x, y)[0])
+    ranks = (stats.rankdata(x), stats.rankdata(y))
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _slope(x: ndarray, y: ndarray) -> float | None:

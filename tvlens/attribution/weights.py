@@ -214,21 +214,12 @@ def weight_table(
             "prompt (layer index) -> prompt layer index",
             layer=hooked.base.n_layers,
         )
-        tables.append(attribution_table({Cut("neuron"): layered}, run, neurons=neurons))
-        extra = [fine[i] for i in _beyond_the_top(scores.values[fine], neurons)]
-        if extra:
-            chosen = [scores.components[i] for i in extra]
-            tables.append(sampled_table(chosen, by_prompt[:, extra], run))
+        tables.append(
+            attribution_table(
+                {Cut("neuron"): layered}, run, neurons=neurons, at_random=NEURONS_AT_RANDOM
+            )
+        )
     return concatenated("attribution", tables, order="score")
-
-
-def _beyond_the_top(values: Float[Tensor, "neuron prompt"], top: int | None) -> list[int]:
-    """A fixed random draw of the neurons that ``attribution_table`` gives no row per prompt."""
-    if top is None:
-        return []
-    order = np.argsort(-values.abs().mean(1).numpy(), kind="stable")[top:]
-    drawn = np.random.default_rng(0).permutation(order)[:NEURONS_AT_RANDOM]
-    return sorted(int(i) for i in drawn)
 
 
 def method_run(

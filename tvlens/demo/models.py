@@ -22,12 +22,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any, Literal, get_args
 
 Domain = Literal["med", "math", "gen"]
+Tensors = dict[str, Any]  # torch tensors by name; torch is imported only where it is used
 
 DEMO_NAMES = ("base", "med", "math", "ctl")
 DATA = Path(__file__).parent / "data"
@@ -52,17 +50,17 @@ def demo_folder(name: str) -> Path:
     return folder
 
 
-def demo_prompts(domain: Domain) -> Path:
+def demo_prompts(domain: str) -> Path:
     """The prompt file of a domain: held-out questions with a right and a wrong answer."""
     return _text_file("prompts", domain)
 
 
-def demo_texts(domain: Domain) -> Path:
+def demo_texts(domain: str) -> Path:
     """The held-out texts of a domain: lines of prompt and answer."""
     return _text_file("heldout", domain)
 
 
-def tuned_tensors(base: dict[str, "Tensor"], stored: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+def tuned_tensors(base: Tensors, stored: Tensors) -> Tensors:
     """Base plus a stored tuning vector, in fp32; tensors the vector lacks stay the base's."""
     tuned = {name: tensor.float() for name, tensor in base.items()}
     for name in tuned:
@@ -77,9 +75,8 @@ def tuned_tensors(base: dict[str, "Tensor"], stored: dict[str, "Tensor"]) -> dic
 def _text_file(kind: str, domain: str) -> Path:
     """A file of the package's data, by kind and domain."""
     if domain not in get_args(Domain):
-        raise ValueError(
-            f"no demo domain {domain!r}; the domains are {', '.join(get_args(Domain))}"
-        )
+        valid = ", ".join(get_args(Domain))
+        raise ValueError(f"no demo domain {domain!r}; the domains are {valid}")
     return DATA / f"{kind}_{domain}.jsonl"
 
 
@@ -129,7 +126,7 @@ def _write(name: str, folder: Path) -> None:
     (folder / "tvlens_storage.json").write_text(record + "\n", encoding="utf-8")
 
 
-def _steps(stored: dict[str, "Tensor"]) -> dict[str, dict[str, float]]:
+def _steps(stored: Tensors) -> dict[str, dict[str, float]]:
     """The largest and the root-mean-square row scale of every matrix."""
     return {
         name.removesuffix(SCALE): {

@@ -321,13 +321,13 @@ def adjusted_tests(tests: pd.DataFrame, resolved: set[Component]) -> pd.DataFram
     return tests
 
 
-def _paired_difference(weights: pd.DataFrame) -> Float[np.ndarray, " layer"]:
-    """G_rel on the write side of W_out minus that of W_O, by layer."""
+def _paired_difference(weights: pd.DataFrame) -> pd.Series:
+    """G_rel on the write side of W_out minus that of W_O, by layer; absent where one is null."""
     matrices = weights[weights["kind"] == "matrix"]
     by_layer = matrices.pivot_table(index="layer", columns="part", values="g_write")
     if not {"W_out", "W_O"} <= set(by_layer.columns):
-        return np.array([])
-    return (by_layer["W_out"] - by_layer["W_O"]).dropna().to_numpy(float)
+        return pd.Series(dtype=float)
+    return (by_layer["W_out"] - by_layer["W_O"]).dropna()
 
 
 def _verdict(mean: float, half: float, p_value: float, p_floor: float) -> tuple[str, str]:
@@ -353,10 +353,11 @@ def headline(
         controls: The same for control fine-tunes; their mean contrast is subtracted.
         seed: Seed of the sign flips, where there are too many layers to enumerate.
     """
-    difference = _paired_difference(weights)
+    by_layer = _paired_difference(weights)
     others = [_paired_difference(control) for control in controls]
     if others:
-        difference = difference - np.mean(others, axis=0)
+        by_layer = (by_layer - sum(others) / len(others)).dropna()  # aligned by layer
+    difference = by_layer.to_numpy(float)
     count = len(difference)
     measure = "G_rel write side, W_out minus W_O" + (", minus control" if others else "")
     known: dict[str, object] = {"measure": measure, "n_layers": count, "controls": len(others)}

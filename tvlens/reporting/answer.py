@@ -5,7 +5,7 @@ A ranking is stated only where its estimate passed the check against exact patch
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -13,10 +13,14 @@ from .figures import LABELS, number
 from .folder import StudyFolder, rows_of
 from .scores import (
     ESTIMATE,
+    KIND_WORDS,
     checks,
     completeness,
+    decisions,
     disjoint,
     energy_shares,
+    kind_words,
+    labelled_things,
     mean_scores,
     of_method,
     relative_size,
@@ -24,18 +28,6 @@ from .scores import (
 
 GAP_BAR = 0.002  # contract: nodes are raised until the parts add up to within 0.2 %
 FINEST = 1e-6  # below this a gap is the rounding of float32 forward passes
-_KIND_WORDS = {
-    "head": "heads",
-    "kv_head": "key-value heads",
-    "kv_group": "key-value groups",
-    "neuron": "neurons",
-    "matrix": "matrices",
-    "norm": "norms",
-    "bias": "biases",
-    "embedding": "embeddings",
-    "direction": "directions",
-    "node": "activations",
-}
 
 
 class Statement(NamedTuple):
@@ -50,14 +42,6 @@ class Statement(NamedTuple):
     question: str
     text: str
     state: str = "said"
-
-
-def kind_words(kind: str, count: int = 2) -> str:
-    """The plural, or for one thing the singular, of a kind of component."""
-    plural = _KIND_WORDS.get(kind, f"{kind}s")
-    if count != 1:
-        return plural
-    return {"matrices": "matrix", "biases": "bias"}.get(plural, plural.removesuffix("s"))
 
 
 def percent(share: float) -> str:
@@ -121,12 +105,13 @@ def kinds(study: StudyFolder, tuned: str) -> list[Statement]:
             Statement(question, f"Not labelled. Make it with: {_how(study, 'labels')}", "missing")
         ]
     sentences = []
-    for kind in [k for k in _KIND_WORDS if k in set(labels["kind"])]:
+    present = set(labels["kind"].dropna().unique())
+    for kind in [k for k in KIND_WORDS if k in present]:
         rows = labels[labels["kind"] == kind]
         counts = rows["label"].value_counts()
         listed = [f"{counts[x]:,} {x.replace('_', ' ')}" for x in LABELS[::-1] if x in counts]
-        words = kind_words(kind, len(rows))
-        sentences.append(f"{len(rows):,} {words}: {', '.join(listed)}")
+        things = labelled_things(kind, rows)
+        sentences.append(f"{len(rows):,} {things}: {', '.join(listed)}")
     return [Statement(question, "; ".join(sentences) + ".")]
 
 
@@ -170,23 +155,24 @@ def matters(study: StudyFolder, tuned: str) -> list[Statement]:
 def _ranking(
     study: StudyFolder, tuned: str, means: pd.DataFrame, question: str, total: float
 ) -> Statement:
-    decided = checks(study.table("fidelity", tuned))
-    decided = decided[(decided["method"] == ESTIMATE) & decided["kind"].isin(set(means["kind"]))]
-    failed = decided[decided["verdict"] == "withheld"]
-    if decided.empty:
-        text = "Withheld: the ranking was not checked against exact patching."
-        return Statement(question, text, "withheld")
-    if len(failed):
-        names = ", ".join(kind_words(k) for k in dict.fromkeys(failed["kind"]))
-        text = f"Withheld: the estimate did not pass its check against exact patching for {names}."
-        return Statement(question, text, "withheld")
-    checked = means[means["kind"].isin(set(decided["kind"]))]
+    decided = decisions(study.table("fidelity", tuned), dict.fromkeys(means["kind"]))
+    may = [kind for kind, decision in decided.items() if decision == "passed"]
+    may_not = [kind_words(kind) for kind, decision in decided.items() if decision == "withheld"]
+    failed = f"the estimate did not pass its check against exact patching for {_and(may_not)}."
+    if not may:
+        why = failed if may_not else "the ranking was not checked against exact patching."
+        return Statement(question, f"Withheld: {why}", "withheld")
+    checked = means[means["kind"].isin(may)]
     top = checked.reindex(checked["score"].abs().sort_values(ascending=False, kind="stable").index)
     listed = ", ".join(
         f"{row.component} ({row.score:+.3g}{_of(row.score, total)})" for row in rows_of(top.head(3))
     )
-    words = " and ".join(kind_words(k) for k in dict.fromkeys(decided["kind"]))
-    return Statement(question, f"Among {words}, {listed}.")
+    text = f"Among {_and([kind_words(kind) for kind in may])}: {listed}."
+    return Statement(question, f"{text} Withheld: {failed}" if may_not else text)
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _of(score: float, total: float) -> str:
@@ -218,24 +204,29 @@ def agreement(study: StudyFolder, tuned: str) -> list[Statement]:
     decided = checks(fidelity)
     passed = decided[decided["verdict"] == "passed"]
     failed = decided[decided["verdict"] == "withheld"]
+    open_count = int((decided["verdict"] == "too few").sum())
     listed = "; ".join(
-        f"{method} for {', '.join(kind_words(k) for k in rows['kind'])} "
-        f"(Spearman {number(rows['spearman'].min(), 2)} or more)"
+        f"{method} for {_and([kind_words(k) for k in rows['kind'].drop_duplicates()])} "
+        f"(Spearman at least {number(rows['spearman'].min())})"
         for method, rows in passed.groupby("method", sort=False)
     )
-    statements = [Statement(question, f"These do: {listed}." if listed else "No estimate passed.")]
+    text = f"These do: {listed}." if listed else "No estimate passed."
+    if open_count:
+        text += f" {open_count} checks of single kinds had too few components to decide."
+    statements = [Statement(question, text, "said" if listed else "withheld")]
     if len(failed):
-        reasons = "; ".join(_failure(row) for _, row in failed.iterrows())
+        reasons = "; ".join(_failure(row) for row in rows_of(failed))
         text = f"Rankings and sizes by these estimates: {reasons}."
         statements.append(Statement("What is withheld?", text, "withheld"))
     return statements
 
 
-def _failure(row: pd.Series) -> str:
-    words = kind_words(str(row["kind"]))
+def _failure(row: Any) -> str:
+    known = isinstance(row.direction, str)
+    where = f", {row.direction.replace('_', ' ')}," if known else ""
     return (
-        f"{row['method']} for {words} (Spearman {number(row['spearman'], 2)}, "
-        f"slope {number(row['slope'], 2)}, n = {number(row['n'])})"
+        f"{row.method}{where} for {kind_words(row.kind)} (Spearman {number(row.spearman)}, "
+        f"slope {number(row.slope)}, n = {number(row.n)})"
     )
 
 

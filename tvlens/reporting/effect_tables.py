@@ -3,11 +3,19 @@
 import numpy as np
 import pandas as pd
 
-from .answer import kind_words
 from .datatable import DataTable, interval, signed
 from .figures import NOTHING, number
 from .folder import StudyFolder, rows_of
-from .scores import ESTIMATE, EXACT, checks, mean_scores, of_method, split_prompts, verdict
+from .scores import (
+    ESTIMATE,
+    EXACT,
+    decisions,
+    kind_words,
+    mean_scores,
+    of_method,
+    split_prompts,
+    verdict,
+)
 
 TOP = 12  # rows of a ranking that fit a screen with their captions
 _FINER = ("head", "kv_head", "neuron")
@@ -22,12 +30,8 @@ def ranking_tables(study: StudyFolder, tuned: str) -> list[DataTable]:
     prompts = study.table("prompts", tuned)
     joined = _beside_exact(rows, of_method(attribution, EXACT), prompts)
     joined = _with_findings(joined, study.table("findings", tuned))
-    decided = checks(study.table("fidelity", tuned))
-    own = decided[decided["method"] == ESTIMATE]
-    passed = own.groupby("kind")["verdict"].agg(
-        lambda v: "passed" if all(v == "passed") else "withheld"
-    )
-    joined["check"] = joined["kind"].map(passed).fillna("not checked")
+    decided = decisions(study.table("fidelity", tuned), joined["kind"].unique().tolist())
+    joined["check"] = joined["kind"].map(decided)
     finer = joined["kind"].isin(_FINER)
     unit = str(rows["unit"].dropna().iloc[0]) if rows["unit"].notna().any() else "metric units"
     tables = [
@@ -88,13 +92,14 @@ def _ranking(frame: pd.DataFrame, what: str) -> DataTable:
     ).without_empty_columns()
 
 
-def fidelity_table(frame: pd.DataFrame) -> DataTable | None:
-    """Every check of an estimate against exact patching."""
+def fidelity_tables(frame: pd.DataFrame) -> list[DataTable]:
+    """Every check of an estimate against exact patching, then what the exact quantities sum to."""
     if frame.empty:
-        return None
+        return []
     rows = tuple(
         (
             str(row.method),
+            row.direction.replace("_", " ") if isinstance(row.direction, str) else NOTHING,
             kind_words(str(row.kind)),
             str(row.stratum),
             verdict(row.passed) if row.stratum == "random" else NOTHING,
@@ -104,20 +109,46 @@ def fidelity_table(frame: pd.DataFrame) -> DataTable | None:
             number(row.spearman_worst),
             number(row.slope),
             number(row.sign_agreement),
-            *(signed(value) for value in (row.sum_insert, row.sum_remove, row.sum_ig)),
-            signed(row.metric_change),
         )
         for row in rows_of(frame)
     )
-    return DataTable(
+    agreement = DataTable(
         "Estimates against the exact quantity that asks the same question. The random sample "
-        "decides: passed needs Spearman ≥ 0.9 and a slope of 0.8 to 1.25. A claim that rests on an "
-        "estimate that did not pass is withheld.",
+        "decides: passed needs Spearman ≥ 0.9 and a slope of 0.8 to 1.25; a kind with too few "
+        "components is judged by all kinds together. A claim that rests on an estimate that did "
+        "not pass is withheld.",
         (
-            *("method", "kind", "sample", "claims", "n", "Spearman", "95 % interval"),
-            *("worst prompt", "slope", "signs agree"),
-            *("Σ into base", "Σ out of tuned", "Σ integrated", "change of the metric"),
+            *("method", "direction", "kind", "sample", "claims", "n", "Spearman"),
+            *("95 % interval", "worst prompt", "slope", "signs agree"),
         ),
         rows,
-        text_columns=4,
-    ).without_empty_columns()
+        text_columns=5,
+    )
+    tables = (agreement.without_empty_columns(), _sums_table(frame))
+    return [table for table in tables if table.rows]
+
+
+def _sums_table(frame: pd.DataFrame) -> DataTable:
+    whole = (frame["method"] == ESTIMATE) & (frame["stratum"] == "random")
+    rows = frame[whole].dropna(subset=["sum_insert", "sum_remove", "sum_ig"])
+    return DataTable(
+        "The same sampled components put alone into the base, taken alone out of the tuned model, "
+        "and integrated along the line between the two: sums over the random sample, in the "
+        "metric's unit. Only the integrated scores of all pieces add up to the change.",
+        (
+            "kind",
+            "n",
+            "alone into base",
+            "alone out of tuned",
+            "integrated",
+            "change of the metric",
+        ),
+        tuple(
+            (
+                kind_words(str(row.kind)),
+                number(row.n),
+                *map(signed, (row.sum_insert, row.sum_remove, row.sum_ig, row.metric_change)),
+            )
+            for row in rows_of(rows)
+        ),
+    )

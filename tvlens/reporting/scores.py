@@ -4,6 +4,7 @@ Everything here is about one tuned model. Rows of kinds matrix, norm, bias and e
 parameters into disjoint pieces; only these are ever summed (``components.DISJOINT_KINDS``).
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +12,28 @@ import pandas as pd
 
 from tvlens.components import ATTENTION_PARTS, DISJOINT_KINDS, MLP_PARTS
 
+from .figures import NOTHING
 from .folder import StudyFolder
 
 ESTIMATE = "weight_ig"
 EXACT = "exact_weight_path"
 PLACES = ("attention", "MLP", "embeddings", "norms", "biases")
+
+
+KIND_WORDS = {
+    "head": "heads",
+    "kv_head": "key-value heads",
+    "kv_group": "key-value groups",
+    "neuron": "neurons",
+    "matrix": "matrices",
+    "norm": "norms",
+    "bias": "biases",
+    "embedding": "embeddings",
+    "direction": "directions",
+    "node": "activations",
+    "all": "all kinds together",
+}
+"""Plural of every kind of component that a table may hold, in the order of the answer."""
 
 
 class Completeness(NamedTuple):
@@ -34,6 +52,14 @@ class Completeness(NamedTuple):
     gap: float
     worst: float
     prompts: int
+
+
+def kind_words(kind: str, count: int = 2) -> str:
+    """The plural, or for one thing the singular, of a kind of component."""
+    plural = KIND_WORDS.get(kind, f"{kind}s")
+    if count != 1 or kind == "all":
+        return plural
+    return {"matrices": "matrix", "biases": "bias"}.get(plural, plural.removesuffix("s"))
 
 
 def place_of(kind: str, part: str | None) -> str:
@@ -126,8 +152,10 @@ def completeness(attribution: pd.DataFrame, prompts: pd.DataFrame) -> Completene
 
 
 def verdict(passed: bool | float | None) -> str:
-    """``passed`` or ``withheld``; a check that was not decided withholds too."""
-    return "passed" if passed is not None and not pd.isna(passed) and bool(passed) else "withheld"
+    """``passed``, ``withheld``, or ``too few`` where the sample could not decide."""
+    if passed is None or pd.isna(passed):
+        return "too few"
+    return "passed" if passed else "withheld"
 
 
 def checks(fidelity: pd.DataFrame) -> pd.DataFrame:
@@ -136,9 +164,31 @@ def checks(fidelity: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(verdict=[verdict(p) for p in rows["passed"]])
 
 
-def labels_of(study: StudyFolder, tuned: str) -> dict[str, str]:
-    """Label by component; heads and neurons, labelled once each, also by site."""
-    frame = study.table("labels", tuned).dropna(subset=["component", "label"])
-    single = frame[frame["kind"].isin(("head", "neuron"))].drop_duplicates("site")
-    by_site = dict(zip(single["site"], single["label"], strict=True))
-    return by_site | dict(zip(frame["component"], frame["label"], strict=True))
+def decisions(fidelity: pd.DataFrame, kinds: Iterable[str]) -> dict[str, str]:
+    """Whether ``ESTIMATE`` may be read as a ranking of each kind.
+
+    A kind's own check decides. Where its sample is too small, the check over all kinds together
+    does; where neither could, the kind is ``not checked``.
+    """
+    rows = checks(fidelity)
+    rows = rows[(rows["method"] == ESTIMATE) & (rows["verdict"] != "too few")]
+    worst = rows.sort_values("verdict", kind="stable").groupby("kind")["verdict"].last()
+    overall = str(worst.get("all", "not checked"))
+    return {kind: str(worst.get(kind, overall)) for kind in kinds}
+
+
+def labels_for(study: StudyFolder, tuned: str, rows: pd.DataFrame) -> list[str]:
+    """The label of each row's component, else of its head's whole circuit, else a dash."""
+    labels = study.table("labels", tuned).dropna(subset=["component", "label"])
+    own = labels.drop_duplicates("component").set_index("component")["label"]
+    heads = labels[labels["kind"] == "head"].drop_duplicates("site", keep=False)
+    found = rows["component"].map(own)
+    of_site = rows["site"].map(heads.set_index("site")["label"])
+    return found.fillna(of_site).fillna(NOTHING).astype(str).tolist()
+
+
+def labelled_things(kind: str, rows: pd.DataFrame) -> str:
+    """What the labelled rows of a kind are: a neuron has a vector for each of its parts."""
+    if kind == "neuron" and rows["site"].nunique() < len(rows):
+        return "neuron vectors"
+    return kind_words(kind, len(rows))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from .answer import Statement, answer
 from .datatable import DataTable
-from .effect_tables import fidelity_table, ranking_tables
+from .effect_tables import fidelity_tables, ranking_tables
 from .figures import HeatMap, Scatter, heat_map
 from .folder import StudyFolder
 from .grids import score_grids, size_grids
@@ -41,7 +41,7 @@ class ModelPart:
     scatter: Scatter | None
     ranking_tables: list[DataTable]
     score_maps: list[HeatMap]
-    fidelity: DataTable | None
+    fidelity: list[DataTable]
     tokens: list[TokenText]
     missing: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         scatter=neuron_scatter(study, tuned, slug, tooltips=tooltips),
         ranking_tables=ranking_tables(study, tuned),
         score_maps=[heat_map(grid, tooltips=tooltips) for grid in score_grids(study, tuned, slug)],
-        fidelity=fidelity_table(study.table("fidelity", tuned)),
+        fidelity=fidelity_tables(study.table("fidelity", tuned)),
         tokens=tokens,
         missing={name: study.missing(name) for name in names},
         notes={"tokens": note},

@@ -2,12 +2,13 @@
 
 import pandas as pd
 
-from .answer import kind_words, percent
+from .answer import percent
 from .datatable import DataTable
 from .figures import LABELS, NOTHING, Scatter, label_scatter, number
 from .folder import StudyFolder, rows_of
-from .scores import disjoint, energy_shares, labels_of, relative_size
+from .scores import disjoint, energy_shares, labelled_things, labels_for, relative_size
 
+PRODUCTS = ("OV", "QK")  # two factors change: not to be ranked beside slices of one tensor
 TOP = 12  # rows of a ranking that fit a screen with their captions
 
 
@@ -31,22 +32,24 @@ def places_table(weights: pd.DataFrame) -> DataTable:
 def largest_table(study: StudyFolder, tuned: str) -> DataTable:
     """The pieces and heads that changed most for their size."""
     weights = study.table("weights", tuned).dropna(subset=["relative_delta"])
-    labels = labels_of(study, tuned)
     order = weights["relative_delta"].abs().sort_values(ascending=False, kind="stable").index
     ranked = weights.reindex(order)
     pieces = disjoint(ranked).head(TOP)
-    heads = ranked[ranked["kind"].isin(("head", "kv_head"))].head(TOP)
+    slices = ranked["kind"].isin(("head", "kv_head")) & ~ranked["part"].isin(PRODUCTS)
+    heads = ranked[slices].head(TOP)
+    shown = pd.concat([pieces, heads])
+    shown = shown.assign(label=labels_for(study, tuned, shown))
     rows = tuple(
         (
             row.component,
             row.kind.replace("_", " "),
-            labels.get(row.component, labels.get(row.site, NOTHING)).replace("_", " "),
+            row.label.replace("_", " "),
             percent(row.relative_delta),
             number(row.gain),
             number(row.residual),
             number(row.snr),
         )
-        for row in rows_of(pd.concat([pieces, heads]))
+        for row in rows_of(shown)
     )
     return DataTable(
         f"The {len(pieces)} tensors and the {len(heads)} head slices that changed most for their "
@@ -68,7 +71,11 @@ def label_table(study: StudyFolder, tuned: str) -> DataTable | None:
     labels = [x for x in LABELS if x in counts.columns]
     labels += sorted(set(counts.columns) - set(labels))
     rows = tuple(
-        (kind_words(str(kind)), f"{int(counts.loc[kind].sum()):,}", *(f"{n:,}" for n in numbers))
+        (
+            labelled_things(str(kind), frame[frame["kind"] == kind]),
+            f"{int(counts.loc[kind].sum()):,}",
+            *(f"{n:,}" for n in numbers),
+        )
         for kind, numbers in zip(counts.index, counts[labels].to_numpy().tolist(), strict=True)
     )
     return DataTable(
@@ -89,10 +96,6 @@ def neuron_scatter(
     rows = rows.dropna(subset=["gain", "residual"])
     if rows.empty:
         return None
-    labels = labels_of(study, tuned)
-    found = [
-        labels.get(component, labels.get(site, "no label"))
-        for component, site in zip(rows["component"], rows["site"], strict=True)
-    ]
-    frame = rows[["component", "gain", "residual"]].assign(label=found)
+    frame = rows[["component", "gain", "residual"]].assign(label=labels_for(study, tuned, rows))
+    frame["label"] = frame["label"].replace(NOTHING, "no label")
     return label_scatter(f"{slug}-neurons", frame.reset_index(drop=True), tooltips=tooltips)

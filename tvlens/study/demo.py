@@ -14,6 +14,7 @@ def demo_plan() -> StudyPlan:
         tuned=("demo:med",),
         controls=("demo:ctl",),
         prompts="demo:med",
+        metric="logprob",  # how much likelier the right definition became, in nats
         stages=("decompose", "attribute", "evaluate"),
         check_exact=63,  # three of each kind at random and at the top, and as many again
         evaluate={"medical": "demo:med", "maths": "demo:math", "general": "demo:gen"},

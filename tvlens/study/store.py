@@ -25,6 +25,8 @@ ORDERS = {
 }
 """The column that ``Table.top`` ranks by, per table."""
 
+SCORED_WHOLE = ("head", "kv_head", "neuron")
+"""Kinds whose weight-space scores sum over parts, so that the score is the site's."""
 MANIFEST = "manifest.json"
 TABLES = (
     "weights",
@@ -117,9 +119,10 @@ class Study:
         weights = self.weights.to_frame()
         if part is not None:
             weights = weights[weights["part"] == part]
-        scores = self.attribution.where(method=method).to_frame()
-        means = scores.groupby(["tuned", "site"], as_index=False)["score"].mean()
-        return weights.merge(means, on=["tuned", "site"], how="left", validate="many_to_one")
+        whole_sites = weights["kind"].isin(SCORED_WHOLE)
+        weights = weights.assign(scored=weights["site"].where(whole_sites, weights["component"]))
+        means = _mean_scores(self.attribution.where(method=method).to_frame())
+        return weights.merge(means, on=["tuned", "scored"], how="left", validate="many_to_one")
 
     def plot(self, what: str = "heads", tuned: str | None = None) -> "go.Figure":
         """A plotly heat map of layers against heads (relative change of W_O).
@@ -140,6 +143,13 @@ class Study:
         names = ", ".join(self.plan.names)
         page = self.folder / "report.html"
         return f"<p>tvlens study of {names} against {self.plan.base}: {page}</p>"
+
+
+def _mean_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean score over prompts of every scored component; neurons have theirs in one row."""
+    neuron = rows["kind"] == "neuron"
+    rows = rows[rows["prompt"].isna() == neuron].rename(columns={"component": "scored"})
+    return rows.groupby(["tuned", "scored"], as_index=False)["score"].mean()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -62,6 +62,9 @@ def load_pair(
             hint="Give the model it was trained on first, the adapter second.",
         )
     draft = Draft(*sources, layout_of(sources[0].config))
+    for source in sources:
+        if source.adapter_beside:
+            draft.warn(f"{source.name} holds an adapter beside the model; only the model is read.")
     try:
         steps = _adapter_steps() if draft.tuned.is_adapter else _checkpoint_steps()
         for step in steps:

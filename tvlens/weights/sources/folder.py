@@ -64,6 +64,11 @@ class Source:
         return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
     @property
+    def adapter_beside(self) -> bool:
+        """Whether a model's folder also holds an adapter, which is not read."""
+        return not self.is_adapter and (self.folder / ADAPTER_CONFIG).is_file()
+
+    @property
     def files(self) -> list[str]:
         """Names of the weight files, sorted."""
         return sorted({info.file for info in self.tensors.values()})
