@@ -31,7 +31,7 @@ KIND_WORDS = {
     "embedding": "embeddings",
     "direction": "directions",
     "node": "activations",
-    "all": "all kinds together",
+    "all": "all kinds",
 }
 """Plural of every kind of component that a table may hold, in the order of the answer."""
 

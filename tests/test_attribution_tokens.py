@@ -6,19 +6,32 @@ import pytest
 import torch
 
 from tests.attribution_pairs import batch, hooked_pair
+from tests.gated_tokens import gated_token_scores
 from tests.tiny_checkpoints import copy_with, tiny_llama
-from tvlens.attribution.positions import token_scores
-from tvlens.attribution.weights import attribute_weights
-from tvlens.models import SHIPPED, Batch, HookedPair
+from tvlens.attribution.weights import attribute_weights, weight_scores
+from tvlens.models import SHIPPED, Batch, HookedPair, Metric
 
 LOGIT_DIFF = SHIPPED["logit_diff"]
+
+
+def token_scores(pair: HookedPair, prompts: Batch, metric: Metric) -> torch.Tensor:
+    return weight_scores(pair, prompts, metric).by_token
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
+def test_token_scores_equal_the_gradient_of_a_gate_at_every_position(family: str) -> None:
+    pair, prompts = hooked_pair(family), batch()
+    scores = weight_scores(pair, prompts, LOGIT_DIFF)
+    oracle = gated_token_scores(pair, prompts, LOGIT_DIFF, nodes=scores.nodes)
+    allowed = 1e-4 * float(oracle.abs().max())  # fp32 sums in another order
+    assert torch.allclose(scores.by_token, oracle, atol=allowed)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
 @pytest.mark.parametrize("metric", ["logit_diff", "kl_to_tuned"])
 def test_token_scores_sum_to_the_change_of_the_metric(family: str, metric: str) -> None:
     pair, prompts = hooked_pair(family), batch()
-    scores = token_scores(pair, prompts, SHIPPED[metric], nodes=8)
+    scores = token_scores(pair, prompts, SHIPPED[metric])
     ends = [pair.values(model, SHIPPED[metric], prompts) for model in (pair.tuned, pair.base)]
     change = ends[0] - ends[1]
     assert scores.shape == prompts.ids.shape
@@ -53,7 +66,7 @@ def test_tokens_and_components_share_one_sum() -> None:
     table = attribute_weights(pair, prompts, LOGIT_DIFF, estimator="ig", at="path").to_frame()
     disjoint = table[table.kind.isin(["matrix", "norm", "bias", "embedding"])]
     by_component = disjoint.groupby("prompt").score.sum().to_numpy()
-    by_token = token_scores(pair, prompts, LOGIT_DIFF, nodes=8).sum(1).numpy()
+    by_token = token_scores(pair, prompts, LOGIT_DIFF).sum(1).numpy()
     assert by_token == pytest.approx(by_component, rel=1e-3, abs=1e-4)
 
 

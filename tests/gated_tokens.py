@@ -1,4 +1,4 @@
-"""Which tokens' computations carry the change: weight attribution by position.
+"""Weight attribution by position, written another way: the oracle of ``WeightScores.by_token``.
 
 Let every position p have a gate s_p, and let each linear map, norm and embedding compute at p with
 base + s_p (tuned - base). All gates at 0 are the base model, all at 1 the tuned one, so
@@ -22,20 +22,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from tvlens.attribution.sites import Site, WeightPath, weight_path
+from tvlens.attribution.weights import chunks, gauss_legendre
 from tvlens.models.lens import HookList
 from tvlens.models.metrics import Metric, Run
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 
-from .sites import Site, WeightPath, weight_path
-from .weights import chunks, gauss_legendre
 
-NODES = 5
-"""Gauss-Legendre nodes: the sum is then within about 2 % of the change, finer than a colour."""
-
-
-def token_scores(
-    hooked: HookedPair, batch: Batch, metric: Metric, *, nodes: int = NODES
+def gated_token_scores(
+    hooked: HookedPair, batch: Batch, metric: Metric, *, nodes: int
 ) -> Float[Tensor, "batch pos"]:
     """The score of every token of every prompt, 0 at padding.
 
