@@ -343,3 +343,11 @@ def test_a_matrix_that_was_zero_in_the_base_is_unresolved_and_has_no_gain() -> N
     found = classify(pair, weights)
     assert set(_of(found, "neuron", "W_out")["label"]) == {"unresolved"}
     assert found.headline["n_layers"] == 1
+
+
+def test_a_single_kv_head_says_that_no_gain_could_be_tested() -> None:
+    layout = FakeLayout(n_kv_heads=1, n_layers=1)
+    base = base_weights(layout)[W_O]
+    row = _of(_labelled(fake_pair(layout, {W_O: 0.05 * base})), "head", "OV").loc[0]
+    assert row["label"] == "unresolved"
+    assert row["label_reason"].endswith("No gain could be tested.")

@@ -72,6 +72,19 @@ def test_heads_of_one_kv_group_are_no_peers() -> None:
     assert found.effect[0] == pytest.approx(5.0 - values[0, 2:].mean())
 
 
+def test_the_variance_over_peers_is_shrunk_to_the_median_of_the_layer() -> None:
+    values = np.random.default_rng(2).normal(size=(5, 5)) * np.arange(1, 6)[:, None]
+    found = own_versus_others(values, np.arange(5))
+    assert found is not None
+    peers = [np.delete(row, head) for head, row in enumerate(values)]
+    spread = np.array([row.var(ddof=1) for row in peers])
+    # four peers: three degrees of freedom of their own, as many from the layer
+    error = np.sqrt((3 * np.median(spread) + 3 * spread) / 6 * (1 + 1 / 4))
+    effect = np.array([values[h, h] - row.mean() for h, row in enumerate(peers)])
+    np.testing.assert_allclose(found.t, effect / error)
+    np.testing.assert_allclose(found.p_greater(), stats.t.sf(effect / error, 6))
+
+
 def test_a_single_kv_head_leaves_no_peer_to_test_against() -> None:
     assert own_versus_others(np.zeros((4, 4)), np.zeros(4, dtype=int)) is None
 

@@ -38,6 +38,7 @@ from .decompose import (
     weights_of_block,
 )
 from .evidence import (
+    NO_PEERS,
     PARTS,
     Evidence,
     evidence_frame,
@@ -182,9 +183,10 @@ def _why_unresolved(row: Row) -> str:
             f"The change is {row['delta_norm']:.3g} long; {row['kind']} components are not "
             "classified yet."
         )
+    untested = " No gain could be tested." if row["decided_by"] == NO_PEERS else ""
     return (
         f"Significant parts hold {row['structured_share']:.2g} of the energy of the change, "
-        f"{MINS:.2g} are needed; the rest cannot be told from noise."
+        f"{MINS:.2g} are needed; the rest cannot be told from noise.{untested}"
     )
 
 

@@ -59,6 +59,9 @@ DEVIATIONS = 2.0
 Z95 = 1.959964
 """Half width of a 95 % interval in standard deviations."""
 
+BY_PEERS = "own versus heads of other kv groups; sign-flip edge"
+NO_PEERS = "sign-flip edge alone: too few heads of other kv groups to test a gain against"
+
 PARTS = ("gain", "within", "new_write", "new_read", "between")
 STRUCTURED = PARTS[1:]
 TEST_COLUMNS = (
@@ -501,7 +504,7 @@ def head_evidence(
         sure_new_write=writes.found,
         share_new_read=(1 - from_right) * (reads.share * reads.outside).numpy(),
         sure_new_read=reads.found,
-        decided_by="own versus heads of other kv groups; sign-flip edge",
+        decided_by=BY_PEERS if gain is not None else NO_PEERS,
     )
     tests = [
         statistic_rows(components, name, side=side, null="own_versus_other", effect=found.effect,
