@@ -351,3 +351,14 @@ def test_a_single_kv_head_says_that_no_gain_could_be_tested() -> None:
     row = _of(_labelled(fake_pair(layout, {W_O: 0.05 * base})), "head", "OV").loc[0]
     assert row["label"] == "unresolved"
     assert row["label_reason"].endswith("No gain could be tested.")
+
+
+def test_a_head_whose_values_mix_what_they_already_read_is_rewired() -> None:
+    component = Component("matrix", 0, None, "W_V")
+    base = base_weights(LAYOUT)[component]
+    columns = slice(3 * LAYOUT.d_head, 4 * LAYOUT.d_head)
+    first, second = torch.randn(2, LAYOUT.d_head, generator=torch.Generator().manual_seed(9))
+    change = base[:, columns] @ (torch.outer(first, second) - torch.outer(second, first))
+    planted = within_matrix(LAYOUT, component, 3, _scaled_to(change, 0.05, base[:, columns]))
+    labels = _labelled(fake_pair(LAYOUT, {component: planted}, background=BACKGROUND))
+    assert _of(labels, "head", "OV").loc[3, "label"] == "rewired"

@@ -51,6 +51,8 @@ def pack_models(work: Path, out: Path) -> None:
         save_file(stored_difference(base, tuned), out / f"{name}.safetensors")
     for file in COPIED:
         shutil.copyfile(work / "base" / file, out / file)
+    for file in out.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner alone
 
 
 def write_lines(path: Path, lines: list[dict[str, str]]) -> None:

@@ -54,7 +54,9 @@ SAME_QUESTION = {
 }
 """The exact method that asks what an estimate estimates."""
 CHECKED_KINDS = ("matrix", "head", "kv_head", "neuron", "norm", "bias", "embedding", "node")
-CHECK_SCHEMA = FIDELITY_SCHEMA.append(pa.field("direction", pa.string()))
+CHECK_SCHEMA = FIDELITY_SCHEMA.append(pa.field("direction", pa.string())).append(
+    pa.field("tuned", pa.string())
+)
 """A cross-model estimate is made in two directions under one method label."""
 WEIGHT_QUESTIONS: tuple[ExactMethod, ...] = (
     "exact_weight_insert",
@@ -191,6 +193,8 @@ def fidelity_table(
 ) -> Table:
     """Agreement by method, direction, kind and stratum; ``kind`` ``all`` pools the kinds.
 
+    One fine-tune's rows at a time.
+
     Args:
         estimates: Attribution rows; only methods with an exact counterpart are used.
         exact: Exact rows of the sampled components.
@@ -214,6 +218,7 @@ def fidelity_table(
                 | (_sums(guesses, truths, keys) if method.startswith("weight") else {})
             )
     columns = {name: [row.get(name) for row in rows] for name in CHECK_SCHEMA.names}
+    columns["tuned"] = estimates.data["tuned"].to_pylist()[:1] * len(rows)
     return Table.of("fidelity", CHECK_SCHEMA, columns)
 
 
@@ -310,29 +315,33 @@ def check_fidelity(
     seconds: float = 60.0,
     seed: int = 0,
     nodes: int | None = None,
+    prompts: int = CHECKED_PROMPTS[0],
 ) -> tuple[Table, Table]:
     """Patch a sample of components exactly and say how the estimates did: (exact, fidelity).
 
     Args:
         hooked: The pair the estimates were made on.
-        batch: The prompts they were made on; at most 16 of them are used.
+        batch: The prompts they were made on.
         metric: The metric they were made with.
         attribution: The estimates, weight-space methods among them.
-        count: Components of the sample; None plans it from ``seconds``, which depends on this
-            machine's speed: record the count to repeat a run.
+        count: Components of the sample; None plans the sample with ``planned_sample``, which
+            depends on this machine's speed: record the plan to repeat a run.
         seconds: What the exact runs may take, as far as a plan can tell.
         seed: Of the draw of prompts and components and of the bootstrap.
         nodes: Of the exact average; None takes the run's own, or fewer if planned so.
+        prompts: How many prompts, drawn at random, the exact runs use at most.
 
     Raises:
         StudyError: ``attribution`` has no estimate in weight space.
     """
-    checked = _checked_rows(batch, seed, CHECKED_PROMPTS[0])
     methods = _weight_methods(attribution)
     own = _own_nodes(attribution.where(method=methods[0]))
     if count is None:
-        checked, count, planned = _planned(hooked, batch, metric, seconds, own, seed=seed)
+        count, planned, prompts = planned_sample(
+            hooked, batch, metric, seconds=seconds, nodes=own, seed=seed
+        )
         nodes = nodes or planned
+    checked = _checked_rows(batch, seed, prompts)
     strata = sampled_strata(attribution.where(method=methods[0]), count=count, seed=seed)
     wanted = [component for drawn in strata.values() for component in drawn]
     logger.info("checking %d components exactly with %s nodes", len(wanted), nodes or own)
@@ -410,16 +419,41 @@ def _mean_change(hooked: HookedPair, metric: Metric, batch: Batch) -> float:
     return total / len(batch)
 
 
-def _planned(
-    hooked: HookedPair, batch: Batch, metric: Metric, seconds: float, own: int, *, seed: int
-) -> tuple[Batch, int, int]:
-    """Prompts, components and nodes that fit into ``seconds``, or the fewest of each."""
-    for size in CHECKED_PROMPTS:
-        checked = _checked_rows(batch, seed, size)
-        count, nodes = planned_check(hooked, checked, metric, seconds=seconds, nodes=own)
+class Sample(NamedTuple):
+    """The size of an exact check: components, nodes of the exact average, prompts."""
+
+    count: int
+    nodes: int
+    prompts: int
+
+
+def planned_sample(
+    hooked: HookedPair,
+    batch: Batch,
+    metric: Metric,
+    *,
+    seconds: float,
+    nodes: int,
+    seed: int = 0,
+) -> Sample:
+    """Components, nodes and prompts that fit into ``seconds``, or the fewest of each.
+
+    Args:
+        hooked: The pair to check.
+        batch: Its prompts.
+        metric: Its metric.
+        seconds: What the exact weight runs may take on this machine.
+        nodes: The estimate's own nodes, which are kept if time allows.
+        seed: Of the draw of prompts.
+    """
+    planned = Sample(0, nodes, 0)
+    for prompts in CHECKED_PROMPTS:
+        checked = _checked_rows(batch, seed, prompts)
+        count, kept = planned_check(hooked, checked, metric, seconds=seconds, nodes=nodes)
+        planned = Sample(count, kept, prompts)
         if count >= LEAST:
             break
-    return checked, max(count, LEAST), nodes
+    return planned._replace(count=max(planned.count, LEAST))
 
 
 def planned_check(

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from jaxtyping import Bool, Float
+from scipy import stats
 
 from tvlens.components import Component, key_columns
 from tvlens.errors import StudyError
@@ -200,7 +201,10 @@ def _why_structured(row: Row) -> str:
         return f"{share}{inside}where the base already reads or writes{aligned}."
     if row["label"] == "mixed":
         parts = ", ".join(f"{name} {row[f'counted_{name}']:.2f}" for name in PARTS)
-        return f"{share}no one kind of it holds two thirds and is placed: {parts}{aligned}."
+        torn = "no one kind holds two thirds of it"
+        if row["dominance"] >= TOP:
+            torn = "which cannot be told new from existing"
+        return f"{share}{torn}: {parts}{aligned}."
     return f"{share}{inside}in directions unrelated to the base's{aligned}."
 
 
@@ -366,7 +370,9 @@ def headline(
     if count == 0:
         return {**known, "verdict": "cannot tell", "sentence": "Cannot tell: nothing to compare."}
     test = sign_flip_test(difference, seed=seed)
-    half = float(2 * difference.std(ddof=1) / np.sqrt(count)) if count > 1 else np.inf
+    half = np.inf
+    if count > 1:
+        half = float(stats.t.ppf(0.975, count - 1) * difference.std(ddof=1) / np.sqrt(count))
     verdict, why = _verdict(test.mean, half, test.p_value, test.p_floor)
     scope = "" if others else " Without a control this says nothing about the domain."
     sentence = (

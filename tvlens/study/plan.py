@@ -27,6 +27,7 @@ class StudyPlan(BaseModel):
         check_exact: Components in the exact sample; None plans it from ``check_seconds`` and
             writes what was planned.
         check_nodes: Nodes of the exact path average; None takes the estimate's own.
+        check_prompts: Prompts of the exact sample; None takes 16.
         check_seconds: Time that the exact checks may take, as far as a plan can tell.
         seed: Seed of every random draw.
     """
@@ -45,6 +46,7 @@ class StudyPlan(BaseModel):
     neurons: Literal["top", "all"] = "top"
     check_exact: int | None = Field(default=None, ge=1)
     check_nodes: int | None = Field(default=None, ge=1)
+    check_prompts: int | None = Field(default=None, ge=1)
     check_seconds: float = Field(default=60.0, gt=0)
     skip_bad_lines: bool = False
     device: str = "auto"

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from tvlens.weights.sources import Source
 
 Progress = Callable[[str], None]
+PLANNED = {
+    "check_exact": "check_count",
+    "check_nodes": "check_nodes",
+    "check_prompts": "check_prompts",
+}
+"""Options that a plan by time fills in, and the fact that holds each."""
 PACKAGES = ("tvlens", "torch", "transformer-lens", "transformers", "safetensors", "scipy")
 
 
@@ -145,8 +151,8 @@ class _Run:
 
     def _fix_sample(self, facts: Mapping[str, Any]) -> None:
         """Keep the exact sample that was planned by time, so that a rerun repeats it."""
-        if "check_exact" in facts and self.plan.check_exact is None:
-            planned = {name: facts[name] for name in ("check_exact", "check_nodes")}
+        if "check_count" in facts and self.plan.check_exact is None:
+            planned = {option: facts[fact] for option, fact in PLANNED.items()}
             self.plan = self.plan.model_copy(update=planned)
             self.plan.save(self.folder)
 
@@ -235,7 +241,7 @@ def _check_resume(plan: StudyPlan, folder: Path, *, resume: bool) -> None:
         return
     earlier = StudyPlan.load(path)
     if plan.check_exact is None:
-        earlier = earlier.model_copy(update={"check_exact": None, "check_nodes": None})
+        earlier = earlier.model_copy(update=dict.fromkeys(PLANNED))
     if earlier != plan:
         raise StudyError(
             f"{folder} was made with other options, so its tables cannot be kept.",

@@ -133,10 +133,11 @@ def _estimates(
 ) -> list[Table]:
     """The first-order estimates, of activations and of weights."""
     from tvlens.attribution.activations import attribute_activations
+    from tvlens.attribution.tables import Direction
     from tvlens.attribution.weights import weight_scores, weight_table
 
     tables = []
-    directions = ["tuned_into_base", "base_into_tuned"]
+    directions: list[Direction] = ["tuned_into_base", "base_into_tuned"]
     if any(len(ids) for ids in batch.corrupt_ids):
         directions.insert(0, "clean_into_corrupt")
     for direction in directions:
@@ -157,22 +158,26 @@ def _checked(
     """Exact rows of a sample, the estimates' agreement with them, findings; and its size."""
     from tvlens.attribution.fidelity import (
         CHECKED_PROMPTS,
+        Sample,
         check_fidelity,
         findings_table,
-        planned_check,
+        planned_sample,
     )
 
     estimates = concatenated("attribution", scores)
-    count, nodes = plan.check_exact, plan.check_nodes
-    if count is None:
-        few = batch.rows(range(min(len(batch), CHECKED_PROMPTS)))
-        own = int(estimates.to_frame()["nodes"].max())
-        count, nodes = planned_check(hooked, few, metric, seconds=plan.check_seconds, nodes=own)
+    own = int(estimates.to_frame()["nodes"].max())
+    if plan.check_exact is None:
+        sample = planned_sample(
+            hooked, batch, metric, seconds=plan.check_seconds, nodes=own, seed=plan.seed
+        )
+    else:
+        prompts = plan.check_prompts or CHECKED_PROMPTS[0]
+        sample = Sample(plan.check_exact, plan.check_nodes or own, prompts)
     exact, fidelity = check_fidelity(
-        hooked, batch, metric, estimates, count=count, seed=plan.seed, nodes=nodes
+        hooked, batch, metric, estimates, seed=plan.seed, **sample._asdict()
     )
     attribution = concatenated("attribution", [*scores, exact], order="score")
-    facts = {"check_exact": count, "check_nodes": nodes}
+    facts = {"check_" + name: size for name, size in sample._asdict().items()}
     return [attribution, fidelity, findings_table(attribution)], facts
 
 

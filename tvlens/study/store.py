@@ -149,7 +149,7 @@ def _mean_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean score over prompts of every scored component; neurons have theirs in one row."""
     neuron = rows["kind"] == "neuron"
     rows = rows[rows["prompt"].isna() == neuron].rename(columns={"component": "scored"})
-    return rows.groupby(["tuned", "scored"], as_index=False)["score"].mean()
+    return rows.groupby(["tuned", "scored"])["score"].mean().reset_index()
 
 
 def read_json(path: Path) -> dict[str, Any]:
