@@ -10,6 +10,7 @@ RINGS = {
     "errors": 0,
     "components": 0,
     "tables": 0,
+    "threads": 0,
     "demo": 0,
     "weights": 1,
     "geometry": 2,

@@ -26,6 +26,7 @@ from scipy import stats
 from tvlens.components import Component, key_columns
 from tvlens.errors import StudyError
 from tvlens.tables import Table, keyed_schema
+from tvlens.threads import one_thread
 
 from .decompose import (
     NEURON_PARTS,
@@ -398,6 +399,7 @@ def _write_matrices(pair: Pair) -> pd.DataFrame:
     return pd.concat([weights_of_block(pair, block).to_frame() for block in blocks if block])
 
 
+@one_thread()
 def classify(
     pair: Pair,
     weights: Table,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tvlens.components import READING_PARTS, WRITING_PARTS, Component, key_columns
 from tvlens.tables import Table, concatenated, keyed_schema
+from tvlens.threads import one_thread
 
 from .heads import CircuitCores, Factor, circuit_cores, kv_index_of_heads, slices_of_heads
 from .matrices import (
@@ -446,6 +447,7 @@ def weights_of_block(pair: Pair, block: Sequence[Component]) -> Table:
     return concatenated("weights", tables, order="relative_delta")
 
 
+@one_thread()
 def decompose(pair: Pair, progress: Progress | None = None) -> Table:
     """The table ``weights`` of a pair; memory is one block, however large the checkpoint is."""
     blocks = [block for block in pair.blocks() if block]

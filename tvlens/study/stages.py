@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from tvlens.tables import Table, concatenated
+from tvlens.threads import one_thread
 from tvlens.weights.matching import load_pair
 
 from .plan import StudyPlan, name_of
@@ -52,6 +53,10 @@ PROMPTS_SCHEMA = pa.schema(
 )
 
 
+WIDE = 512
+"""d_model from which a forward pass gains from several threads."""
+
+
 @dataclass(frozen=True)
 class StageOutput:
     """What a stage made.
@@ -84,8 +89,6 @@ def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
 
 def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Attribute the metric on the prompts to activations and weights, and check the estimates."""
-    from tvlens.attribution.tables import NEURONS_PER_PROMPT
-    from tvlens.attribution.weights import weight_scores, weight_table
     from tvlens.models.metrics import resolve_metric
     from tvlens.models.pair import HookedPair
     from tvlens.models.prompts import load_prompts, tokenised
@@ -94,6 +97,21 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
     metric = resolve_metric(plan.metric, asked)
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
+    with one_thread(only_if=hooked.base.d_model < WIDE):
+        return _attributed(plan, hooked, asked, batch, metric, say)
+
+
+def _attributed(
+    plan: StudyPlan,
+    hooked: "HookedPair",
+    asked: "PromptSet",
+    batch: "Batch",
+    metric: Any,
+    say: Progress,
+) -> StageOutput:
+    from tvlens.attribution.tables import NEURONS_PER_PROMPT
+    from tvlens.attribution.weights import weight_scores, weight_table
+
     neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
     scores = _estimates(hooked, batch, metric, say, neurons=neurons)
     say("weights, integrated along the line from base to tuned")
