@@ -1,6 +1,6 @@
 """The main job in a page: compare two shipped models and ask a question of the tables.
 
-    python examples/quickstart.py
+python examples/quickstart.py
 """
 
 import tvlens as tv
@@ -18,7 +18,9 @@ def main() -> None:
     print(heads.nlargest(5, "relative_delta")[["component", "relative_delta", "gain", "score"]])
 
     sizes, effects = heads["relative_delta"], heads["score"].abs()
-    print(f"size against effect, Spearman: {sizes.corr(effects, 'spearman'):+.2f} over {len(heads)}")
+    print(
+        f"size against effect, Spearman: {sizes.corr(effects, 'spearman'):+.2f} over {len(heads)}"
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ norm, so that nothing is untouched. On top: one head's W_O longer by 5 %, one di
 20 neurons of a layer at 5 % of each neuron's norm, one norm's gain larger by 5 %.
 """
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
@@ -76,7 +74,6 @@ def test_no_other_head_is_called_amplified_or_attenuated(tables: dict[str, pd.Da
     labels = tables["labels"].query("kind == 'head' and part == 'OV'")
     others = labels[~_is_head(labels)]["label"]
     false = others.isin(["amplified", "attenuated"]).sum()
-    print(f"false amplified or attenuated heads: {false} of {len(others)}")
     assert false <= 0.05 * len(others)
 
 
@@ -86,7 +83,6 @@ def test_the_writers_of_one_new_direction_are_found(tables: dict[str, pd.DataFra
     assert (found == "new_write").mean() >= 0.95
     others = labels[~_is_writer(labels)]["label"]
     false = others.isin(["amplified", "attenuated"]).sum()
-    print(f"false amplified or attenuated neurons: {false} of {len(others)}")
     assert false <= 0.05 * len(others)
 
 
