@@ -165,6 +165,49 @@ def test_inspect_reads_headers_and_says_what_would_be_compared(
     assert sum(found["tensors"].values()) > 0
 
 
+def test_inspect_speaks_to_people_too(run: Run, folders: dict[str, Path]) -> None:
+    status, out, _ = run("inspect", folders["base"], folders["tuned"])
+    assert status == 0
+    assert "bytes: 0." in out
+    assert " MB" in out
+    assert "not compared: none" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [('{"prompt": 3}', "line 1: 'prompt' must be text"), ("{", "line 1: not JSON")],
+)
+def test_bad_prompts_are_found_before_anything_is_made(
+    run: Run, folders: dict[str, Path], tmp_path: Path, line: str, sentence: str
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(line)
+    words = ("compare", folders["base"], folders["tuned"], "--prompts", prompts)
+    status, _, err = run(*words, "--out", tmp_path / "s")
+    assert status == 2
+    assert sentence in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_control_that_is_not_there_is_found_before_anything_is_made(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ("decompose", folders["base"], folders["tuned"], "--control", tmp_path / "none")
+    status, _, err = run(*words, "--out", tmp_path / "s")
+    assert status == 2
+    assert "there is no folder" in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_unknown_metric_names_those_there_are(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ("attribute", folders["base"], folders["tuned"], "--metric", "nope")
+    status, _, err = run(*words, "--out", tmp_path / "s")
+    assert status == 2
+    assert "logit_diff, logprob" in err
+
+
 def test_a_wrong_option_gives_usage_and_status_2(run: Run) -> None:
     status, _, err = run("decompose", "--no-such-option")
     assert status == 2

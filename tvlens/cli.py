@@ -228,7 +228,15 @@ def _summary_text(summary: dict[str, object]) -> str:
 
 
 def _inspection_text(found: dict[str, object]) -> str:
-    return "\n".join(f"{key.replace('_', ' ')}: {value}" for key, value in found.items())
+    return "\n".join(f"{key.replace('_', ' ')}: {_readable(key, found[key])}" for key in found)
+
+
+def _readable(key: str, value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count:,}" for name, count in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "none"
+    return f"{value / 1e6:,.1f} MB" if "bytes" in key and isinstance(value, int) else str(value)
 
 
 class _Progress:

@@ -59,6 +59,7 @@ def run_study(
     """
     say = progress or (lambda text: None)
     say("reading and matching the checkpoints")
+    stages.check_inputs(plan)
     pairs = _pairs(plan, folder)
     prepared_folder(folder, _inputs(pairs), force=force)
     _check_resume(plan, folder, resume=resume)

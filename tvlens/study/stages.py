@@ -128,6 +128,23 @@ def _attributed(
     )
 
 
+def check_inputs(plan: StudyPlan) -> None:
+    """Find what a later stage would refuse, before any time is spent.
+
+    Raises:
+        TvlensError: A prompt file, the metric, a held-out file or a control cannot be used.
+    """
+    from tvlens.models.metrics import resolve_metric
+    from tvlens.models.prompts import load_prompts, load_texts
+
+    for spec in plan.controls:
+        load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False)
+    if "attribute" in plan.stages:
+        resolve_metric(plan.metric, load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines))
+    for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
+        load_texts(spec)
+
+
 def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
     neutral = "no prompts were given: the shipped neutral texts were used, with the metric loss."
     warnings = (neutral,) if plan.prompts is None else ()
