@@ -74,6 +74,7 @@ def test_no_other_head_is_called_amplified_or_attenuated(tables: dict[str, pd.Da
     labels = tables["labels"].query("kind == 'head' and part == 'OV'")
     others = labels[~_is_head(labels)]["label"]
     false = others.isin(["amplified", "attenuated"]).sum()
+    print(f"false amplified or attenuated heads: {false} of {len(others)}")
     assert false <= 0.05 * len(others)
 
 
@@ -83,6 +84,7 @@ def test_the_writers_of_one_new_direction_are_found(tables: dict[str, pd.DataFra
     assert (found == "new_write").mean() >= 0.95
     others = labels[~_is_writer(labels)]["label"]
     false = others.isin(["amplified", "attenuated"]).sum()
+    print(f"false amplified or attenuated neurons: {false} of {len(others)}")
     assert false <= 0.05 * len(others)
 
 

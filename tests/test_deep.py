@@ -1,0 +1,41 @@
+"""Slow checks outside CI: every shipped pair, and the real pair of examples/real_models.
+
+The real models are looked for in ``TVLENS_REAL`` or ``~/.cache/tvlens/real``.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.deep
+REAL = Path(os.environ.get("TVLENS_REAL", Path.home() / ".cache" / "tvlens" / "real"))
+PROMPTS = Path(__file__).parent.parent / "examples" / "real_models" / "prompts_med.jsonl"
+
+
+def _scores(base: str, tuned: str, prompts: str, metric: str, *, most: int):
+    from tvlens.attribution.weights import weight_scores
+    from tvlens.models import HookedPair, load_prompts, resolve_metric, tokenised
+    from tvlens.weights.matching import load_pair
+
+    hooked = HookedPair(load_pair(base, tuned, scan=False))
+    asked = load_prompts(prompts)
+    batch = tokenised(asked, hooked.tokenizer)
+    chosen = batch.rows(range(min(most, len(batch))))
+    return weight_scores(hooked, chosen, resolve_metric(metric, asked))
+
+
+@pytest.mark.parametrize("domain", ["med", "math", "gen"])
+@pytest.mark.parametrize("metric", ["logprob", "logit_diff"])
+def test_weight_scores_sum_to_the_change_on_every_shipped_pair(domain: str, metric: str) -> None:
+    tuned = "demo:ctl" if domain == "gen" else f"demo:{domain}"
+    scores = _scores("demo:base", tuned, f"demo:{domain}", metric, most=28)
+    print(f"{tuned} {metric}: gap {scores.completeness:.3%} with {scores.nodes} nodes")
+    assert scores.completeness <= 0.002  # the contract's bar
+
+
+def test_weight_scores_sum_to_the_change_on_the_real_pair() -> None:
+    assert (REAL / "med" / "config.json").is_file(), "make it with examples/real_models first"
+    scores = _scores(str(REAL / "base"), str(REAL / "med"), str(PROMPTS), "logprob", most=8)
+    print(f"SmolLM2 med logprob: gap {scores.completeness:.3%} with {scores.nodes} nodes")
+    assert scores.completeness <= 0.002
