@@ -92,3 +92,9 @@ def test_the_notebook_shows_study_and_plot(demo_study: Path) -> None:
     study = Study(demo_study)
     assert "med" in study._repr_html_()
     assert study.plot("heads").data[0].z.shape == (8, 4)
+
+
+def test_the_answer_gives_the_controls_loss_beside_the_fine_tunes(demo_study: Path) -> None:
+    page = (demo_study / "report.html").read_text("utf-8")
+    losses = _table(demo_study, "evaluation").set_index(["model", "task"])["value"]
+    assert f"(ctl {losses['ctl', 'medical']:.4g})" in page

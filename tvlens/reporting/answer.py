@@ -5,6 +5,7 @@ A ranking is stated only where its estimate passed the check against exact patch
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -241,13 +242,21 @@ def losses(study: StudyFolder, tuned: str) -> list[Statement]:
         base = next((name for name in ("base", *_base_names(study)) if name in value), None)
         if base is None or tuned not in value:
             continue
-        moves.append(f"{keys[0]} {number(value[base], 4)} → {number(value[tuned], 4)}")
+        controls = [f"{name} {number(value[name], 4)}" for name in _controls(study, value.index)]
+        beside = f" ({', '.join(controls)})" if controls else ""
+        moves.append(f"{keys[0]} {number(value[base], 4)} → {number(value[tuned], 4)}{beside}")
     if not moves:
         return []
     unit = next((f" ({u})" for u in frame["unit"].dropna()), "")
     return [
         Statement("And on held-out text?", f"Loss of base → {tuned}{unit}: {'; '.join(moves)}.")
     ]
+
+
+def _controls(study: StudyFolder, models: Iterable[str]) -> list[str]:
+    """The control fine-tunes among ``models``: what a gain of form alone looks like."""
+    asked = [re.split(r"[:/]", str(spec))[-1] for spec in study.plan.get("controls") or ()]
+    return [name for name in models if name in asked]
 
 
 def _base_names(study: StudyFolder) -> list[str]:
