@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_checkpoints import add_noise, copy_with, tiny_gpt2, tiny_llama
+from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_gpt2, tiny_llama
 from tvlens import cli
 
 Run = Callable[..., tuple[int, str, str]]
@@ -117,6 +117,22 @@ def test_a_model_that_does_not_exist_gives_a_sentence(
     assert status == 2
     assert path.removeprefix("demo:") in err
     assert not (tmp_path / "s").exists()
+
+
+def test_an_adapter_is_decomposed_and_its_untouched_tensors_are_said_to_be_so(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    import pandas as pd
+
+    adapter = tiny_adapter(folders["base"], tmp_path / "adapter")
+    status, _, err = run("decompose", folders["base"], adapter, "--out", tmp_path / "s")
+    assert status == 0, err
+    report = json.loads((tmp_path / "s" / "load_report.json").read_text())
+    assert "untouched_by_adapter" in {entry["status"] for entry in report["tensors"]}
+    weights = pd.read_parquet(tmp_path / "s" / "weights.parquet").query("kind == 'matrix'")
+    changed = weights[weights["delta_norm"] > 0]
+    assert set(changed["part"]) == {"W_Q", "W_V", "W_out"}
+    assert changed["snr"].isna().all()
 
 
 def test_an_output_folder_of_another_pair_is_refused_and_kept(
