@@ -224,6 +224,27 @@ def test_an_unknown_metric_names_those_there_are(
     assert "logit_diff, logprob" in err
 
 
+def test_an_interrupt_gives_a_sentence_and_status_130_and_resume_goes_on(
+    run: Run, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tvlens.study import stages
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("compare", folders["base"], folders["tuned"], "--out", tmp_path / "s")
+    monkeypatch.setitem(stages.STAGES, "attribute", interrupted)
+    status, _, err = run(*words)
+    assert status == 130
+    assert "interrupted" in err
+    before = (tmp_path / "s" / "weights.parquet").read_bytes()
+    monkeypatch.setitem(stages.STAGES, "attribute", lambda *_: stages.StageOutput(()))
+    status, _, err = run(*words, "--resume")
+    assert status == 0, err
+    assert "decompose: kept" in err
+    assert (tmp_path / "s" / "weights.parquet").read_bytes() == before
+
+
 def test_a_wrong_option_gives_usage_and_status_2(run: Run) -> None:
     status, _, err = run("decompose", "--no-such-option")
     assert status == 2

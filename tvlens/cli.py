@@ -24,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
+INTERRUPTED = 130
+
 Base = Annotated[str, typer.Argument(help="Folder, org/model[@revision], or demo:base.")]
 Tuned = Annotated[list[str], typer.Argument(help="Fine-tunes: folders, adapters, hub ids.")]
 Out = Annotated[Path, typer.Option("--out", help="Study folder to write.")]
@@ -268,13 +270,12 @@ class _Progress:
 def main() -> None:
     """Run the command line and turn what went wrong into a sentence and an exit status."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
     except TvlensError as error:
         typer.echo(f"tvlens: {error}", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("tvlens: interrupted; complete tables were kept.", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is None:
             raise
@@ -282,3 +283,6 @@ def main() -> None:
         if callable(show):
             show()
         sys.exit(int(code))
+    if status == INTERRUPTED:  # typer turns the interrupt of a command into this status
+        typer.echo("tvlens: interrupted; tables that are whole were kept (--resume).", err=True)
+    sys.exit(status if isinstance(status, int) else 0)
