@@ -703,3 +703,12 @@ def test_chromium_draws_the_tokens_as_text_and_runs_nothing_of_theirs(page, tmp_
     classes = [value for _, name, value in drawn.attributes if name == "class"]
     assert classes.count("colored-tokens") == PROMPTS
     assert HOSTILE.replace(" ", "\u00a0") in "".join(drawn.text)
+
+
+def test_a_signed_cell_has_the_colour_of_its_own_share_of_the_largest():
+    from tvlens.reporting.figures import SIGNED, Grid, colour_at, heat_map, hex_code
+
+    values = np.array([[-1.0, -0.5, 0.0, 0.5, 1.0]])
+    grid = Grid("g", "g", values, ("0",), tuple("abcde"), signed=True)
+    fills = [cell.fill for cell in heat_map(grid).cells]
+    assert fills == [hex_code(colour_at(SIGNED, place)) for place in (0.0, 0.25, 0.5, 0.75, 1.0)]
