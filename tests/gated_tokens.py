@@ -42,13 +42,21 @@ def gated_token_scores(
     with hooked.base.frozen(), weight_path(hooked) as path:
         for rows in chunks(batch, hooked.base.d_vocab):
             path.move(0.0)
-            reference = hooked.reference_logits(metric, rows)
+            reference = _reference_logits(hooked, metric, rows)
             total = torch.zeros(rows.ids.shape, dtype=torch.float64)
             for s, weight in gauss_legendre(nodes):
                 path.move(s)
                 total += weight * _gate_gradients(path, metric, rows, reference).double().cpu()
             parts.append(torch.nn.functional.pad(total * rows.mask, (0, width - total.shape[1])))
     return torch.cat(parts)
+
+
+def _reference_logits(hooked: HookedPair, metric: Metric, batch: Batch) -> Tensor | None:
+    if metric.reference is None:
+        return None
+    model = hooked.base if metric.reference == "base" else hooked.tuned
+    with torch.no_grad():
+        return model(batch.ids, batch.mask)
 
 
 def _gate_gradients(

@@ -92,7 +92,7 @@ def test_components_that_are_only_noise_are_left_out():
     ],
 )
 def test_findings_say_what_a_component_does_alone(insert, remove, ig, said):
-    from tvlens.attribution.fidelity import finding
+    from tvlens.attribution.findings import finding
 
     assert finding(insert, remove, ig) == said
 
@@ -153,7 +153,8 @@ def test_every_estimate_of_a_small_fine_tune_passes_its_own_question(checked):
 def test_estimates_of_the_wrong_sign_fail_the_check(checked):
     import pyarrow as pa
 
-    from tvlens.attribution.fidelity import fidelity_table, sampled_strata
+    from tvlens.attribution.fidelity import fidelity_table
+    from tvlens.attribution.sampling import sampled_strata
     from tvlens.tables import Table
 
     table, exact, _ = checked
@@ -183,7 +184,7 @@ def test_sums_stand_beside_the_change_of_the_metric(checked):
 
 
 def test_findings_hold_the_means_of_the_exact_sample(checked):
-    from tvlens.attribution.fidelity import findings_table
+    from tvlens.attribution.findings import findings_table
     from tvlens.tables import concatenated
 
     table, exact, _ = checked
@@ -198,7 +199,7 @@ def test_findings_hold_the_means_of_the_exact_sample(checked):
 
 
 def test_the_same_seed_draws_the_same_sample_and_another_seed_another(checked):
-    from tvlens.attribution.fidelity import sampled_strata
+    from tvlens.attribution.sampling import sampled_strata
 
     table = checked[0].where(method="weight_ig")
     first, again = (sampled_strata(table, count=40, seed=1) for _ in range(2))
@@ -210,16 +211,31 @@ def test_the_same_seed_draws_the_same_sample_and_another_seed_another(checked):
 
 
 def test_a_plan_spends_more_time_on_more_components_and_nodes():
-    from tvlens.attribution.fidelity import MOST, planned_check
+    from tvlens.attribution.sampling import MOST, WANTED, Cost, affordable
+
+    cost = Cost(whole=1.0, patched=0.5, activation_series=3)
+    assert affordable(cost, seconds=1.0, nodes=8) == (0, 3)
+    assert affordable(cost, seconds=1e6, nodes=12) == (MOST, 12)
+    for nodes in (8, 5, 3):
+        enough = cost.of(WANTED, nodes) + 0.25
+        assert affordable(cost, seconds=enough, nodes=8) == (WANTED, nodes)
+
+
+def test_the_cost_of_a_patch_is_that_of_a_pass_from_half_way_up():
+    from tvlens.attribution.sampling import patching_cost
     from tvlens.models.metrics import SHIPPED
 
-    hooked, batch = pairs.hooked_pair("llama"), pairs.batch()
-    assert planned_check(hooked, batch, SHIPPED["logprob"], seconds=1e-6, nodes=8) == (0, 3)
-    assert planned_check(hooked, batch, SHIPPED["logprob"], seconds=1e6, nodes=12) == (MOST, 12)
+    hooked = pairs.hooked_pair("llama")
+    cost = patching_cost(hooked, pairs.batch(), SHIPPED["logprob"], activation_series=2)
+    assert 0 < cost.patched < 10
+    assert 0 < cost.whole < 10
+    # one component more: in and out, two passes at each of three nodes, one for each series
+    assert cost.of(5, 3) - cost.of(4, 3) == pytest.approx((2 + 6 + 2) * cost.patched)
 
 
 def test_with_no_time_at_all_a_few_of_every_kind_are_checked_on_a_few_prompts():
-    from tvlens.attribution.fidelity import LEAST, check_fidelity
+    from tvlens.attribution.fidelity import check_fidelity
+    from tvlens.attribution.sampling import LEAST
     from tvlens.attribution.weights import attribute_weights
     from tvlens.models.metrics import SHIPPED
 

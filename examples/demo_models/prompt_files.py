@@ -85,12 +85,21 @@ def line(record: Record, twin: Record, *, number: int) -> Line:
     }
 
 
-def arithmetic_lines(records: list[Record], tokenizer: PreTrainedTokenizerFast) -> list[Line]:
-    """Fourteen bare sums and fourteen word problems, the twin with another first number."""
+def arithmetic_lines(
+    records: list[Record],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    written: Callable[[Record], Record] = lambda record: record,
+) -> list[Line]:
+    """Fourteen bare sums and fourteen word problems, the twin with another first number.
+
+    ``written`` is how a record is put before its tokens are counted.
+    """
     lines: list[Line] = []
     for group in ("arithmetic", "word_problem"):
         asked = [working_only(record) for record in records if record.group == group]
-        pairs = [(record, changed_first_number(record)) for record in _shuffled(asked)]
+        twins_of = [(record, changed_first_number(record)) for record in _shuffled(asked)]
+        pairs = [(written(record), written(twin)) for record, twin in twins_of]
         fitting = [pair for pair in pairs if fits(*pair, tokenizer)][:14]
         lines += [line(*pair, number=number) for number, pair in enumerate(fitting)]
     return lines

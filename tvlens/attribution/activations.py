@@ -29,9 +29,11 @@ from torch import Tensor
 from tvlens.components import Component
 from tvlens.errors import HostError, MetricError, PromptError
 from tvlens.models.lens import LensModel, leaf
-from tvlens.models.metrics import Metric, Run
+from tvlens.models.metrics import Metric
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
+from tvlens.models.reading import Reading
+from tvlens.models.replay import Replay, replay
 from tvlens.tables import Table
 
 from .tables import NEURONS_PER_PROMPT, Cut, Direction, MethodRun, attribution_table, sampled_table
@@ -86,9 +88,13 @@ class _Patch:
     receiver: LensModel
     donor: LensModel
     receiver_ids: Int[Tensor, "batch pos"]
-    batch: Batch
-    reference: Tensor | None
+    reading: Reading
     sign: int
+
+    @property
+    def batch(self) -> Batch:
+        """The prompts."""
+        return self.reading.batch
 
 
 def attribute_activations(
@@ -119,7 +125,7 @@ def attribute_activations(
     """
     at, batch = _place(direction, at), _usable(batch, direction)
     parts = [
-        _first_order(_patch(hooked, rows, metric, direction, at), metric)
+        _first_order(_patch(hooked, rows, metric, direction, at))
         for rows in batch.chunks(rows_at_once)
     ]
     scores = {cut: torch.cat([part[cut] for part in parts]) for cut in _HOOKS}
@@ -150,7 +156,7 @@ def exact_activations(
     _require_float32(hooked)
     sites = [_site_of(component, hooked.base) for component in components]
     parts = [
-        _exact(_patch(hooked, rows, metric, direction, at), metric, components, sites)
+        _exact(_patch(hooked, rows, metric, direction, at), components, sites)
         for rows in batch.chunks(rows_at_once)
     ]
     run = _method_run(hooked, batch, metric, direction, at, "exact")
@@ -207,7 +213,7 @@ def _patch(
         donor = hooked.tuned
     else:
         donor, sign = hooked.base, -1
-    return _Patch(receiver, donor, ids, batch, hooked.reference_logits(metric, batch), sign)
+    return _Patch(receiver, donor, ids, hooked.reading(metric, batch), sign)
 
 
 def _activations(
@@ -267,7 +273,7 @@ class _Products:
         return hook_function
 
 
-def _first_order(patch: _Patch, metric: Metric) -> dict[Cut, Float[Tensor, "batch layer index"]]:
+def _first_order(patch: _Patch) -> dict[Cut, Float[Tensor, "batch layer index"]]:
     """One forward of the donor, one forward and backward of the receiver."""
     model, batch, sites = patch.receiver, patch.batch, activation_sites(patch.receiver)
     names = [site.hook for site in sites]
@@ -279,9 +285,11 @@ def _first_order(patch: _Patch, metric: Metric) -> dict[Cut, Float[Tensor, "batc
     ]
     backward = [(site.hook, products.multiply(site)) for site in sites if site != embedding]
     with model.frozen(), torch.enable_grad(), model.hooks(fwd=forward, bwd=backward):
-        values = metric(Run(model(patch.receiver_ids, batch.mask), patch.reference), batch)
+        values = patch.reading.value(patch.reading.logits(model, patch.receiver_ids))
         if not values.requires_grad:
-            raise MetricError(f"{metric.name} does not depend on the logits differentiably.")
+            raise MetricError(
+                f"{patch.reading.metric.name} does not depend on the logits differentiably."
+            )
         values.sum().backward()
     if (gradient := products.start[0].grad) is not None:
         products.multiply(embedding)(gradient, None)
@@ -324,23 +332,29 @@ def _require_index(component: Component, model: LensModel) -> None:
 
 
 def _exact(
-    patch: _Patch, metric: Metric, components: Sequence[Component], sites: Sequence[Site]
+    patch: _Patch, components: Sequence[Component], sites: Sequence[Site]
 ) -> Float[Tensor, "batch component"]:
-    """The exact scores, several components as row groups of one forward where that is faster."""
+    """The exact scores: each forward begins at the first block that is patched.
+
+    Where that is faster, several components are row groups of one forward, neighbours in depth
+    together; the unpatched run then has as many copies, so that the rounding of a layout cancels.
+    """
     batch = patch.batch
     donated = _activations(patch.donor, batch, sorted({site.hook for site in sites}))
     groups = max(1, min(_groups(patch.receiver, batch), len(components)))
-    asked = list(zip(components, sites, strict=True))
+    order = sorted(range(len(sites)), key=lambda i: _depth(sites[i]))
     patch.receiver.require_eval()
-    with torch.no_grad():
-        plain = _group_values(patch, metric, groups, [])
-        columns = [plain[:0]]
-        for start in range(0, len(asked), groups):
-            chosen = asked[start : start + groups]
-            hooks = list(_exchanges(chosen, donated, batch))
-            patched = _group_values(patch, metric, groups, hooks)
-            columns.append((patched - plain)[: len(chosen)])
-    return patch.sign * rearrange(torch.cat(columns), "component batch -> batch component")
+    begun = _repeated(patch, groups)
+    layers = {site.layer for site in sites if site.layer is not None}
+    plain = _group_values(patch, begun.record(layers), groups)
+    scores = plain.new_zeros(len(components), len(batch))
+    for start in range(0, len(order), groups):
+        chosen = order[start : start + groups]
+        hooks = list(_exchanges([(components[i], sites[i]) for i in chosen], donated, batch))
+        with torch.no_grad(), patch.receiver.hooks(fwd=hooks):
+            patched = _group_values(patch, begun.logits(sites[chosen[0]].layer), groups)
+        scores[chosen] = (patched - plain)[: len(chosen)]
+    return patch.sign * rearrange(scores, "component batch -> batch component")
 
 
 def _groups(model: LensModel, batch: Batch) -> int:
@@ -348,20 +362,25 @@ def _groups(model: LensModel, batch: Batch) -> int:
     return max(1, tokens // max(1, batch.ids.numel()))
 
 
-def _group_values(
-    patch: _Patch, metric: Metric, groups: int, hooks: list[tuple[str, Callable[..., Tensor]]]
-) -> Float[Tensor, "group batch"]:
-    """The metric of ``groups`` copies of the batch in one forward.
+def _depth(site: Site) -> int:
+    return -1 if site.layer is None else site.layer
 
-    The unpatched run has as many copies, so that what rounding a layout brings cancels.
-    """
-    batch = patch.batch
-    ids = repeat(patch.receiver_ids, "batch pos -> (group batch) pos", group=groups)
-    mask = repeat(batch.mask, "batch pos -> (group batch) pos", group=groups)
-    with patch.receiver.hooks(fwd=hooks):
-        logits = patch.receiver(ids, mask)
+
+def _repeated(patch: _Patch, groups: int) -> Replay:
+    """The receiver's pass over ``groups`` copies of the batch."""
+    ids, mask, positions = (
+        repeat(rows, "batch pos -> (group batch) pos", group=groups)
+        for rows in (patch.receiver_ids, patch.batch.mask, patch.reading.positions)
+    )
+    return replay(patch.receiver, ids, mask, positions)
+
+
+def _group_values(
+    patch: _Patch, logits: Float[Tensor, "rows read d_vocab"], groups: int
+) -> Float[Tensor, "group batch"]:
+    """The metric of every copy of the batch."""
     split = rearrange(logits, "(group batch) pos vocab -> group batch pos vocab", group=groups)
-    return torch.stack([metric(Run(one, patch.reference), batch) for one in split])
+    return torch.stack([patch.reading.value(one) for one in split])
 
 
 def _exchanges(

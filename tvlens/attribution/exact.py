@@ -9,8 +9,10 @@ With theta(s) = base + s (tuned - base) and c a component, the *swing* of c at s
     exact_weight_path     swing averaged over Gauss-Legendre nodes: what ``weight_ig`` estimates
 
 All three are above 0 if the metric is higher because c is tuned. Insert and remove need one
-forward a component, the average two a node. Insert and remove answer other questions than the
-average (alone from base, alone from tuned) and are findings beside it, never its check.
+forward a component, the average two a node, each from c's own block on: what comes before it is
+kept from one whole pass, and logits are made only where the metric reads them. Insert and remove
+answer other questions than the average (alone from base, alone from tuned) and are findings beside
+it, never its check.
 """
 
 from collections.abc import Sequence
@@ -21,9 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tvlens.components import Component
-from tvlens.models.metrics import Metric, Run
+from tvlens.models.metrics import Metric
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
+from tvlens.models.reading import Reading
+from tvlens.models.replay import replay
 from tvlens.tables import Table
 
 from .sites import End, Piece, WeightPath, pieces, weight_path
@@ -80,42 +84,58 @@ def exact_weight_scores(
         parts = []
         for chunk in chunks(batch, hooked.base.d_vocab):
             path.move(0.0)
-            measured = _Measured(path, metric, chunk, hooked.reference_logits(metric, chunk))
+            measured = _Measured(path, hooked.reading(metric, chunk))
             parts.append(sum(weight * measured.swings(cuts, s) for s, weight in rule))
     return torch.cat(parts, dim=1)
+
+
+def first_block(parts: Sequence[Piece], path: WeightPath) -> int | None:
+    """The block from which a change of ``parts`` is felt; ``n_layers``: only after the blocks.
+
+    None where tokens or positions are embedded, before all blocks.
+    """
+    sites = {site.name: site for site in path.sites}
+    after = {"ln_final", "unembed"}
+    felt = [
+        path.lens.n_layers if sites[part.site].role in after else sites[part.site].layer
+        for part in parts
+    ]
+    known = [layer for layer in felt if layer is not None]
+    return min(known) if len(known) == len(felt) else None
 
 
 class _Measured:
     """One chunk of prompts measured on a base model that is being moved."""
 
-    def __init__(
-        self, path: WeightPath, metric: Metric, batch: Batch, reference: Tensor | None
-    ) -> None:
-        self.path, self.metric, self.batch, self.reference = path, metric, batch, reference
-
-    def value(self) -> Float[Tensor, " prompt"]:
-        """The metric at the weights as they are."""
-        with torch.no_grad():
-            logits = self.path.lens(self.batch.ids, self.batch.mask)
-            return self.metric(Run(logits, self.reference), self.batch).cpu().double()
+    def __init__(self, path: WeightPath, reading: Reading) -> None:
+        self.path, self.reading = path, reading
+        batch = reading.batch
+        self.begun = replay(path.lens, batch.ids, batch.mask, reading.positions)
 
     def swings(self, cuts: Sequence[list[Piece]], s: float) -> Float[Tensor, "component prompt"]:
         """The swing of every component at ``s``; at an end one side of all swings is the same."""
         self.path.move(s)
+        starts = [first_block(parts, self.path) for parts in cuts]
+        plain = self._value(self.begun.record({at for at in starts if at is not None}))
         known: dict[End, Tensor] = {}
         if s in (0.0, 1.0):
-            known["base" if s == 0.0 else "tuned"] = self.value()
+            known["base" if s == 0.0 else "tuned"] = plain
         rows = []
-        for parts in cuts:
-            high, low = (self._with(parts, end, known) for end in ENDS)
+        for parts, start in zip(cuts, starts, strict=True):
+            high, low = (self._with(parts, start, end, known) for end in ENDS)
             rows.append(high - low)
-        return torch.stack(rows) if rows else torch.zeros(0, len(self.batch)).double()
+        return torch.stack(rows) if rows else torch.zeros(0, len(plain)).double()
 
-    def _with(self, parts: list[Piece], end: End, known: dict[End, Tensor]) -> Tensor:
+    def _value(self, logits: Tensor) -> Float[Tensor, " prompt"]:
+        return self.reading.value(logits).cpu().double()
+
+    def _with(
+        self, parts: list[Piece], start: int | None, end: End, known: dict[End, Tensor]
+    ) -> Tensor:
         if end in known:
             return known[end]
-        with self.path.placed(parts, end):
-            return self.value()
+        with self.path.placed(parts, end), torch.no_grad():
+            return self._value(self.begun.logits(start))
 
 
 def noise_floor(hooked: HookedPair, batch: Batch, metric: Metric, *, prompts: int = 4) -> float:

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from tvlens.components import DISJOINT_KINDS, Component
 from tvlens.errors import HostError
 from tvlens.models.lens import HookList, leaf
-from tvlens.models.metrics import Metric, Run
+from tvlens.models.metrics import Metric
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
+from tvlens.models.reading import Reading
 from tvlens.tables import Table, concatenated
 
 from .sites import LINEAR, Site, WeightPath, canonical, weight_path, weight_sites
@@ -301,23 +302,22 @@ def _averaged(
     rule: list[tuple[float, float]],
 ) -> Rows:
     """The scores of one chunk averaged over ``rule``; the path is back at base afterwards."""
-    reference = hooked.reference_logits(metric, batch)
+    reading = hooked.reading(metric, batch)
     total: Rows = {}
     for s, weight in rule:
         path.move(s)
-        for key, rows in _node_rows(path, metric, batch, reference).items():
+        for key, rows in _node_rows(path, reading).items():
             total[key] = total.get(key, 0.0) + weight * rows.cpu().double()
     path.move(0.0)
     return total
 
 
-def _node_rows(path: WeightPath, metric: Metric, batch: Batch, reference: Tensor | None) -> Rows:
+def _node_rows(path: WeightPath, reading: Reading) -> Rows:
     """One forward and backward at the weights as they are."""
-    scorer = _Scorer(path, batch.ids.to(path.lens.device))
+    scorer = _Scorer(path, reading)
     fwd, bwd = scorer.hooks()
     with torch.enable_grad(), path.lens.hooks(fwd=fwd, bwd=bwd):
-        logits = path.lens(batch.ids, batch.mask)
-        metric(Run(logits, reference), batch).sum().backward()
+        reading.value(reading.logits(path.lens)).sum().backward()
     rows = scorer.finish()
     wanted = {(site.name, tensor) for site in path.sites for tensor in site.tensors}
     if silent := sorted(wanted - rows.keys()):
@@ -328,12 +328,14 @@ def _node_rows(path: WeightPath, metric: Metric, batch: Batch, reference: Tensor
 class _Scorer:
     """The hooks of one pass: inputs are kept on the way up, scores made on the way down."""
 
-    def __init__(self, path: WeightPath, ids: Int[Tensor, "batch pos"]) -> None:
-        self.path, self.ids = path, ids
+    def __init__(self, path: WeightPath, reading: Reading) -> None:
+        device = path.lens.device
+        self.path, self.ids = path, reading.batch.ids.to(device)
+        self.positions = reading.positions.to(device)
         self.inputs: dict[str, Tensor] = {}
         self.rows: Rows = {}
         self.leaves: dict[str, Tensor] = {}
-        self.by_token = torch.zeros(ids.shape, device=ids.device)
+        self.by_token = torch.zeros(self.ids.shape, device=device)
 
     def hooks(self) -> tuple[HookList, HookList]:
         """Forward and backward hooks for every site."""
@@ -414,8 +416,9 @@ class _Scorer:
 
     def _unembed(self, site: Site, g: Tensor) -> None:
         """As wide as the vocabulary, so only where the metric reads the logits."""
-        rows, positions = g.abs().amax(-1).nonzero(as_tuple=True)
-        read, x = g[rows, positions], self.inputs.pop(site.name)[rows, positions]
+        rows, read_at = g.abs().amax(-1).nonzero(as_tuple=True)
+        positions = self.positions[rows, read_at]
+        read, x = g[rows, read_at], self.inputs.pop(site.name)[rows, positions]
         delta = canonical(site, self.path.delta(site, "weight"))
         moved = einsum(x, delta, "read d_model, d_model d_vocab -> read d_vocab")
         scores = reduce(read * moved, "read d_vocab -> read", "sum")

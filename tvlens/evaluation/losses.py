@@ -61,11 +61,12 @@ def held_out_losses(lens: "LensModel", batch: "Batch", *, chunk: int = CHUNK) ->
     """One loss per text, in nats per token; memory O(chunk * pos * d_vocab)."""
     import torch
 
-    from tvlens.models.metrics import SHIPPED, Run
+    from tvlens.models.metrics import SHIPPED
+    from tvlens.models.reading import Reading
 
-    loss = SHIPPED["loss"]
+    readings = [Reading.of(SHIPPED["loss"], part) for part in batch.chunks(chunk)]
     with torch.no_grad():
-        values = [loss(Run(lens(p.ids, p.mask)), p) for p in batch.chunks(chunk)]
+        values = [reading.value(reading.logits(lens)) for reading in readings]
     return torch.cat(values).double().cpu().numpy()
 
 

@@ -19,6 +19,9 @@ HookList = Sequence[tuple[str, Callable[..., Any]]]
 """Pairs of a hook name and a function of (tensor, hook)."""
 
 
+UNEMBED_INPUT = "unembed.hook_in"
+
+
 class LensModel:
     """A hooked language model whose parameters are never written.
 
@@ -96,8 +99,26 @@ class LensModel:
         self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """The logits of right-padded ``ids``; ``mask`` is 1 at real tokens."""
+        return self._run(ids, mask)
+
+    def logits_at(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch pos"],
+        positions: Int[Tensor, "batch read"],
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """The logits at ``positions`` alone: the unembedding is not run anywhere else.
+
+        The gather happens at ``unembed.hook_in``, after the hooks that are already there.
+        """
+        with self.hooks(fwd=[(UNEMBED_INPUT, reading_at(positions))]):
+            return self._run(ids, mask)
+
+    def _run(
+        self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch read d_vocab"]:
         where = self.device
-        return self.model(ids.to(where), attention_mask=mask.to(where))
+        return self.model(ids.to(where), attention_mask=mask.to(where), use_cache=False)
 
     @contextmanager
     def hooks(self, fwd: HookList = (), bwd: HookList = ()) -> Iterator["LensModel"]:
@@ -164,6 +185,16 @@ class LensModel:
     def _running_modules(self) -> Iterator[torch.nn.Module]:
         root = getattr(self.model, "original_model", self.model)
         yield from root.modules()
+
+
+def reading_at(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
+    """A forward hook for ``unembed.hook_in`` that lets only ``positions`` of each row through."""
+
+    def hook_function(activation: Tensor, hook: Any) -> Tensor:
+        rows = torch.arange(len(positions), device=activation.device)[:, None]
+        return activation[rows, positions.to(activation.device)]
+
+    return hook_function
 
 
 def leaf(activation: Tensor, hook: Any) -> Tensor:

@@ -6,7 +6,7 @@ backward of the sum then gives every prompt's own gradient.
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,9 @@ class Metric:
         function: ``f(run, batch) -> Float[Tensor, "batch"]``.
         needs: Prompt fields it reads (``answer``, ``wrong``).
         reference: The model whose logits it compares with, if any.
+        answers_only: It reads no logits but those that predict scored tokens, and it finds them
+            through ``batch``. Only those are then computed, and the batch it is called with is
+            cut to them (``Batch.cut_to_answers``).
     """
 
     name: str
@@ -53,6 +56,7 @@ class Metric:
     function: Callable[[Run, Batch], Tensor]
     needs: tuple[str, ...] = ()
     reference: Literal["base", "tuned"] | None = None
+    answers_only: bool = False
 
     def __call__(self, run: Run, batch: Batch) -> Float[Tensor, " batch"]:
         """The metric of every prompt.
@@ -131,7 +135,7 @@ def _kl(run: Run, batch: Batch) -> Float[Tensor, " batch"]:
 
 
 SHIPPED: dict[str, Metric] = {
-    metric.name: metric
+    metric.name: replace(metric, answers_only=True)
     for metric in (
         Metric("logit_diff", "logits", "higher", _logit_diff, needs=("answer", "wrong")),
         Metric("logprob", "nats", "higher", _logprob, needs=("answer",)),

@@ -11,8 +11,9 @@ from torch import Tensor
 from tvlens.errors import CheckpointError, HostError, IncomparableModelsError
 
 from .lens import LensModel
-from .metrics import Metric, Run
+from .metrics import Metric
 from .prompts import Batch
+from .reading import Reading
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _ROWS_AT_ONCE = 16
@@ -65,23 +66,18 @@ class HookedPair:
         pair._require_same_shape()
         return pair
 
-    def reference_logits(
-        self, metric: Metric, batch: Batch
-    ) -> Float[Tensor, "batch pos d_vocab"] | None:
-        """The logits that ``metric`` compares with, or None where it compares with none."""
-        if metric.reference is None:
-            return None
-        model = self.base if metric.reference == "base" else self.tuned
-        with torch.no_grad():
-            return model(batch.ids, batch.mask)
+    def reading(self, metric: Metric, batch: Batch) -> Reading:
+        """``metric`` on ``batch``, with the logits it compares with, if any."""
+        models = {"base": self.base, "tuned": self.tuned}
+        return Reading.of(metric, batch, models.get(metric.reference or ""))
 
     def values(self, model: LensModel, metric: Metric, batch: Batch) -> Float[Tensor, " batch"]:
         """The metric of every prompt on one of the two models."""
         parts = []
         for rows in batch.chunks(_ROWS_AT_ONCE):
-            reference = self.reference_logits(metric, rows)
+            reading = self.reading(metric, rows)
             with torch.no_grad():
-                parts.append(metric(Run(model(rows.ids, rows.mask), reference), rows))
+                parts.append(reading.value(reading.logits(model)))
         return torch.cat(parts)
 
     def _require_same_shape(self) -> None:

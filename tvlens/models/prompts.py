@@ -264,9 +264,7 @@ class Batch:
         The logits that predict the token at position p are those at p - 1.
         """
         place = torch.arange(self.ids.shape[1])[None]
-        answered = torch.tensor([len(a) > 0 for a in self.answer_ids])
-        start = torch.where(answered, self.prompt_lengths, torch.ones_like(self.prompt_lengths))
-        return (place >= start[:, None]) & self.mask.bool()
+        return (place >= self._first_scored[:, None]) & self.mask.bool()
 
     @property
     def answer_positions(self) -> Bool[Tensor, "batch pos"]:
@@ -293,6 +291,37 @@ class Batch:
             texts=[self.texts[i] for i in chosen],
             numbers=[self.numbers[i] for i in chosen],
         )
+
+    @property
+    def reading_positions(self) -> Int[Tensor, "batch read"]:
+        """The places that predict each row's scored tokens, and the last scored token's own.
+
+        Rows have different numbers of them; the longest sets the width, and what lies past a
+        row's end is the last place of the batch.
+        """
+        start = self._first_scored - 1
+        width = int((self.lengths - start).max()) if len(self) else 0
+        return (start[:, None] + torch.arange(width)[None]).clamp_max(self.ids.shape[1] - 1)
+
+    def cut_to_answers(self) -> "Batch":
+        """The same prompts from ``reading_positions`` on: one token, then the scored ones.
+
+        A metric that reads only scored tokens gives the same numbers for logits [batch, read,
+        d_vocab] at those positions and this batch as for all logits and the whole batch.
+        """
+        where = self.reading_positions
+        left = self.lengths - self._first_scored + 1
+        return replace(
+            self,
+            ids=self.ids.gather(1, where),
+            mask=(torch.arange(where.shape[1])[None] < left[:, None]).long(),
+            prompt_lengths=torch.ones_like(self.prompt_lengths),
+        )
+
+    @property
+    def _first_scored(self) -> Int[Tensor, " batch"]:
+        answered = torch.tensor([len(a) > 0 for a in self.answer_ids], dtype=torch.bool)
+        return torch.where(answered, self.prompt_lengths, torch.ones_like(self.prompt_lengths))
 
     def chunks(self, size: int) -> Iterator["Batch"]:
         """Batches of at most ``size`` rows, in order."""

@@ -191,23 +191,18 @@ def _checked(
     plan: StudyPlan, hooked: "HookedPair", batch: "Batch", metric: Any, scores: list[Table]
 ) -> tuple[list[Table], dict[str, Any]]:
     """Exact rows of a sample, the estimates' agreement with them, findings; and its size."""
-    from tvlens.attribution.fidelity import (
-        CHECKED_PROMPTS,
-        Sample,
-        check_fidelity,
-        findings_table,
-        planned_sample,
-    )
+    from tvlens.attribution.fidelity import check_fidelity
+    from tvlens.attribution.findings import findings_table
+    from tvlens.attribution.sampling import CHECKED_PROMPTS, Sample, own_nodes, planned_sample
 
     estimates = concatenated("attribution", scores)
-    own = int(estimates.to_frame()["nodes"].max())
     if plan.check_exact is None:
         sample = planned_sample(
-            hooked, batch, metric, seconds=plan.check_seconds, nodes=own, seed=plan.seed
+            hooked, batch, metric, estimates, seconds=plan.check_seconds, seed=plan.seed
         )
     else:
         prompts = plan.check_prompts or CHECKED_PROMPTS[0]
-        sample = Sample(plan.check_exact, plan.check_nodes or own, prompts)
+        sample = Sample(plan.check_exact, plan.check_nodes or own_nodes(estimates), prompts)
     exact, fidelity = check_fidelity(
         hooked, batch, metric, estimates, seed=plan.seed, **sample._asdict()
     )

@@ -1,0 +1,170 @@
+"""Which components are patched exactly, and how many the time allows."""
+
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tvlens.components import Component
+from tvlens.models.metrics import Metric
+from tvlens.models.pair import HookedPair
+from tvlens.models.prompts import Batch
+from tvlens.models.replay import replay
+from tvlens.tables import Table
+
+from .series import keys
+from .tables import NEURONS_PER_PROMPT
+from .weights import NODE_COUNTS, chunks
+
+CHECKED_KINDS = ("matrix", "head", "kv_head", "neuron", "norm", "bias", "embedding", "node")
+CHECKED_PROMPTS = (16, 8, 4)
+"""Prompts of the exact sample; fewer, in turn, where the time does not suffice otherwise."""
+LEAST, WANTED, MOST = 21, 35, 210
+"""Components of a plan: three of each kind, five of each kind (so that each has three random
+ones), and what is enough for any interval."""
+FEWER_NODES = (8, 5, 3)
+"""Nodes of the exact average, in turn, where the run's own are too dear; on a mild fine-tune three
+agree with eight to a rank correlation above 0.99."""
+
+
+class Sample(NamedTuple):
+    """The size of an exact check: components, nodes of the exact average, prompts."""
+
+    count: int
+    nodes: int
+    prompts: int
+
+
+def planned_sample(
+    hooked: HookedPair,
+    batch: Batch,
+    metric: Metric,
+    attribution: Table,
+    *,
+    seconds: float,
+    seed: int = 0,
+) -> Sample:
+    """Components, nodes and prompts that fit into ``seconds``, or the fewest of each.
+
+    Args:
+        hooked: The pair to check.
+        batch: Its prompts.
+        metric: Its metric.
+        attribution: The estimates; their own nodes are kept if time allows.
+        seconds: What the exact runs may take on this machine.
+        seed: Of the draw of prompts.
+    """
+    frame = attribution.to_frame()
+    activations = frame[frame["space"] == "activation"]
+    series = len(activations[["method", "direction", "at"]].drop_duplicates())
+    nodes = own_nodes(attribution)
+    planned = Sample(0, nodes, 0)
+    for prompts in CHECKED_PROMPTS:
+        checked = checked_rows(batch, seed, prompts)
+        cost = patching_cost(hooked, checked, metric, activation_series=series)
+        planned = Sample(*affordable(cost, seconds=seconds, nodes=nodes), prompts)
+        if planned.count >= LEAST:
+            break
+    return planned._replace(count=max(planned.count, LEAST))
+
+
+class Cost(NamedTuple):
+    """Seconds of exact patching on some prompts.
+
+    Attributes:
+        whole: Of a whole pass: each node, and each series of activations, needs some.
+        patched: Of a pass that begins half way up, which is what a patch costs on average.
+        activation_series: Series of activations, each of which patches every component once.
+    """
+
+    whole: float
+    patched: float
+    activation_series: int
+
+    def of(self, count: int, nodes: int) -> float:
+        """Seconds to patch ``count`` components: alone in, alone out, two a node, activations."""
+        series = self.activation_series
+        return (nodes + 4 + 3 * series) * self.whole + count * (2 + 2 * nodes + series) * (
+            self.patched
+        )
+
+
+def patching_cost(
+    hooked: HookedPair, batch: Batch, metric: Metric, *, activation_series: int
+) -> Cost:
+    """What exact patching costs here and now: one pass of each kind is timed, after a warm-up."""
+    part, times = chunks(batch, hooked.base.d_vocab)[0], []
+    reading = hooked.reading(metric, part)
+    begun = replay(hooked.base, part.ids, part.mask, reading.positions)
+    middle = hooked.base.n_layers // 2
+    for run in (lambda: begun.record({middle}), lambda: begun.logits(middle)):
+        started = time.perf_counter()
+        with torch.no_grad():
+            reading.value(run())
+        times.append((time.perf_counter() - started) * len(batch) / len(part))
+    return Cost(times[0], times[1], activation_series)
+
+
+def affordable(cost: Cost, *, seconds: float, nodes: int) -> tuple[int, int]:
+    """How many components, and how many nodes of the exact average, fit into ``seconds``.
+
+    The run's own ``nodes`` are kept if ``WANTED`` components fit, else some of ``FEWER_NODES`` are
+    taken.
+    """
+    count = 0
+    for tried in (nodes, *(fewer for fewer in FEWER_NODES if fewer < nodes)):
+        one = cost.of(1, tried) - cost.of(0, tried)
+        count = max(0, int((seconds - cost.of(0, tried)) / max(one, 1e-9)))
+        nodes = tried
+        if count >= WANTED:
+            break
+    return min(count, MOST), nodes
+
+
+def own_nodes(scores: Table) -> int:
+    """The nodes a run used; the usual number where it was no integral."""
+    used = scores.to_frame()["nodes"].max()
+    return int(used) if used > 1 else NODE_COUNTS[0]
+
+
+def checked_rows(batch: Batch, seed: int, size: int) -> Batch:
+    """``size`` prompts drawn at random, or all of them, in their order."""
+    drawn = np.random.default_rng(seed).permutation(len(batch))[:size]
+    return batch.rows(sorted(int(i) for i in drawn))
+
+
+def sampled_strata(attribution: Table, *, count: int, seed: int = 0) -> dict[str, list[Component]]:
+    """About ``count`` components spread over the kinds: half the largest, half random.
+
+    A kind with fewer components than its share gives the rest of its share to the others. Rows
+    over all prompts (``prompt`` null) are passed over: there is nothing to compare by prompt.
+    """
+    frame = attribution.to_frame()
+    frame = frame[frame["prompt"].notna()]
+    frame = frame.assign(key=keys(frame), size=frame["score"].abs())
+    sizes = frame.groupby("key", sort=False)["size"].mean()
+    ranked = [*sizes.sort_values(ascending=False, kind="stable").index]
+    by_kind = {kind: [c for c in ranked if c.kind == kind] for kind in CHECKED_KINDS}
+    shares = _shares({kind: len(found) for kind, found in by_kind.items() if found}, count)
+    rng, strata = np.random.default_rng(seed), {"random": [], "top": []}
+    for kind, share in shares.items():
+        found = by_kind[kind]
+        top = share // 2
+        rest = found[NEURONS_PER_PROMPT:] if kind == "neuron" else []
+        rest = rest or found[top:]
+        drawn = rng.permutation(len(rest))[: share - top]
+        strata["top"] += found[:top]
+        strata["random"] += [rest[i] for i in sorted(drawn)]
+    return strata
+
+
+def _shares(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """``count`` dealt evenly, none getting more than its size; smallest kinds first."""
+    shares, left = {}, count
+    order = sorted(sizes, key=lambda kind: sizes[kind])
+    for place, kind in enumerate(order):
+        shares[kind] = min(sizes[kind], left // (len(order) - place))
+        left -= shares[kind]
+    return {kind: shares[kind] for kind in sizes}

@@ -1,0 +1,127 @@
+"""Forward passes that begin at a block: what lies before an edit is not computed again.
+
+A change of block l leaves the residual stream before l as it was. ``Replay`` keeps that stream
+of one forward pass, with what the host handed to each block beside it (attention mask, rotary
+phases), and runs the rest of the model from any block on: the same modules in the same order, so
+hooks fire and the numbers are those of a whole pass. Edits of the embeddings come before all
+streams and need a whole pass.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .lens import LensModel, reading_at
+
+logger = logging.getLogger(__name__)
+_SAME = 1e-3
+"""Share of the largest logit by which a replay may differ from the pass it repeats; rounding is
+three orders below, a forgotten operation (a cap on the logits, a shared block) far above."""
+
+
+@dataclass
+class Replay:
+    """One recorded forward pass.
+
+    Attributes:
+        model: The model, whose weights and hooks are read anew by each replay.
+        ids: Its tokens.
+        mask: 1 at real tokens.
+        positions: The places of each row whose logits are made.
+        streams: The residual stream before a block; ``n_layers``: before the final norm.
+        beside: What each block was called with beside the stream.
+        from_tokens: Make whole passes only, in a family that does more than run its blocks.
+    """
+
+    model: LensModel
+    ids: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch read"]
+    streams: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
+    beside: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    from_tokens: bool = False
+
+    def record(self, layers: Collection[int]) -> Float[Tensor, "batch read d_vocab"]:
+        """Run the whole model once, keep its streams before ``layers``, and give its logits."""
+        self.streams.clear()
+        with torch.no_grad(), self._recording(frozenset(layers)):
+            return self.whole()
+
+    def whole(self) -> Float[Tensor, "batch read d_vocab"]:
+        """The logits of a pass from the tokens on."""
+        return self.model.logits_at(self.ids, self.mask, self.positions)
+
+    def logits(self, layer: int | None) -> Float[Tensor, "batch read d_vocab"]:
+        """The logits of a pass from ``layer`` on; None: from the tokens on.
+
+        Raises:
+            KeyError: The stream before ``layer`` was not recorded.
+        """
+        if layer is None or self.from_tokens:
+            return self.whole()
+        stream = self.streams[layer]
+        for number in range(layer, self.model.n_layers):
+            args, kwargs = self.beside[number]
+            out = self.model.model.blocks[number](stream, *args, **kwargs)
+            stream = out if isinstance(out, Tensor) else out[0]
+        normed = self.model.model.ln_final(stream)
+        return self.model.model.unembed(reading_at(self.positions)(normed, None))
+
+    def repeats(self) -> bool:
+        """Whether replays give what whole passes give; families may do more than their blocks."""
+        last = self.model.n_layers
+        middle = last // 2
+        whole = self.record({middle, last})
+        with torch.no_grad():
+            error = max(float((self.logits(at) - whole).abs().max()) for at in (middle, last))
+        self.streams.clear()
+        return error <= _SAME * float(whole.abs().max())
+
+    @contextmanager
+    def _recording(self, layers: frozenset[int]) -> Iterator[None]:
+        blocks = self.model.model.blocks
+        with ExitStack() as stack:
+            for number in range(self.model.n_layers):
+                handle = blocks[number].register_forward_pre_hook(
+                    self._kept(number, keep=number in layers), with_kwargs=True
+                )
+                stack.callback(handle.remove)
+            if self.model.n_layers in layers:
+                final = self.model.model.ln_final.register_forward_pre_hook(
+                    self._kept(self.model.n_layers, keep=True), with_kwargs=True
+                )
+                stack.callback(final.remove)
+            yield
+
+    def _kept(self, layer: int, *, keep: bool) -> Callable[..., None]:
+        def hook_function(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            stream = args[0] if args else kwargs["hidden_states"]
+            self.beside[layer] = args[1:], rest
+            if keep:
+                self.streams[layer] = stream.detach()
+
+        return hook_function
+
+
+def replay(
+    model: LensModel,
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    positions: Int[Tensor, "batch read"],
+) -> Replay:
+    """A pass of ``model``, ready to be recorded.
+
+    Whether its replays are right is tried at once; where they are not it makes whole passes.
+    """
+    made = Replay(model, ids, mask, positions)
+    if not made.repeats():
+        logger.warning("passes of this model cannot begin at a block: each patch takes a whole one")
+        made.from_tokens = True
+    return made
