@@ -152,4 +152,4 @@ def test_the_first_block_that_feels_an_edit():
             (("embedding", None, None, "W_pos"), None),
         ):
             parts = pieces(pairs.component(*key), hooked.base, path.sites)
-            assert first_block(parts, path) == block
+            assert first_block(parts, path.sites, hooked.base) == block

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tvlens.components import Component
+from tvlens.models.lens import LensModel
 from tvlens.models.metrics import Metric
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
@@ -30,7 +31,7 @@ from tvlens.models.reading import Reading
 from tvlens.models.replay import replay
 from tvlens.tables import Table
 
-from .sites import End, Piece, WeightPath, pieces, weight_path
+from .sites import End, Piece, Site, WeightPath, pieces, weight_path
 from .tables import sampled_table
 from .weights import chunks, gauss_legendre, method_run
 
@@ -89,16 +90,16 @@ def exact_weight_scores(
     return torch.cat(parts, dim=1)
 
 
-def first_block(parts: Sequence[Piece], path: WeightPath) -> int | None:
+def first_block(parts: Sequence[Piece], sites: Sequence[Site], lens: LensModel) -> int | None:
     """The block from which a change of ``parts`` is felt; ``n_layers``: only after the blocks.
 
     None where tokens or positions are embedded, before all blocks.
     """
-    sites = {site.name: site for site in path.sites}
+    known_sites = {site.name: site for site in sites}
     after = {"ln_final", "unembed"}
     felt = [
-        path.lens.n_layers if sites[part.site].role in after else sites[part.site].layer
-        for part in parts
+        lens.n_layers if site.role in after else site.layer
+        for site in (known_sites[part.site] for part in parts)
     ]
     known = [layer for layer in felt if layer is not None]
     return min(known) if len(known) == len(felt) else None
@@ -115,7 +116,7 @@ class _Measured:
     def swings(self, cuts: Sequence[list[Piece]], s: float) -> Float[Tensor, "component prompt"]:
         """The swing of every component at ``s``; at an end one side of all swings is the same."""
         self.path.move(s)
-        starts = [first_block(parts, self.path) for parts in cuts]
+        starts = [first_block(parts, self.path.sites, self.path.lens) for parts in cuts]
         plain = self._value(self.begun.record({at for at in starts if at is not None}))
         known: dict[End, Tensor] = {}
         if s in (0.0, 1.0):

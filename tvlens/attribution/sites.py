@@ -183,6 +183,14 @@ def counts(lens: LensModel) -> dict[Kind, int]:
     return {"head": lens.n_heads, "kv_head": lens.n_kv_heads, "neuron": lens.d_mlp}
 
 
+def gate_count(site: Site, tensor: str, lens: LensModel) -> int:
+    """Heads or neurons that cut a tensor of ``site``; 1 where it is not cut."""
+    kind = _fine_kind(site)
+    if kind is None or site.cut_axis(tensor) is None:
+        return 1
+    return {str(name): count for name, count in counts(lens).items()}[kind]
+
+
 def _fine_kind(site: Site) -> str | None:
     return LINEAR[site.role].kind if site.role in LINEAR else None
 

@@ -30,16 +30,25 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tvlens.components import DISJOINT_KINDS, Component
+from tvlens.components import DISJOINT_KINDS, Component, Kind
 from tvlens.errors import HostError
-from tvlens.models.lens import HookList, leaf
+from tvlens.models.lens import HookList, LensModel, leaf
 from tvlens.models.metrics import Metric
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.models.reading import Reading
 from tvlens.tables import Table, concatenated
 
-from .sites import LINEAR, Site, WeightPath, canonical, weight_path, weight_sites
+from .sites import (
+    LINEAR,
+    Site,
+    WeightPath,
+    canonical,
+    counts,
+    gate_count,
+    weight_path,
+    weight_sites,
+)
 from .tables import (
     NEURONS_PER_PROMPT,
     Cut,
@@ -81,7 +90,8 @@ METHODS: dict[str, tuple[str, Direction, At]] = {
 TOKENS = ("", "tokens")
 """Where ``Rows`` keeps the sum over all sites, by position."""
 Rows = dict[tuple[str, str], Float[Tensor, "_ _"]]
-"""Scores [prompt, row] by (site, ``weight`` or ``bias``); a row is an entry of the side cut."""
+"""Scores [prompt, index] by (site, ``weight`` or ``bias``): one for each head or neuron that cuts
+the tensor, one in all where none does."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def weight_scores(
 
     Keeps O(components x prompts) float64; activations of one chunk of prompts at a time.
     """
-    method = _method(estimator, at)
+    method = method_name(estimator, at)
     with hooked.base.frozen(), weight_path(hooked) as path:
         parts = chunks(batch, hooked.base.d_vocab)
         _check_whole_difference(hooked, path, parts[0])
@@ -167,14 +177,19 @@ def weight_scores(
         for nodes in NODE_COUNTS if estimator == "ig" else (1,):
             rule = gauss_legendre(nodes) if at == "path" else [(float(at == "tuned"), 1.0)]
             rows = _over_chunks([_averaged(hooked, path, metric, part, rule) for part in parts])
-            components, values = _by_component(path, rows)
+            components, values = by_component(path.sites, path.lens, rows)
             scores = WeightScores(method, components, values, change, nodes, rows[TOKENS])
             if scores.completeness <= COMPLETE:
                 break
     return scores
 
 
-def _method(estimator: str, at: str) -> str:
+def method_name(estimator: str, at: str) -> str:
+    """The method label of an estimator at a place.
+
+    Raises:
+        ValueError: The two do not go together.
+    """
     for method, (known, _, where) in METHODS.items():
         if (known, where) == (estimator, at) and known != "exact":
             return method
@@ -360,7 +375,7 @@ class _Scorer:
                 continue
             scale, where = 1.0, self.ids
             if site.role == "embed":
-                scale = _scale(start.detach(), site, where)
+                scale = embedding_scale(start.detach(), site, where)
             else:
                 where = self.inputs.pop(site.name).expand(len(where), -1)
             self._summed(site, scale * start.grad * self.path.delta(site, "weight")[where])
@@ -399,19 +414,26 @@ class _Scorer:
             terms = g * einsum(x, delta, "batch pos d_in, d_in d_out -> batch pos d_out")
         else:
             terms = x * einsum(g, delta, "batch pos d_out, d_in d_out -> batch pos d_in")
-        self.rows[site.name, "weight"] = reduce(terms, "batch pos row -> batch row", "sum")
+        self.rows[site.name, "weight"] = self._cut(site, "weight", terms)
         self._at_tokens(terms)
         self._bias(site, g)
+
+    def _cut(
+        self, site: Site, tensor: str, terms: Float[Tensor, "batch pos row"]
+    ) -> Float[Tensor, "batch index"]:
+        """Sums over positions and over the entries of each head or neuron."""
+        count = gate_count(site, tensor, self.path.lens)
+        return reduce(terms, "batch pos (index width) -> batch index", "sum", index=count)
 
     def _bias(self, site: Site, g: Float[Tensor, "batch pos d_out"]) -> None:
         if "bias" in site.tensors:
             terms = g * self.path.delta(site, "bias")
-            self.rows[site.name, "bias"] = reduce(terms, "batch pos d_out -> batch d_out", "sum")
+            self.rows[site.name, "bias"] = self._cut(site, "bias", terms)
             self._at_tokens(terms)
 
     def _norm(self, site: Site, g: Tensor) -> None:
-        normalised = _normalised(self.inputs.pop(site.name), site.module)
-        self._summed(site, g * normalised * self.path.delta(site, "weight"))
+        x = normalised(self.inputs.pop(site.name), site.module)
+        self._summed(site, g * x * self.path.delta(site, "weight"))
         self._bias(site, g)
 
     def _unembed(self, site: Site, g: Tensor) -> None:
@@ -445,7 +467,7 @@ def _per_prompt(
     return rearrange(total, "batch -> batch 1")
 
 
-def _normalised(x: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Tensor:
+def normalised(x: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Tensor:
     """The input of a norm's gain: centred (LayerNorm only) and divided by its root mean square."""
     epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
     if epsilon is None:
@@ -455,7 +477,7 @@ def _normalised(x: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Tenso
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
 
 
-def _scale(
+def embedding_scale(
     activation: Float[Tensor, "batch pos d_model"],
     embed: Site,
     ids: Int[Tensor, "batch pos"],
@@ -474,38 +496,23 @@ def _over_chunks(parts: list[Rows]) -> Rows:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def _by_component(
-    path: WeightPath, rows: Rows
+def by_component(
+    sites: Sequence[Site], lens: LensModel, rows: Rows
 ) -> tuple[list[Component], Float[Tensor, "component prompt"]]:
-    """Scores of the disjoint kinds, then of heads, kv heads and neurons."""
-    disjoint = [(site, tensor) for site in path.sites for tensor in site.tensors]
-    components = [site.component(tensor) for site, tensor in disjoint]
-    values = [
-        rearrange(rows[site.name, tensor].sum(-1), "prompt -> 1 prompt")
-        for site, tensor in disjoint
-    ]
-    for (kind, layer), total in _fine(path, rows).items():
-        components += [Component(kind, layer, index) for index in range(total.shape[1])]
-        values.append(rearrange(total, "prompt index -> index prompt"))
+    """Scores of the disjoint kinds, then of heads, kv heads and neurons, summed over parts."""
+    fine: dict[tuple[Kind, int | None], Tensor] = {}
+    components, values = [], []
+    for site in sites:
+        for tensor in site.tensors:
+            scores = rows[site.name, tensor]
+            components.append(site.component(tensor))
+            values.append(rearrange(scores.sum(-1), "prompt -> 1 prompt"))
+            if site.cut_axis(tensor) is not None:
+                key = LINEAR[site.role].kind, site.layer
+                fine[key] = fine.get(key, 0.0) + rearrange(scores, "prompt index -> index prompt")
+    for kind in counts(lens):
+        for layer in range(lens.n_layers):
+            total = fine[kind, layer]
+            components += [Component(kind, layer, index) for index in range(len(total))]
+            values.append(total)
     return components, torch.cat(values)
-
-
-def _fine(path: WeightPath, rows: Rows) -> dict[tuple[Any, int | None], Tensor]:
-    """Sums over the parts of each head, kv head and neuron: [prompt, index] by kind and layer."""
-    kinds = {"head": path.lens.d_head, "kv_head": path.lens.d_head, "neuron": 1}
-    total: dict[tuple[Any, int | None], Tensor] = {}
-    for kind, width in kinds.items():
-        for site in path.sites:
-            if site.role not in LINEAR or LINEAR[site.role].kind != kind:
-                continue
-            for tensor in site.tensors:
-                if site.cut_axis(tensor) is None:
-                    continue
-                share = reduce(
-                    rows[site.name, tensor],
-                    "prompt (index width) -> prompt index",
-                    "sum",
-                    width=width,
-                )
-                total[kind, site.layer] = total.get((kind, site.layer), 0.0) + share
-    return total
