@@ -210,6 +210,33 @@ def test_the_same_seed_draws_the_same_sample_and_another_seed_another(checked):
     assert sum(map(len, first.values())) == 40
 
 
+def test_an_exact_average_at_few_nodes_is_held_against_the_estimate_at_the_same_nodes():
+    """One node misses a sixth of a curved integral; the estimate at that node misses it too."""
+    from tvlens.attribution.fidelity import check_fidelity, fidelity_table
+    from tvlens.attribution.sampling import sampled_strata
+    from tvlens.attribution.weights import attribute_weights
+    from tvlens.models.metrics import SHIPPED
+
+    hooked = pairs.hooked_pair("llama", lambda model: pairs.noised(model, scale=0.2))
+    batch, metric = pairs.batch(), SHIPPED["logprob"]
+    table = attribute_weights(hooked, batch, metric)
+    exact, fidelity = check_fidelity(
+        hooked, batch, metric, table, count=40, nodes=1, prompts=len(batch)
+    )
+
+    def slope(found):
+        rows = found.to_frame()
+        rows = rows[(rows["method"] == "weight_ig") & (rows["stratum"] == "random")]
+        return float(rows[rows["kind"] == "all"]["slope"].iloc[0])
+
+    strata = sampled_strata(table, count=40)
+    at_other_nodes = slope(fidelity_table(table, exact, strata))
+    assert abs(slope(fidelity) - 1) < 0.5 * abs(at_other_nodes - 1)
+    assert abs(at_other_nodes - 1) > 0.1
+    used = exact.where(method="exact_weight_path").to_frame()
+    assert set(used["nodes"]) == {1}
+
+
 def test_a_plan_spends_more_time_on_more_components_and_nodes():
     from tvlens.attribution.sampling import MOST, WANTED, Cost, affordable
 

@@ -4,8 +4,12 @@ Each estimate is held against the exact quantity that asks the same question:
 
     weight_first_order_base     exact_weight_insert     alone into the base
     weight_first_order_tuned    exact_weight_remove     alone out of the tuned model
-    weight_ig                   exact_weight_path       average over the line
+    weight_ig                   exact_weight_path       average over the line, at equal nodes
     cross_model_first_order     exact_activation        one activation carried over
+
+The exact average costs two passes a node, so it is often taken at fewer nodes than the estimate;
+the estimate is then made once more at just those nodes for the comparison, and how well the nodes
+integrate is what completeness says.
 
 Components are drawn in two strata: the largest of each kind, which are what people read, and
 random ones, which alone can speak for the rest. Spearman's rho, slope (exact per estimate, least
@@ -40,8 +44,8 @@ from tvlens.tables import Table, concatenated
 from .exact import ExactMethod, exact_weight_table, noise_floor
 from .sampling import CHECKED_PROMPTS, checked_rows, own_nodes, planned_sample, sampled_strata
 from .series import SAME_QUESTION, Series, of_method, scores_by_series
-from .tables import FIDELITY_SCHEMA
-from .weights import chunks
+from .tables import FIDELITY_SCHEMA, sampled_table
+from .weights import chunks, method_run, weight_scores
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +162,7 @@ def fidelity_table(
     change: float | None = None,
     seed: int = 0,
     noise: float = 0.0,
+    at_equal_nodes: Table | None = None,
 ) -> Table:
     """Agreement by method, direction, kind and stratum; ``kind`` ``all`` pools the kinds.
 
@@ -170,10 +175,13 @@ def fidelity_table(
         change: Mean of metric(tuned) - metric(base), printed beside the sums.
         seed: Of the bootstrap.
         noise: Size below which an exact score is rounding.
+        at_equal_nodes: The integrated estimate at the nodes of the exact average, which is compared
+            in place of the one in ``estimates``.
     """
     guesses, truths = scores_by_series(estimates), scores_by_series(exact)
+    alike = scores_by_series(at_equal_nodes) if at_equal_nodes is not None else {}
     rows = []
-    for (method, direction), guess in guesses.items():
+    for (method, direction), guess in {**guesses, **alike}.items():
         truth = truths.get((SAME_QUESTION.get(method, ""), direction))
         if truth is None:
             continue
@@ -293,10 +301,35 @@ def check_fidelity(
     ):
         tables.append(exact)
         strata = {name: [*strata[name], *drawn[name]] for name in strata}
-    exact = concatenated("attribution", tables, order="score")
+    exact, alike = concatenated("attribution", tables, order="score"), None
+    if "weight_ig" in methods and nodes not in (None, own):
+        alike = _at_nodes(hooked, checked, metric, wanted, nodes)
     change, noise = _mean_change(hooked, metric, checked), noise_floor(hooked, checked, metric)
-    found = fidelity_table(attribution, exact, strata, change=change, seed=seed, noise=noise)
+    found = fidelity_table(
+        attribution,
+        exact,
+        strata,
+        change=change,
+        seed=seed,
+        noise=noise,
+        at_equal_nodes=alike,
+    )
     return exact, found
+
+
+def _at_nodes(
+    hooked: HookedPair,
+    batch: Batch,
+    metric: Metric,
+    components: Sequence[Component],
+    nodes: int | None,
+) -> Table:
+    """The integrated estimate of ``components`` at a fixed number of nodes."""
+    scores = weight_scores(hooked, batch, metric, nodes=nodes)
+    rows = {component: row for row, component in enumerate(scores.components)}
+    values = scores.values[[rows[component] for component in components]]
+    run = method_run("weight_ig", hooked, batch, metric, nodes=scores.nodes)
+    return sampled_table(components, values.mT, run)
 
 
 def _weight_methods(attribution: Table) -> list[str]:

@@ -44,7 +44,6 @@ from .exact import first_block
 from .sites import LINEAR, Site, canonical, gate_count, pieces, weight_sites
 from .weights import (
     COMPLETE,
-    NODE_COUNTS,
     At,
     Estimator,
     Rows,
@@ -54,6 +53,7 @@ from .weights import (
     embedding_scale,
     gauss_legendre,
     method_name,
+    node_counts,
     normalised,
 )
 
@@ -196,7 +196,7 @@ def gated_weight_scores(
     ]
     change = (ends[1] - ends[0]).cpu().double()
     with gated.lens.frozen():
-        for nodes in NODE_COUNTS if estimator == "ig" else (1,):
+        for nodes in node_counts(estimator, None):
             rule = gauss_legendre(nodes) if at == "path" else [(float(at == "tuned"), 1.0)]
             found = [_averaged(gated, part, rule) for part in parts]
             rows = {key: torch.cat([part[key] for part in found]) for key in found[0]}

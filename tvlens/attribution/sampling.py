@@ -25,8 +25,8 @@ LEAST, WANTED, MOST = 21, 35, 210
 """Components of a plan: three of each kind, five of each kind (so that each has three random
 ones), and what is enough for any interval."""
 FEWER_NODES = (8, 5, 3)
-"""Nodes of the exact average, in turn, where the run's own are too dear; on a mild fine-tune three
-agree with eight to a rank correlation above 0.99."""
+"""Nodes of the exact average, in turn, where the run's own are too dear; the estimate is compared
+at the same nodes."""
 
 
 class Sample(NamedTuple):

@@ -164,21 +164,23 @@ def weight_scores(
     *,
     estimator: Estimator = "ig",
     at: At = "path",
+    nodes: int | None = None,
 ) -> WeightScores:
     """The scores behind ``attribute_weights``, as arrays.
 
-    Keeps O(components x prompts) float64; activations of one chunk of prompts at a time.
+    ``nodes`` fixes the quadrature; None takes as many as make the scores sum up. Keeps
+    O(components x prompts) float64; activations of one chunk of prompts at a time.
     """
     method = method_name(estimator, at)
     with hooked.base.frozen(), weight_path(hooked) as path:
         parts = chunks(batch, hooked.base.d_vocab)
         _check_whole_difference(hooked, path, parts[0])
         change = torch.cat([metric_change(hooked, metric, part) for part in parts])
-        for nodes in NODE_COUNTS if estimator == "ig" else (1,):
-            rule = gauss_legendre(nodes) if at == "path" else [(float(at == "tuned"), 1.0)]
+        for count in node_counts(estimator, nodes):
+            rule = gauss_legendre(count) if at == "path" else [(float(at == "tuned"), 1.0)]
             rows = _over_chunks([_averaged(hooked, path, metric, part, rule) for part in parts])
             components, values = by_component(path.sites, path.lens, rows)
-            scores = WeightScores(method, components, values, change, nodes, rows[TOKENS])
+            scores = WeightScores(method, components, values, change, count, rows[TOKENS])
             if scores.completeness <= COMPLETE:
                 break
     return scores
@@ -196,6 +198,13 @@ def method_name(estimator: str, at: str) -> str:
     raise ValueError(
         f"expected ig at path, or first_order at base or tuned; got {estimator} at {at}."
     )
+
+
+def node_counts(estimator: Estimator, nodes: int | None) -> Sequence[int]:
+    """The numbers of nodes to try in turn."""
+    if estimator == "first_order":
+        return (1,)
+    return NODE_COUNTS if nodes is None else (nodes,)
 
 
 def weight_table(

@@ -26,7 +26,7 @@ class StudyPlan(BaseModel):
         evaluate: Held-out text files to measure, by domain name.
         check_exact: Components in the exact sample; None plans it from ``check_seconds`` and
             writes what was planned.
-        check_nodes: Nodes of the exact path average; None takes the estimate's own.
+        check_nodes: Nodes of the exact path average; None takes what fits the time, or 3.
         check_prompts: Prompts of the exact sample; None takes 16.
         check_seconds: Time that the exact checks may take, as far as a plan can tell.
         seed: Seed of every random draw.

@@ -193,7 +193,7 @@ def _checked(
     """Exact rows of a sample, the estimates' agreement with them, findings; and its size."""
     from tvlens.attribution.fidelity import check_fidelity
     from tvlens.attribution.findings import findings_table
-    from tvlens.attribution.sampling import CHECKED_PROMPTS, Sample, own_nodes, planned_sample
+    from tvlens.attribution.sampling import CHECKED_PROMPTS, FEWER_NODES, Sample, planned_sample
 
     estimates = concatenated("attribution", scores)
     if plan.check_exact is None:
@@ -202,7 +202,7 @@ def _checked(
         )
     else:
         prompts = plan.check_prompts or CHECKED_PROMPTS[0]
-        sample = Sample(plan.check_exact, plan.check_nodes or own_nodes(estimates), prompts)
+        sample = Sample(plan.check_exact, plan.check_nodes or FEWER_NODES[-1], prompts)
     exact, fidelity = check_fidelity(
         hooked, batch, metric, estimates, seed=plan.seed, **sample._asdict()
     )
