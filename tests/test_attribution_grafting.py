@@ -184,12 +184,9 @@ def test_a_metric_that_does_not_move_and_an_empty_split_are_refused():
         graft(gated, batch, logprob(), scores, choose=[0, 1], judge=[])
 
 
-def test_a_set_that_is_never_enough_is_said_so(grafted):
+def test_a_set_that_is_never_enough_is_said_so():
     from tvlens.attribution.grafting import _facts
 
-    class Search:
-        parts = type("Parts", (), {"components": [1, 2]})
-
-    found = _facts("restored", None, 0.9, [], Search())
+    found = _facts("restored", None, 0.9, [], 2)
     assert found["size"] is None
     assert "no number" in found["sentence"]

@@ -133,7 +133,7 @@ def graft(
         tables.append(_curves_table(found, search, metric, names))
         if size is not None:
             sets.append(_set_table(question, ranked[:size], search, scores, metric, names))
-        facts[question] = _facts(question, size, keep, found, search)
+        facts[question] = _facts(question, size, keep, found, len(ranked))
     empty = Table.of("grafts", GRAFTS_SCHEMA, {})
     return Graft(
         concatenated("curves", tables), concatenated("grafts", [*sets, empty]), {"graft": facts}
@@ -362,10 +362,9 @@ def _set_table(
 
 
 def _facts(
-    question: Question, size: int | None, keep: float, points: Sequence[_Point], search: _Search
+    question: Question, size: int | None, keep: float, points: Sequence[_Point], of: int
 ) -> dict[str, Any]:
     """The smallest set on ``judge``, beside the sets of the same size ranked otherwise."""
-    of = len(search.parts.components)
     verb = "restores" if question == "restored" else "destroys"
     if size is None:
         sentence = f"no number of the components ranked by score {verb} {keep:.0%} of the change."
