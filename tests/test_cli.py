@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -243,6 +244,33 @@ def test_an_interrupt_gives_a_sentence_and_status_130_and_resume_goes_on(
     assert status == 0, err
     assert "decompose: kept" in err
     assert (tmp_path / "s" / "weights.parquet").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_graft_tries_sets_for_real_and_says_what_the_smallest_one_does(
+    run: Run, tmp_path: Path
+) -> None:
+    from importlib.resources import files
+
+    lines = (files("tvlens.demo") / "data" / "prompts_math.jsonl").read_text("utf-8").splitlines()
+    some = lines[:8]
+    prompts = tmp_path / "some.jsonl"
+    prompts.write_text("\n".join(some), "utf-8")
+    words = ("graft", "demo:base", "demo:math", "--prompts", prompts, "--metric", "logprob")
+    status, out, err = run(*words, "--keep", "0.5", "--out", tmp_path / "s")
+    assert status == 0, err
+    assert out.count("the smallest set by score that") == 2
+    assert "restores 50%" in out
+    curves = pd.read_parquet(tmp_path / "s" / "curves.parquet")
+    whole = curves[(curves["k"] == curves["of"]) & (curves["ranked_by"] == "score")]
+    assert whole["value"].tolist() == pytest.approx([1.0] * len(whole), abs=1e-3)
+    sets = pd.read_parquet(tmp_path / "s" / "grafts.parquet")
+    assert sets.groupby("curve").size().min() >= 1
+    page = (tmp_path / "s" / "report.html").read_text("utf-8")
+    assert "The smallest set by score that restores 50%" in page
+    status, _, err = run(*words, "--keep", "1.5", "--out", tmp_path / "t")
+    assert status == 2
+    assert "keep" in err
 
 
 def test_a_wrong_option_gives_usage_and_status_2(run: Run) -> None:

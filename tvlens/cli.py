@@ -159,6 +159,43 @@ def attribute(
 
 
 @app.command()
+def graft(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    prompts: Prompts = None,
+    keep: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share to restore.")] = 0.9,
+    metric: MetricName = None,
+    tuned_name: Names = None,
+    chat: Chat = "auto",
+    skip_bad_lines: SkipBad = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+    resume: Resume = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """The smallest sets of components whose tuning vectors carry the behaviour, tried for real."""
+    from .study.plan import StudyPlan
+
+    plan = StudyPlan(
+        base=base,
+        tuned=tuple(tuned),
+        tuned_names=tuple(tuned_name or ()),
+        prompts=prompts,
+        metric=metric,
+        stages=("graft",),
+        keep=keep,
+        chat=chat,
+        skip_bad_lines=skip_bad_lines,
+        device=device,
+        seed=seed,
+    )
+    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
+
+
+@app.command()
 def inspect(base: Base, tuned: Tuned, json: Json = False) -> None:
     """What would be compared and what not and why, from headers alone."""
     from .study.inspection import inspection
@@ -211,6 +248,11 @@ def study_summary(study: "Study") -> dict[str, object]:
         "report": str(study.folder / "report.html"),
         "identical": manifest["identical"],
         "headline": manifest.get("headline", {}),
+        "graft": {
+            name: facts["graft"]
+            for name, facts in manifest.get("facts", {}).items()
+            if "graft" in facts
+        },
         "warnings": manifest["warnings"],
         "tables": {name: len(study.table(name)) for name in study.tables},
         "seconds": manifest["stages"],
@@ -226,6 +268,8 @@ def _summary_text(summary: dict[str, object]) -> str:
             )
     for name, headline in summary["headline"].items():  # type: ignore[attr-defined]
         lines.append(f"{name}: {headline.get('sentence', '')}")
+    for name, graft in summary["graft"].items():  # type: ignore[attr-defined]
+        lines += [f"{name}: {found['sentence']}" for found in graft.values()]
     return "\n".join([*lines, f"report: {summary['report']}"])
 
 

@@ -11,7 +11,9 @@ smallest set that reaches the wanted share is found there, and what is reported 
 on ``judge``. Beside it stand sets ranked by the length of their tuning vector, and random sets of
 equally many other components of each kind whose vectors are scaled to the same length: a set
 that is no better than these was not found by attribution. Every value is a forward pass, no
-estimate; intervals are 95 % percentiles of a bootstrap over prompts, of the ratio of means.
+estimate; intervals are 95 % percentiles of a bootstrap over prompts, of the ratio of means. Where
+the metric's own change on the judging prompts is not surely different from 0, shares of it mean
+nothing, and the sentence says ``cannot tell``.
 """
 
 from collections.abc import Sequence
@@ -133,7 +135,9 @@ def graft(
         tables.append(_curves_table(found, search, metric, names))
         if size is not None:
             sets.append(_set_table(question, ranked[:size], search, scores, metric, names))
-        facts[question] = _facts(question, size, keep, found, len(ranked))
+        facts[question] = _facts(
+            question, size, keep, found, len(ranked), search.whole_change("judge")
+        )
     empty = Table.of("grafts", GRAFTS_SCHEMA, {})
     return Graft(
         concatenated("curves", tables), concatenated("grafts", [*sets, empty]), {"graft": facts}
@@ -267,7 +271,7 @@ class _Search:
 
     def _share(
         self, question: Question, chosen: Int[Tensor, " k"], split: str, scale: float
-    ) -> "_Ratio":
+    ) -> "_Interval":
         base, tuned = self.ends[split]
         start = 0.0 if question == "restored" else 1.0
         values = torch.full((len(self.parts.components),), start)
@@ -275,6 +279,11 @@ class _Search:
         edited = self._values(values, split)
         moved = edited - base if question == "restored" else tuned - edited
         return _ratio(moved, tuned - base, self.seed)
+
+    def whole_change(self, split: str) -> "_Interval":
+        """Mean of metric(tuned) - metric(base), with its bootstrap."""
+        change = self._change(split)
+        return _ratio(change, torch.ones_like(change), self.seed)
 
     def _change(self, split: str) -> Float[Tensor, " prompt"]:
         base, tuned = self.ends[split]
@@ -289,20 +298,24 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class _Ratio:
+class _Interval:
+    """A mean and the ends of its 95 % interval."""
+
     mean: float
     low: float
     high: float
 
 
-def _ratio(moved: Float[Tensor, " prompt"], change: Float[Tensor, " prompt"], seed: int) -> _Ratio:
+def _ratio(
+    moved: Float[Tensor, " prompt"], change: Float[Tensor, " prompt"], seed: int
+) -> _Interval:
     """Mean of ``moved`` over mean of ``change``, with its bootstrap over prompts."""
     top, bottom = moved.numpy(), change.numpy()
     drawn = np.random.default_rng(seed).integers(0, len(top), (RESAMPLES, len(top)))
     below = bottom[drawn].mean(1)
     ratios = (top[drawn].mean(1) / np.where(below == 0, np.nan, below))[below != 0]
     low, high = np.quantile(ratios, (0.025, 0.975)) if len(ratios) else (np.nan, np.nan)
-    return _Ratio(float(top.mean() / bottom.mean()), float(low), float(high))
+    return _Interval(float(top.mean() / bottom.mean()), float(low), float(high))
 
 
 def _sizes(count: int) -> list[int]:
@@ -362,13 +375,24 @@ def _set_table(
 
 
 def _facts(
-    question: Question, size: int | None, keep: float, points: Sequence[_Point], of: int
+    question: Question,
+    size: int | None,
+    keep: float,
+    points: Sequence[_Point],
+    of: int,
+    change: "_Interval",
 ) -> dict[str, Any]:
     """The smallest set on ``judge``, beside the sets of the same size ranked otherwise."""
     verb = "restores" if question == "restored" else "destroys"
     if size is None:
         sentence = f"no number of the components ranked by score {verb} {keep:.0%} of the change."
         return {"size": None, "of": of, "keep": keep, "sentence": sentence}
+    if change.low <= 0 <= change.high:
+        sentence = (
+            f"cannot tell what {verb} the change: on the judging prompts the metric itself changes "
+            f"by {change.mean:.3g} [{change.low:.3g}, {change.high:.3g}]."
+        )
+        return {"size": size, "of": of, "keep": keep, "sentence": sentence}
     judged = [p for p in points if p.split == "judge" and p.k == size]
     mine = next(p for p in judged if p.order == "score")
     longest = next(p for p in judged if p.order == "delta_norm")

@@ -52,7 +52,7 @@ def percent(share: float) -> str:
 
 def answer(study: StudyFolder, tuned: str) -> list[Statement]:
     """All that the tables let one say about ``tuned``, in the order a reader asks."""
-    parts = (size, place, kinds, headline, matters, agreement, losses)
+    parts = (size, place, kinds, headline, matters, agreement, grafted, losses)
     return [statement for part in parts for statement in part(study, tuned)]
 
 
@@ -220,6 +220,24 @@ def agreement(study: StudyFolder, tuned: str) -> list[Statement]:
         text = f"Rankings and sizes by these estimates: {reasons}."
         statements.append(Statement("What is withheld?", text, "withheld"))
     return statements
+
+
+def grafted(study: StudyFolder, tuned: str) -> list[Statement]:
+    """The smallest sets of components that carry the change, as the graft stage stated them."""
+    facts = study.manifest.get("facts") or {}
+    found = facts.get(tuned) if isinstance(facts, dict) else None
+    sets = found.get("graft") if isinstance(found, dict) else None
+    sentences = [str(one.get("sentence", "")) for one in (sets or {}).values()]
+    question = "What is the smallest part that carries it?"
+    return [
+        Statement(
+            question,
+            sentence[:1].upper() + sentence[1:],
+            "withheld" if sentence.startswith("cannot tell") else "said",
+        )
+        for sentence in sentences
+        if sentence
+    ]
 
 
 def _failure(row: Any) -> str:

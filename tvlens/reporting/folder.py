@@ -37,6 +37,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("metric_change", "passed", "direction"),
     ),
     "findings": (*_KEYS, "insert", "remove", "ig", "finding", "role"),
+    "curves": (
+        *("curve", "ranked_by", "draw", "split", "tuned", "metric", "unit", "k", "of"),
+        *("share_of_norm", "scale", "value", "ci_low", "ci_high", "n"),
+    ),
+    "grafts": (*_KEYS, "curve", "place", "score", "delta_norm", "metric"),
     "evaluation": (
         *("model", "task", "split", "measure", "value"),
         *("ci_low", "ci_high", "n", "unit"),
@@ -53,6 +58,8 @@ _MADE_BY = {
     "attribution": "attribute",
     "fidelity": "attribute",
     "findings": "attribute",
+    "curves": "graft",
+    "grafts": "graft",
 }
 
 
@@ -100,7 +107,7 @@ class StudyFolder:
     def tuned_names(self) -> list[str]:
         """The tuned models, in the plan's order, then as the tables bring them."""
         found = [str(name) for name in self.plan.get("tuned_names") or ()]
-        for name in ("weights", "labels", "attribution", "prompts", "fidelity"):
+        for name in ("weights", "labels", "attribution", "prompts", "fidelity", "curves"):
             if name in self.tables:
                 found += self.tables[name]["tuned"].dropna().astype(str).unique().tolist()
         found += [name for name in self.load_reports if name]
@@ -122,7 +129,7 @@ class StudyFolder:
         if name == "evaluation":
             return f"tvlens evaluate {models} --tasks FILE --out DIR"
         prompts = shlex.quote(str(self.plan.get("prompts") or "FILE"))
-        asked = f" --prompts {prompts}" if _MADE_BY[name] == "attribute" else ""
+        asked = f" --prompts {prompts}" if _MADE_BY[name] in ("attribute", "graft") else ""
         return f"tvlens {_MADE_BY[name]} {models}{asked} --out DIR"
 
     def _tuned_specs(self) -> list[str]:

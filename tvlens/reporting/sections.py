@@ -7,6 +7,7 @@ from .datatable import DataTable
 from .effect_tables import fidelity_tables, ranking_tables
 from .figures import HeatMap, Scatter, heat_map
 from .folder import StudyFolder
+from .graft_tables import graft_tables
 from .grids import score_grids, size_grids
 from .tokens import TokenText, token_texts
 from .weight_tables import label_table, largest_table, neuron_scatter, places_table
@@ -27,6 +28,7 @@ class ModelPart:
         ranking_tables: Estimate beside exact.
         score_maps: Heat maps of scores.
         fidelity: The checks.
+        grafts: The smallest sets that carry the behaviour.
         tokens: Texts coloured by score.
         notes: What could not be drawn and why, by section.
         missing: The command that makes a section, by table.
@@ -42,6 +44,7 @@ class ModelPart:
     ranking_tables: list[DataTable]
     score_maps: list[HeatMap]
     fidelity: list[DataTable]
+    grafts: list[DataTable]
     tokens: list[TokenText]
     missing: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
@@ -52,7 +55,7 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
     slug = f"m{place}"
     weights = study.table("weights", tuned)
     tokens, note = token_texts(study, tuned, slug)
-    names = ("weights", "labels", "attribution", "fidelity", "prompts")
+    names = ("weights", "labels", "attribution", "fidelity", "curves", "prompts")
     return ModelPart(
         slug=slug,
         name=tuned,
@@ -64,6 +67,7 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         ranking_tables=ranking_tables(study, tuned),
         score_maps=[heat_map(grid, tooltips=tooltips) for grid in score_grids(study, tuned, slug)],
         fidelity=fidelity_tables(study.table("fidelity", tuned)),
+        grafts=graft_tables(study, tuned),
         tokens=tokens,
         missing={name: study.missing(name) for name in names},
         notes={"tokens": note},

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tvlens.errors import StudyError
 
-Stage = Literal["decompose", "attribute", "evaluate"]
-STAGES: tuple[Stage, ...] = ("decompose", "attribute", "evaluate")
+Stage = Literal["decompose", "attribute", "graft", "evaluate"]
+STAGES: tuple[Stage, ...] = ("decompose", "attribute", "graft", "evaluate")
 
 
 class StudyPlan(BaseModel):
@@ -29,6 +29,7 @@ class StudyPlan(BaseModel):
         check_nodes: Nodes of the exact path average; None takes what fits the time, or 3.
         check_prompts: Prompts of the exact sample; None takes 16.
         check_seconds: Time that the exact checks may take, as far as a plan can tell.
+        keep: Share of a behaviour's change that grafting restores or destroys.
         seed: Seed of every random draw.
     """
 
@@ -48,6 +49,7 @@ class StudyPlan(BaseModel):
     check_nodes: int | None = Field(default=None, ge=1)
     check_prompts: int | None = Field(default=None, ge=1)
     check_seconds: float = Field(default=60.0, gt=0)
+    keep: float = Field(default=0.9, gt=0, le=1)
     skip_bad_lines: bool = False
     device: str = "auto"
     dtype: Literal["float32"] = "float32"

@@ -2,6 +2,7 @@
 
     decompose   Pair -> weights, tests, labels
     attribute   HookedPair, prompts, metric -> prompts, attribution, fidelity, findings
+    graft       base, tuning vector, prompts, metric -> curves, grafts
     evaluate    models, held-out texts -> evaluation
 
 A stage is a pure function of its inputs; the runner writes what it returns.
@@ -101,6 +102,43 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
         return _attributed(plan, hooked, asked, batch, metric, say)
 
 
+def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
+    """Find the smallest sets of components that carry the change of the metric."""
+    from tvlens.attribution.gates import GatedModel, gated_weight_scores
+    from tvlens.attribution.grafting import graft
+    from tvlens.models.lens import LensModel
+    from tvlens.models.metrics import resolve_metric
+    from tvlens.models.pair import tokenizer_in
+    from tvlens.models.prompts import load_prompts, tokenised
+    from tvlens.weights.vector import tuning_vector
+
+    asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
+    metric = resolve_metric(plan.metric, asked)
+    tokenizer = tokenizer_in([pair.tuned.folder, pair.base.folder])
+    batch = tokenised(asked, tokenizer, chat=plan.chat)
+    lens = LensModel.load(pair.base.folder, device=_device(plan))
+    splits = {
+        split: [row for row, number in enumerate(batch.numbers) if asked[number].split == split]
+        for split in ("choose", "judge")
+    }
+    with one_thread(only_if=lens.d_model < WIDE):
+        gated = GatedModel.of_vector(lens, tuning_vector(pair))
+        say("weights, integrated along the line from base to tuned, by gates")
+        scores = gated_weight_scores(gated, batch, metric)
+        say("growing sets of components, in and out")
+        found = graft(
+            gated,
+            batch,
+            metric,
+            scores,
+            **splits,
+            keep=plan.keep,
+            seed=plan.seed,
+            names=(pair.base_name, pair.tuned_name),
+        )
+    return StageOutput((found.curves, found.sets), found.facts, tuple(batch.warnings))
+
+
 def _attributed(
     plan: StudyPlan,
     hooked: "HookedPair",
@@ -139,7 +177,7 @@ def check_inputs(plan: StudyPlan) -> None:
 
     for spec in plan.controls:
         load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False)
-    if "attribute" in plan.stages:
+    if {"attribute", "graft"} & set(plan.stages):
         resolve_metric(plan.metric, load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines))
     for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
         load_texts(spec)
@@ -283,5 +321,6 @@ def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
 STAGES: dict[str, Callable[[StudyPlan, "Pair", Progress], StageOutput]] = {
     "decompose": decompose_stage,
     "attribute": attribute_stage,
+    "graft": graft_stage,
     "evaluate": evaluate_stage,
 }

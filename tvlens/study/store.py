@@ -36,6 +36,8 @@ TABLES = (
     "attribution",
     "fidelity",
     "findings",
+    "curves",
+    "grafts",
     "evaluation",
 )
 STUDY_FILES = (
