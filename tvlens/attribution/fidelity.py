@@ -31,7 +31,6 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float
 from numpy import ndarray
-from scipy import stats
 from torch import Tensor
 
 from tvlens.components import DISJOINT_KINDS, Component
@@ -43,7 +42,15 @@ from tvlens.tables import Table, concatenated
 
 from .exact import ExactMethod, exact_weight_table, noise_floor
 from .sampling import CHECKED_PROMPTS, checked_rows, own_nodes, planned_sample, sampled_strata
-from .series import SAME_QUESTION, Series, of_method, scores_by_series
+from .series import (
+    FEWEST,
+    SAME_QUESTION,
+    Series,
+    of_method,
+    rank_agreement,
+    scores_by_series,
+    spearman,
+)
 from .tables import FIDELITY_SCHEMA, sampled_table
 from .weights import chunks, method_run, weight_scores
 
@@ -60,10 +67,6 @@ WEIGHT_QUESTIONS: tuple[ExactMethod, ...] = (
 )
 SPEARMAN_TO_PASS = 0.9
 SLOPE_TO_PASS = (0.8, 1.25)
-FEWEST = 3
-"""Components below which a rank correlation says nothing."""
-RESAMPLES = 1_000
-"""Bootstrap draws; the interval's ends move by a few hundredths at most between seeds."""
 
 
 class Agreement(NamedTuple):
@@ -108,25 +111,18 @@ def agreement(
     heard = np.maximum(np.abs(guess), np.abs(truth)).max(axis=1) > noise
     guess, truth = guess[heard], truth[heard]
     x, y = guess.mean(1), truth.mean(1)
-    by_prompt = [_spearman(guess[:, i], truth[:, i]) for i in range(guess.shape[1])]
+    by_prompt = [spearman(guess[:, i], truth[:, i]) for i in range(guess.shape[1])]
     known = [rho for rho in by_prompt if rho is not None]
-    low, high = _interval(x, y, seed)
+    rho, low, high = rank_agreement(x, y, seed=seed)
     return Agreement(
         n=len(x),
-        spearman=_spearman(x, y),
+        spearman=rho,
         spearman_worst=min(known) if known else None,
         slope=_slope(x, y),
         sign_agreement=_sign_agreement(guess, truth, noise),
         ci_low=low,
         ci_high=high,
     )
-
-
-def _spearman(x: ndarray, y: ndarray) -> float | None:
-    if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    ranks = (stats.rankdata(x), stats.rankdata(y))
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _slope(x: ndarray, y: ndarray) -> float | None:
@@ -139,19 +135,6 @@ def _sign_agreement(x: ndarray, y: ndarray, noise: float) -> float | None:
     """Share of scores with the same sign, among those that are not noise."""
     heard = np.abs(y) > noise
     return float((np.sign(x) == np.sign(y))[heard].mean()) if heard.any() else None
-
-
-def _interval(x: ndarray, y: ndarray, seed: int) -> tuple[float | None, float | None]:
-    """95 % of Spearman's rho over components drawn with replacement."""
-    if _spearman(x, y) is None:
-        return None, None
-    drawn = np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))
-    ranks = [stats.rankdata(values[drawn], axis=1) for values in (x, y)]
-    centred = [r - r.mean(axis=1, keepdims=True) for r in ranks]
-    size = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
-    rho = (centred[0] * centred[1]).sum(1)[size > 0] / size[size > 0]
-    low, high = np.quantile(rho, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def fidelity_table(

@@ -1,9 +1,12 @@
-"""Attribution rows as matrices: scores [component, prompt] by method and direction."""
+"""Attribution rows as matrices, scores [component, prompt], and the agreement of their ranks."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
 
 from tvlens.components import Component
 from tvlens.tables import Table
@@ -19,6 +22,10 @@ SAME_QUESTION = {
 """The exact method that asks what an estimate estimates."""
 Series = tuple[str, str]
 """Method and direction."""
+FEWEST = 3
+"""Components below which a rank correlation says nothing."""
+RESAMPLES = 1_000
+"""Bootstrap draws; the interval's ends move by a few hundredths at most between seeds."""
 _KEY = ("kind", "layer", "index", "part")
 
 
@@ -52,3 +59,29 @@ def keys(frame: pd.DataFrame) -> pd.Series:
 
 def _whole(number: Any) -> int | None:
     return None if number is None else int(number)
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
+    """Spearman's rho; None for fewer than three values or where one side is constant."""
+    first, second = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(first) < FEWEST or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(stats.rankdata(first), stats.rankdata(second))[0, 1])
+
+
+def rank_agreement(
+    x: ArrayLike, y: ArrayLike, *, seed: int = 0
+) -> tuple[float | None, float | None, float | None]:
+    """Spearman's rho and its 95 % interval over values drawn with replacement."""
+    rho = spearman(x, y)
+    if rho is None:
+        return None, None, None
+    values = [np.asarray(side, dtype=float) for side in (x, y)]
+    count = len(values[0])
+    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    ranks = [stats.rankdata(side[drawn], axis=1) for side in values]
+    centred = [r - r.mean(axis=1, keepdims=True) for r in ranks]
+    size = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
+    found = (centred[0] * centred[1]).sum(1)[size > 0] / size[size > 0]
+    low, high = np.quantile(found, (0.025, 0.975))
+    return rho, float(low), float(high)

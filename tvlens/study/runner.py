@@ -69,6 +69,7 @@ def run_study(
     write_json(folder / "load_report.json", load_reports(pairs))
     for name in plan.stages:
         run.stage(name)
+    run.join()
     say("writing the report")
     render_report(folder)
     return Study(folder)
@@ -149,6 +150,23 @@ class _Run:
             for table_name, parts in made.items():
                 concatenated(table_name, parts, order=ORDERS.get(table_name, "")).save(self.folder)
         self.write_manifest()
+
+    def join(self) -> None:
+        """Write what needs the tables of two stages, as far as they are there."""
+        from tvlens.attribution.joins import size_and_effect
+
+        study = Study(self.folder)
+        if not {"weights", "attribution"} <= set(study.tables):
+            return
+        parts = [
+            size_and_effect(
+                study.weights.where(tuned=pair.tuned_name),
+                study.attribution.where(tuned=pair.tuned_name),
+                seed=self.plan.seed,
+            )
+            for pair in self.pairs
+        ]
+        concatenated("joins", parts).save(self.folder)
 
     def _fix_sample(self, facts: Mapping[str, Any]) -> None:
         """Keep the exact sample that was planned by time, so that a rerun repeats it."""

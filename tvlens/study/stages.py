@@ -1,7 +1,7 @@
 """The stages of a study: each takes a plan and a pair and returns tables.
 
     decompose   Pair -> weights, tests, labels
-    attribute   HookedPair, prompts, metric -> prompts, attribution, fidelity, findings
+    attribute   HookedPair, prompts, metric -> prompts, attribution, fidelity, findings, roles
     graft       base, tuning vector, prompts, metric -> curves, grafts
     evaluate    models, held-out texts -> evaluation
 
@@ -231,6 +231,7 @@ def _checked(
     """Exact rows of a sample, the estimates' agreement with them, findings; and its size."""
     from tvlens.attribution.fidelity import check_fidelity
     from tvlens.attribution.findings import findings_table
+    from tvlens.attribution.joins import roles_table
     from tvlens.attribution.sampling import CHECKED_PROMPTS, FEWER_NODES, Sample, planned_sample
 
     estimates = concatenated("attribution", scores)
@@ -246,7 +247,7 @@ def _checked(
     )
     attribution = concatenated("attribution", [*scores, exact], order="score")
     facts = {"check_" + name: size for name, size in sample._asdict().items()}
-    return [attribution, fidelity, findings_table(attribution)], facts
+    return [attribution, fidelity, findings_table(attribution), roles_table(attribution)], facts
 
 
 def _prompts_table(

@@ -36,6 +36,8 @@ TABLES = (
     "attribution",
     "fidelity",
     "findings",
+    "roles",
+    "joins",
     "curves",
     "grafts",
     "evaluation",
