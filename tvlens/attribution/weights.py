@@ -401,15 +401,16 @@ class _Scorer:
         self._at_tokens(terms)
         self._bias(site, g)
 
-    def _bias(self, site: Site, g: Float[Tensor, "batch pos d_out"]) -> None:
+    def _bias(self, site: Site, g: Float[Tensor, "batch pos ... d_out"]) -> None:
         if "bias" in site.tensors:
             terms = g * self.path.delta(site, "bias")
-            self.rows[site.name, "bias"] = reduce(terms, "batch pos d_out -> batch d_out", "sum")
+            summed = reduce(terms, "batch pos ... d_out -> batch d_out", "sum")
+            self.rows[site.name, "bias"] = summed
             self._at_tokens(terms)
 
-    def _norm(self, site: Site, g: Tensor) -> None:
-        normalised = _normalised(self.inputs.pop(site.name), site.module)
-        self._summed(site, g * normalised * self.path.delta(site, "weight"))
+    def _norm(self, site: Site, gradient: Float[Tensor, "batch ... width"]) -> None:
+        x, g = (_by_position(t) for t in (self.inputs.pop(site.name), gradient))
+        self._summed(site, g * _normalised(x, site.module) * self.path.delta(site, "weight"))
         self._bias(site, g)
 
     def _unembed(self, site: Site, g: Tensor) -> None:
@@ -426,13 +427,13 @@ class _Scorer:
             self.rows[site.name, "bias"] = _per_prompt(terms, rows, len(g))
             self.by_token.index_put_((rows, positions), terms, accumulate=True)
 
-    def _summed(self, site: Site, terms: Float[Tensor, "batch pos d_model"]) -> None:
-        total = reduce(terms, "batch pos d_model -> batch", "sum")
+    def _summed(self, site: Site, terms: Float[Tensor, "batch pos ..."]) -> None:
+        total = reduce(terms, "batch ... -> batch", "sum")
         self.rows[site.name, "weight"] = rearrange(total, "batch -> batch 1")
         self._at_tokens(terms)
 
-    def _at_tokens(self, terms: Float[Tensor, "batch pos row"]) -> None:
-        self.by_token += reduce(terms, "batch pos row -> batch pos", "sum")
+    def _at_tokens(self, terms: Float[Tensor, "batch pos ..."]) -> None:
+        self.by_token += reduce(terms, "batch pos ... -> batch pos", "sum")
 
 
 def _per_prompt(
@@ -442,8 +443,16 @@ def _per_prompt(
     return rearrange(total, "batch -> batch 1")
 
 
-def _normalised(x: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Tensor:
-    """The input of a norm's gain: centred (LayerNorm only) and divided by its root mean square."""
+def _by_position(x: Float[Tensor, "batch ... width"]) -> Float[Tensor, "batch pos ... width"]:
+    """Positions before heads: a norm within each head acts on [batch, head, pos, d_head]."""
+    return x if x.ndim == 3 else rearrange(x, "batch head pos d_head -> batch pos head d_head")
+
+
+def _normalised(x: Float[Tensor, "batch ... width"], norm: nn.Module) -> Tensor:
+    """The input of a norm's gain: centred (LayerNorm only) and divided by its root mean square.
+
+    Whether the gain is stored as itself or as its difference from 1, its change is the same.
+    """
     epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
     if epsilon is None:
         raise HostError(f"{type(norm).__name__} has no epsilon, so its input cannot be normalised.")
