@@ -1,6 +1,6 @@
 """Weight attribution against parameter gradients, completeness, planted pairs, and tidiness."""
 
-from itertools import product
+import itertools
 
 import pytest
 import torch
@@ -111,8 +111,8 @@ def test_heads_and_neurons_are_slices_of_the_gradient_product(family):
 @pytest.mark.parametrize(
     ("family", "metric"),
     [
-        *product(FAMILIES, ["logprob", "logit_diff", "loss", "kl_to_tuned"]),
-        *product(DESCENDANTS, ["logprob"]),
+        *itertools.product(FAMILIES, ["logprob", "logit_diff", "loss", "kl_to_tuned"]),
+        *itertools.product(DESCENDANTS, ["logprob"]),
     ],
 )
 def test_integrated_scores_sum_to_the_change_of_the_metric(family, metric):

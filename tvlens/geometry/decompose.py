@@ -133,7 +133,7 @@ class Weight(Protocol):
 
 @runtime_checkable
 class Layout(Protocol):
-    """The numbers of heads, which no tensor's shape tells."""
+    """What no tensor's shape tells about the attention."""
 
     @property
     def n_heads(self) -> int:
@@ -143,6 +143,11 @@ class Layout(Protocol):
     @property
     def n_kv_heads(self) -> int:
         """Key and value heads in a layer."""
+        ...
+
+    @property
+    def qk_norm(self) -> str:
+        """What queries and keys are normalised over, empty where they are not."""
         ...
 
 
@@ -429,6 +434,12 @@ def kv_index_of(pair: Pair) -> Int[Tensor, " head"]:
     return kv_index_of_heads(pair.layout.n_heads, pair.layout.n_kv_heads)
 
 
+def _circuits(pair: Pair) -> dict[str, tuple[str, str]]:
+    """The circuits of a pair's heads and the factors each needs (module docstring)."""
+    bilinear = {} if pair.layout.qk_norm else {"QK": ("W_Q", "W_K")}
+    return {"OV": ("W_V", "W_O"), **bilinear}
+
+
 def weights_of_block(pair: Pair, block: Sequence[Component]) -> Table:
     """The rows of one block: its disjoint components, then heads, then neurons."""
     writer = _Writer(pair.base_name, pair.tuned_name)
@@ -438,7 +449,7 @@ def weights_of_block(pair: Pair, block: Sequence[Component]) -> Table:
     for part in HEAD_PARTS:
         if part in parts:
             tables.append(_factor_table(writer, layer, part, parts[part], kv_index))
-    for circuit, needed in {"OV": ("W_V", "W_O"), "QK": ("W_Q", "W_K")}.items():
+    for circuit, needed in _circuits(pair).items():
         if all(part in parts for part in needed):
             tables.append(_circuit_table(writer, layer, circuit, parts, kv_index))
     for part in NEURON_PARTS:

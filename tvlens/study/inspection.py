@@ -74,13 +74,16 @@ def _parameters(pair: Pair) -> int:
 
 
 def _rows(pair: Pair) -> dict[str, int]:
-    """Rows of the weights table, by kind; four a head (W_Q, W_O, OV, QK), two a kv head."""
+    """Rows of the weights table, by kind; four a head (W_Q, W_O, OV, QK), two a kv head.
+
+    A family that normalises queries and keys has no QK.
+    """
     numbers = pair.layout
     rows = {kind: 0 for kind in DISJOINT_KINDS}
     for component in pair.components:
         rows[component.kind] += 1
     neuron_parts = 3 if numbers.gated else 2
-    rows["head"] = 4 * numbers.n_layers * numbers.n_heads
+    rows["head"] = (3 if numbers.qk_norm else 4) * numbers.n_layers * numbers.n_heads
     rows["kv_head"] = 2 * numbers.n_layers * numbers.n_kv_heads
     rows["neuron"] = neuron_parts * numbers.n_layers * numbers.d_mlp
     return rows
