@@ -199,4 +199,8 @@ def _same(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(
             _same(first[key], second[key]) for key in first
         )
-    return first == second
+    return first == second or (_is_off(first) and _is_off(second))
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False

@@ -89,6 +89,7 @@ GEMMA3 = Family(
         "final_logit_softcapping": None,
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
+        "use_bidirectional_attention": False,
     },
     function=_FUNCTION,
 )

@@ -9,6 +9,7 @@ from .windows import upper_windows
 
 DEFAULTS: Mapping[str, Any] = {
     **llama.DEFAULTS,
+    "num_key_value_heads": 32,
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
