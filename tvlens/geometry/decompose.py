@@ -9,8 +9,11 @@ W_K, W_V, W_gate, W_in) a new write lives in head or neuron coordinates, so it c
 ``e_new_read`` is null. OV has both. Both sides of QK read: ``e_new_read`` holds both, its
 ``g_read`` is the query side, its ``g_write`` the key side. OV and QK have k = d_head, their full
 rank, and ``e_new_both`` is null there: a product of small changes has none to first order. The
-e_* that are not null sum to 1. Embeddings go through their d_model Gram: spectra and the
-alignment of the d_model side only.
+e_* that are not null sum to 1. Where a family normalises queries and keys before they meet there
+is no QK row: W_Q W_K' is not the form that its attention computes. Embeddings go through their
+d_model Gram: spectra and the alignment of the d_model side only. A part whose orientation is
+unknown (a family without a table) has no measure of one side: g_*, k_*, e_reroute, e_new_read and
+e_new_write are null, and the rest of the e_* is what they would hold.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +25,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvlens.components import READING_PARTS, WRITING_PARTS, Component, key_columns
+from tvlens.components import KNOWN_PARTS, READING_PARTS, WRITING_PARTS, Component, key_columns
 from tvlens.tables import Table, concatenated, keyed_schema
 from tvlens.threads import one_thread
 
@@ -83,6 +86,11 @@ WEIGHTS_SCHEMA = keyed_schema(
     ("g_self_write", pa.float64()),
     ("g_self_read", pa.float64()),
 )
+SIDED_COLUMNS = (
+    *("e_reroute", "e_new_read", "e_new_write", "k_read", "k_write"),
+    *("g_write", "g_read", "g_self_write", "g_self_read"),
+)
+"""Columns that mean nothing where it is unknown which side of a matrix is its input."""
 KV_PARTS = ("W_K", "W_V")
 HEAD_PARTS = ("W_Q", "W_K", "W_V", "W_O")
 NEURON_PARTS = ("W_gate", "W_in", "W_out")
@@ -368,6 +376,8 @@ def _whole_table(writer: _Writer, component: Component, weight: Slice) -> Table:
         columns |= _matrix_columns(batch[0], batch[1], part)
     elif component.kind == "embedding":
         columns |= _embedding_columns(weight, part)
+    if part not in KNOWN_PARTS:
+        columns = {name: values for name, values in columns.items() if name not in SIDED_COLUMNS}
     return writer.table([component], columns, weight=weight)
 
 

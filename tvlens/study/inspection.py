@@ -32,6 +32,7 @@ def inspection(base: str, tuned: str) -> dict[str, Any]:
         "shape": {
             name: getattr(numbers, name)
             for name in ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp")
+            if numbers.listed or getattr(numbers, name)
         },
         "tensors": report.counts,
         "not_compared": [
@@ -91,8 +92,9 @@ def _rows(pair: Pair) -> dict[str, int]:
 
 def _seconds(pair: Pair) -> float:
     """Reading and hashing both checkpoints, and one Gram spectrum of each matrix and delta."""
-    numbers = pair.layout
-    small = min(numbers.d_model, numbers.d_mlp)
-    matrices = sum(component.kind == "matrix" for component in pair.components)
-    spectra = 2 * matrices * small * small * (max(numbers.d_model, numbers.d_mlp) + 10 * small)
+    spectra = 0
+    for component in pair.components:
+        if component.kind == "matrix":
+            small, large = sorted(pair.layout.shape(component))
+            spectra += 2 * small * small * (large + 10 * small)
     return _bytes(pair) / READ_RATE + spectra / SPECTRUM_RATE

@@ -86,6 +86,8 @@ WITHOUT_EFFECT = (
     "initializer_range",
     "pretraining_tp",
 )
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+"""Entries that matter to generation and not to logits."""
 FLOAT32_DIGITS = 1e-6
 """Epsilons and bases are often written as the float32 of a decimal; that is no difference."""
 
@@ -100,6 +102,8 @@ def config_differences(
         tuned: The tuned model's config.json.
         layouts: The layouts read from them.
     """
+    if not layouts[0].listed:
+        return _all_differences(base, tuned)
     first, second = (_structure(layout) for layout in layouts)
     found = [
         ConfigDifference(name, first[name], second[name], "refused")
@@ -120,6 +124,17 @@ def config_differences(
     return found + [
         ConfigDifference(name, base.get(name), tuned.get(name), "note")
         for name in sorted({*base, *tuned} - known)
+        if not _same(base.get(name), tuned.get(name))
+    ]
+
+
+def _all_differences(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[ConfigDifference]:
+    """Every entry that differs: without a table any of them may change the function."""
+    return [
+        ConfigDifference(
+            name, base.get(name), tuned.get(name), "note" if name in TOKENS else "function"
+        )
+        for name in sorted({*base, *tuned} - {*WITHOUT_EFFECT})
         if not _same(base.get(name), tuned.get(name))
     ]
 

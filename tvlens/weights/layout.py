@@ -15,6 +15,7 @@ from tvlens.errors import CheckpointError, UnsupportedFormatError
 
 from .families import gemma, gpt2, llama, mistral, neox, olmo2, phi3, qwen2, qwen3
 from .families.table import Family, Place, Shape
+from .families.unlisted import Tensors, unlisted_family
 from .families.windows import Windows
 
 FAMILIES: tuple[Family, ...] = (
@@ -187,19 +188,26 @@ class Layout:
 
     @property
     def embedding_tensor(self) -> str:
-        """Checkpoint name of W_E."""
-        return next(p.tensor for p in self._table.places if p.part == "W_E")
+        """Checkpoint name of W_E, or of the first embedding where there is no table."""
+        return next((p.tensor for p in self._table.places if p.kind == "embedding"), "")
 
     @property
     def unembedding_tensor(self) -> str:
-        """Checkpoint name of W_U where it is stored."""
-        return next(p.tensor for p in self._table.places if p.part == "W_U")
+        """Checkpoint name of W_U where it is stored, empty where there is no table."""
+        return next((p.tensor for p in self._table.places if p.part == "W_U"), "")
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Tensors of both checkpoints that no component holds, and why; empty with a table."""
+        return self._table.left_out
+
+    def is_shared(self, component: Component) -> bool:
+        """Whether a component's tensor is also the unembedding."""
+        return self.tied and component.kind == "embedding" and component.part != "W_pos"
 
     def canonical_name(self, stored: str) -> str:
         """The family's own name for a stored tensor, the stored name itself if it has none."""
-        name = stored
-        while wrapper := next((w for w in WRAPPERS if name.startswith(w)), ""):
-            name = name[len(wrapper) :]
+        name = unwrapped(stored)
         name = self._table.aliases.get(name, name)
         prefix = self._table.prefix
         if name in self._known or name.startswith(prefix):
@@ -233,8 +241,28 @@ class Layout:
 
 
 def _placed(place: Place, layer: int | None = None) -> tuple[Component, Place]:
-    filled = place._replace(tensor=place.tensor.format(layer=layer))
+    filled = place._replace(tensor=place.tensor.replace("{layer}", str(layer)))
     return Component(place.kind, layer, None, place.part), filled
+
+
+def unwrapped(stored: str) -> str:
+    """A stored name without what training put before it."""
+    while wrapper := next((w for w in WRAPPERS if stored.startswith(w)), ""):
+        stored = stored[len(wrapper) :]
+    return stored
+
+
+def has_table(config: Mapping[str, Any]) -> bool:
+    """Whether a table knows the model type of a config."""
+    return any(config.get("model_type") in family.model_types for family in FAMILIES)
+
+
+def unlisted_layout(config: Mapping[str, Any], base: Tensors, tuned: Tensors) -> Layout:
+    """The layout of two checkpoints of a family without a table, from names and shapes alone."""
+    table = unlisted_family(
+        config, *({unwrapped(n): t for n, t in x.items()} for x in (base, tuned))
+    )
+    return Layout(family=table.name, _table=table, **table.numbers(config))
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:

@@ -38,7 +38,7 @@ class Weight:
             whose product is not written out.
         base_dtype: Dtype in the base's file.
         tuned_dtype: Dtype in the tuned model's or adapter's file.
-        tied: The same tensor is also W_U.
+        tied: The same tensor is also the unembedding.
     """
 
     component: Component
@@ -112,7 +112,7 @@ class Pair:
             _equal_fraction(delta),
             self.base.tensors[name].dtype,
             tuned_dtype,
-            self.layout.tied and component.part == "W_E",
+            self.layout.is_shared(component),
         )
 
     def compare(self, prompts: Any = None, **options: Any) -> Any:
