@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.tiny_checkpoints import FAMILIES, tiny_llama
+from tests.tiny_checkpoints import FAMILIES, copy_with, tiny_llama
 from tvlens.components import DISJOINT_KINDS, Component
 from tvlens.errors import CheckpointError, UnsupportedFormatError
 
@@ -118,6 +119,30 @@ def test_a_gain_is_what_the_live_norm_multiplies_by(checkpoint: Path) -> None:
         bias = getattr(live, "bias", None)
         found = live(signs) - (0 if bias is None else bias)
         torch.testing.assert_close(found.detach(), signs * gain, rtol=2e-5, atol=1e-6)
+
+
+def test_a_gains_rounding_is_that_of_the_stored_number(tmp_path: Path) -> None:
+    """bfloat16 keeps w far better than 1 + w, and w is what was rounded."""
+    from tvlens.weights.matching import load_pair
+    from tvlens.weights.precision import rounding_energy
+
+    def half(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = (tensor * 0.01).bfloat16()
+
+    base = copy_with(FAMILIES["gemma2"](tmp_path / "full"), tmp_path / "base", half)
+    tuned = copy_with(base, tmp_path / "tuned", lambda t: t.update(_doubled(t)))
+    gain = Component("norm", 0, None, "ln1.w")
+    weight = load_pair(base, tuned).read(gain)
+    stored = load_file(base / "model.safetensors")["model.layers.0.input_layernorm.weight"].float()
+    assert torch.equal(weight.base, 1 + stored)
+    assert torch.equal(weight.dense_delta(), stored)
+    expected = rounding_energy(2 * stored, "bfloat16")
+    torch.testing.assert_close(weight.floor, expected)
+
+
+def _doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: 2 * tensor for name, tensor in tensors.items()}
 
 
 def test_the_components_hold_every_parameter_once(checkpoint: Path) -> None:
