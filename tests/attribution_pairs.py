@@ -34,9 +34,28 @@ def config(family: str, *, tied: bool = True):
     }
     if family == "neox":
         return transformers.GPTNeoXConfig(**shape)
-    return transformers.LlamaConfig(
-        **shape, num_key_value_heads=2, tie_word_embeddings=tied, attention_bias=True
-    )
+    shape |= {"num_key_value_heads": 2, "tie_word_embeddings": tied}
+    name, own = DESCENDANTS[family]
+    return getattr(transformers, name)(**shape, **own)
+
+
+GEMMA = {
+    "head_dim": 12,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+DESCENDANTS = {
+    "llama": ("LlamaConfig", {"attention_bias": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 4}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 12, "attention_bias": True}),
+    "gemma2": ("Gemma2Config", GEMMA),
+    "gemma3": ("Gemma3TextConfig", GEMMA),
+    "phi3": ("Phi3Config", {"pad_token_id": 0}),
+    "olmo2": ("Olmo2Config", {"attention_bias": True}),
+}
+"""Config class and own entries of Llama and the families that share its config's names."""
 
 
 def hf_model(family: str, *, seed: int = 0, tied: bool = True) -> nn.Module:

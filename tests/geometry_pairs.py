@@ -22,6 +22,7 @@ class FakeLayout:
     d_head: int = 12
     d_mlp: int = 192
     n_layers: int = 2
+    qk_norm: str = ""
 
 
 @dataclass(frozen=True, eq=False)

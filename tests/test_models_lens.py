@@ -7,19 +7,16 @@ import pytest
 import torch
 
 from tests.tiny_checkpoints import (
+    FAMILIES,
     add_noise,
     copy_with,
     tiny_adapter,
-    tiny_gpt2,
     tiny_llama,
-    tiny_neox,
-    tiny_qwen2,
 )
 from tvlens.errors import AdapterError, CheckpointError, HostError, IncomparableModelsError
 from tvlens.models import SHIPPED, Batch, HookedPair, LensModel
 from tvlens.models.pair import tokenizer_in
 
-FAMILIES = {"llama": tiny_llama, "qwen2": tiny_qwen2, "gpt2": tiny_gpt2, "neox": tiny_neox}
 BATCH = Batch.of_ids([[0, 5, 6], [0, 7, 8, 9, 4, 11]], answers=[[3], [4, 5]], wrongs=[[2], [3]])
 
 
@@ -62,7 +59,7 @@ def test_sizes_are_those_of_the_config(lens: LensModel) -> None:
     assert lens.device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_an_adapter_is_merged_into_a_copy(tmp_path: Path, family: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

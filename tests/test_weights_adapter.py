@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_checkpoints import copy_with, tiny_adapter, tiny_gpt2, tiny_llama, tiny_neox
+from tests.tiny_checkpoints import FAMILIES, copy_with, tiny_adapter, tiny_gpt2, tiny_llama
 from tvlens.components import Component
 from tvlens.errors import AdapterError, CheckpointError, UnsupportedFormatError
 
 MERGE = 1e-6
 """peft adds in float32: one rounding of a weight of order 1."""
-MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "neox": tiny_neox}
+ADAPTED = ("llama", "gpt2", "neox", "phi3", "gemma2")
+"""Separate and fused projections, cut in blocks, head by head and at unequal widths."""
 W_Q = Component("matrix", 0, None, "W_Q")
 
 
@@ -51,13 +52,13 @@ def _edited(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], object]) ->
     save_file(tensors, adapter / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", ADAPTED)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_factors_equal_what_peft_merges(family: str, rslora: bool, tmp_path: Path) -> None:
     from tvlens.weights.delta import Absent, LowRank
     from tvlens.weights.matching import load_pair
 
-    base = MAKERS[family](tmp_path / "base")
+    base = FAMILIES[family](tmp_path / "base")
     adapter = tiny_adapter(base, tmp_path / "adapter", rslora)
     pair = load_pair(base, adapter)
     whole = load_pair(base, _merged(base, adapter, tmp_path / "merged"))

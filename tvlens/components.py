@@ -32,6 +32,8 @@ ATTENTION_PARTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "OV",
 MLP_PARTS = ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out")
 READING_PARTS = ("W_Q", "W_K", "W_V", "W_gate", "W_in", "W_U", "QK")
 WRITING_PARTS = ("W_O", "W_out", "W_E", "OV")
+KNOWN_PARTS = frozenset((*ATTENTION_PARTS, *MLP_PARTS, "W_E", "W_U", "W_pos"))
+"""Parts whose orientation is that of the key; a family without a table must use other words."""
 _LETTER = {"head": "H", "kv_head": "K", "kv_group": "G", "neuron": "N"}
 
 
@@ -43,7 +45,8 @@ class Component(NamedTuple):
         layer: Block number, None for embeddings and the final norm.
         index: Head, kv head or neuron number; None where the kind has none.
         part: ``W_Q`` ... ``W_U`` for weights, the activation's name for nodes, a norm's
-            ``ln1.w``, or None for the whole site.
+            ``ln1.w``, None for the whole site, or the tensor's own name in a family without a
+            table.
     """
 
     kind: Kind
@@ -64,7 +67,7 @@ class Component(NamedTuple):
         """The label for people, such as ``L3H7.W_O`` or ``L3.ln2.w``."""
         if self.part is None:
             return self.site
-        if self.kind in _LETTER or self.kind == "embedding":
+        if self.kind in _LETTER or (self.kind == "embedding" and self.site != self.part):
             return f"{self.site}.{self.part}"
         return self.part if self.layer is None else f"L{self.layer}.{self.part}"
 
@@ -72,7 +75,8 @@ class Component(NamedTuple):
 def _owner(component: Component) -> str:
     part = component.part or ""
     if component.kind == "embedding":
-        return {"W_U": "unembed", "W_pos": "pos_embed"}.get(part, "embed")
+        owners = {"W_E": "embed", "W_U": "unembed", "W_pos": "pos_embed"}
+        return owners.get(part, part or "embed")
     if component.kind == "norm" or part.startswith("ln"):
         return part.rpartition(".")[0] or part
     if part in (*ATTENTION_PARTS, "attn_out"):

@@ -377,9 +377,18 @@ class _Adder:
         return moved + _by_index(self.gates[site.name, "bias"], bias.expand(moved.shape))
 
     def _normed(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        gain = _written(self.gated.deltas[site.name, "weight"])
-        moved = normalised(x.float(), site.module) * gain
-        return self._with_bias(site, _by_index(self.gates[site.name, "weight"], moved))
+        """Gains and biases have one gate each; a norm within each head has an axis more."""
+        x = normalised(x.float(), site.module)
+        inputs = {"weight": x, "bias": torch.ones_like(x)}
+        shape = (len(x), *[1] * (x.ndim - 1))
+        return torch.stack(
+            [
+                self.gates[site.name, tensor].reshape(shape)
+                * inputs[tensor]
+                * _written(self.gated.deltas[site.name, tensor])
+                for tensor in site.tensors
+            ]
+        ).sum(0)
 
     def _placed(self, site: Site, positions: Tensor, y: Tensor) -> Tensor:
         table = _written(self.gated.deltas[site.name, "weight"])

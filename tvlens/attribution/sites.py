@@ -51,7 +51,22 @@ LINEAR = {
     "mlp.in": LinearCut("W_in", "b_in", "out", "neuron"),
     "mlp.out": LinearCut("W_out", "b_out", "in", "neuron"),
 }
-NORMS = ("ln1", "ln2", "ln1_post", "ln2_post")
+IN_BLOCK = (
+    "ln1",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.q_norm",
+    "attn.k_norm",
+    "attn.o",
+    "ln1_post",
+    "ln2",
+    "mlp.gate",
+    "mlp.in",
+    "mlp.out",
+    "ln2_post",
+)
+"""Roles within a block, in the order of the forward pass; what is no linear map is a norm."""
 EMBEDDINGS = {"embed": ("W_E", "b_E"), "pos_embed": ("W_pos", "b_pos"), "unembed": ("W_U", "b_U")}
 
 
@@ -102,7 +117,7 @@ class Site:
             part = EMBEDDINGS[self.role][tensor == "bias"]
         else:
             kind = "norm" if tensor == "weight" else "bias"
-            part = f"{self.role}.{tensor[0]}"
+            part = f"{self.role.removeprefix('attn.')}.{tensor[0]}"
         return Component(kind, self.layer, None, part)
 
     def cut_axis(self, tensor: str) -> int | None:
@@ -119,8 +134,7 @@ def weight_sites(lens: LensModel) -> list[Site]:
     """The sites of ``lens`` in the order of its forward pass."""
     found = [_site(lens.model, "embed", None), _site(lens.model, "pos_embed", None)]
     for layer in range(lens.n_layers):
-        for role in ("ln1", *list(LINEAR)[:4], "ln1_post", "ln2", *list(LINEAR)[4:], "ln2_post"):
-            found.append(_site(lens.model, role, layer))
+        found += [_site(lens.model, role, layer) for role in IN_BLOCK]
     found += [_site(lens.model, "ln_final", None), _site(lens.model, "unembed", None)]
     return [site for site in found if site is not None]
 

@@ -428,21 +428,21 @@ class _Scorer:
         self._bias(site, g)
 
     def _cut(
-        self, site: Site, tensor: str, terms: Float[Tensor, "batch pos row"]
+        self, site: Site, tensor: str, terms: Float[Tensor, "batch pos ... row"]
     ) -> Float[Tensor, "batch index"]:
         """Sums over positions and over the entries of each head or neuron."""
         count = gate_count(site, tensor, self.path.lens)
-        return reduce(terms, "batch pos (index width) -> batch index", "sum", index=count)
+        return reduce(terms, "batch pos ... (index width) -> batch index", "sum", index=count)
 
-    def _bias(self, site: Site, g: Float[Tensor, "batch pos d_out"]) -> None:
+    def _bias(self, site: Site, g: Float[Tensor, "batch pos ... d_out"]) -> None:
         if "bias" in site.tensors:
             terms = g * self.path.delta(site, "bias")
             self.rows[site.name, "bias"] = self._cut(site, "bias", terms)
             self._at_tokens(terms)
 
-    def _norm(self, site: Site, g: Tensor) -> None:
-        x = normalised(self.inputs.pop(site.name), site.module)
-        self._summed(site, g * x * self.path.delta(site, "weight"))
+    def _norm(self, site: Site, gradient: Float[Tensor, "batch ... width"]) -> None:
+        x, g = (by_position(t) for t in (self.inputs.pop(site.name), gradient))
+        self._summed(site, g * normalised(x, site.module) * self.path.delta(site, "weight"))
         self._bias(site, g)
 
     def _unembed(self, site: Site, g: Tensor) -> None:
@@ -460,13 +460,13 @@ class _Scorer:
             self.rows[site.name, "bias"] = _per_prompt(terms, rows, len(g))
             self.by_token.index_put_((rows, positions), terms, accumulate=True)
 
-    def _summed(self, site: Site, terms: Float[Tensor, "batch pos d_model"]) -> None:
-        total = reduce(terms, "batch pos d_model -> batch", "sum")
+    def _summed(self, site: Site, terms: Float[Tensor, "batch pos ..."]) -> None:
+        total = reduce(terms, "batch ... -> batch", "sum")
         self.rows[site.name, "weight"] = rearrange(total, "batch -> batch 1")
         self._at_tokens(terms)
 
-    def _at_tokens(self, terms: Float[Tensor, "batch pos row"]) -> None:
-        self.by_token += reduce(terms, "batch pos row -> batch pos", "sum")
+    def _at_tokens(self, terms: Float[Tensor, "batch pos ..."]) -> None:
+        self.by_token += reduce(terms, "batch pos ... -> batch pos", "sum")
 
 
 def _per_prompt(
@@ -476,8 +476,16 @@ def _per_prompt(
     return rearrange(total, "batch -> batch 1")
 
 
-def normalised(x: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Tensor:
-    """The input of a norm's gain: centred (LayerNorm only) and divided by its root mean square."""
+def by_position(x: Float[Tensor, "batch ... width"]) -> Float[Tensor, "batch pos ... width"]:
+    """Positions before heads: a norm within each head acts on [batch, head, pos, d_head]."""
+    return x if x.ndim == 3 else rearrange(x, "batch head pos d_head -> batch pos head d_head")
+
+
+def normalised(x: Float[Tensor, "batch ... width"], norm: nn.Module) -> Tensor:
+    """The input of a norm's gain: centred (LayerNorm only) and divided by its root mean square.
+
+    Whether the gain is stored as itself or as its difference from 1, its change is the same.
+    """
     epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
     if epsilon is None:
         raise HostError(f"{type(norm).__name__} has no epsilon, so its input cannot be normalised.")

@@ -30,6 +30,7 @@ from tvlens.threads import one_thread
 
 from .decompose import (
     NEURON_PARTS,
+    WEIGHTS_SCHEMA,
     Pair,
     Slice,
     factors_of_circuit,
@@ -396,7 +397,8 @@ def headline(
 def _write_matrices(pair: Pair) -> pd.DataFrame:
     """Rows of W_O and W_out of a control, all that its contrast needs."""
     blocks = [[c for c in block if c.part in ("W_O", "W_out")] for block in pair.blocks()]
-    return pd.concat([weights_of_block(pair, block).to_frame() for block in blocks if block])
+    found = [weights_of_block(pair, block).to_frame() for block in blocks if block]
+    return pd.concat(found) if found else pd.DataFrame(columns=list(WEIGHTS_SCHEMA.names))
 
 
 @one_thread()

@@ -9,8 +9,11 @@ W_K, W_V, W_gate, W_in) a new write lives in head or neuron coordinates, so it c
 ``e_new_read`` is null. OV has both. Both sides of QK read: ``e_new_read`` holds both, its
 ``g_read`` is the query side, its ``g_write`` the key side. OV and QK have k = d_head, their full
 rank, and ``e_new_both`` is null there: a product of small changes has none to first order. The
-e_* that are not null sum to 1. Embeddings go through their d_model Gram: spectra and the
-alignment of the d_model side only.
+e_* that are not null sum to 1. Where a family normalises queries and keys before they meet there
+is no QK row: W_Q W_K' is not the form that its attention computes. Embeddings go through their
+d_model Gram: spectra and the alignment of the d_model side only. A part whose orientation is
+unknown (a family without a table) has no measure of one side: g_*, k_*, e_reroute, e_new_read and
+e_new_write are null, and the rest of the e_* is what they would hold.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +25,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvlens.components import READING_PARTS, WRITING_PARTS, Component, key_columns
+from tvlens.components import KNOWN_PARTS, READING_PARTS, WRITING_PARTS, Component, key_columns
 from tvlens.tables import Table, concatenated, keyed_schema
 from tvlens.threads import one_thread
 
@@ -83,6 +86,11 @@ WEIGHTS_SCHEMA = keyed_schema(
     ("g_self_write", pa.float64()),
     ("g_self_read", pa.float64()),
 )
+SIDED_COLUMNS = (
+    *("e_reroute", "e_new_read", "e_new_write", "k_read", "k_write"),
+    *("g_write", "g_read", "g_self_write", "g_self_read"),
+)
+"""Columns that mean nothing where it is unknown which side of a matrix is its input."""
 KV_PARTS = ("W_K", "W_V")
 HEAD_PARTS = ("W_Q", "W_K", "W_V", "W_O")
 NEURON_PARTS = ("W_gate", "W_in", "W_out")
@@ -133,7 +141,7 @@ class Weight(Protocol):
 
 @runtime_checkable
 class Layout(Protocol):
-    """The numbers of heads, which no tensor's shape tells."""
+    """What no tensor's shape tells about the attention."""
 
     @property
     def n_heads(self) -> int:
@@ -143,6 +151,11 @@ class Layout(Protocol):
     @property
     def n_kv_heads(self) -> int:
         """Key and value heads in a layer."""
+        ...
+
+    @property
+    def qk_norm(self) -> str:
+        """What queries and keys are normalised over, empty where they are not."""
         ...
 
 
@@ -363,6 +376,8 @@ def _whole_table(writer: _Writer, component: Component, weight: Slice) -> Table:
         columns |= _matrix_columns(batch[0], batch[1], part)
     elif component.kind == "embedding":
         columns |= _embedding_columns(weight, part)
+    if part not in KNOWN_PARTS:
+        columns = {name: values for name, values in columns.items() if name not in SIDED_COLUMNS}
     return writer.table([component], columns, weight=weight)
 
 
@@ -429,6 +444,12 @@ def kv_index_of(pair: Pair) -> Int[Tensor, " head"]:
     return kv_index_of_heads(pair.layout.n_heads, pair.layout.n_kv_heads)
 
 
+def _circuits(pair: Pair) -> dict[str, tuple[str, str]]:
+    """The circuits of a pair's heads and the factors each needs (module docstring)."""
+    bilinear = {} if pair.layout.qk_norm else {"QK": ("W_Q", "W_K")}
+    return {"OV": ("W_V", "W_O"), **bilinear}
+
+
 def weights_of_block(pair: Pair, block: Sequence[Component]) -> Table:
     """The rows of one block: its disjoint components, then heads, then neurons."""
     writer = _Writer(pair.base_name, pair.tuned_name)
@@ -438,7 +459,7 @@ def weights_of_block(pair: Pair, block: Sequence[Component]) -> Table:
     for part in HEAD_PARTS:
         if part in parts:
             tables.append(_factor_table(writer, layer, part, parts[part], kv_index))
-    for circuit, needed in {"OV": ("W_V", "W_O"), "QK": ("W_Q", "W_K")}.items():
+    for circuit, needed in _circuits(pair).items():
         if all(part in parts for part in needed):
             tables.append(_circuit_table(writer, layer, circuit, parts, kv_index))
     for part in NEURON_PARTS:

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from tvlens.components import READING_PARTS, Component
+from tvlens.components import KNOWN_PARTS, READING_PARTS, Component
 
 from .heads import Factor
 from .matrices import (
@@ -214,7 +214,7 @@ class MatrixStructure:
 
     Attributes:
         share: Share of the change's energy in spikes that are no gains.
-        aligned: Their energy-weighted G_rel on the residual side.
+        aligned: Their energy-weighted G_rel on the residual side, NaN where that is unknown.
         error: Its standard error at chance.
         spikes: Their number.
     """
@@ -249,6 +249,8 @@ def matrix_structure(
     shares = spikes.shares[plain]
     if not len(shares):
         return MatrixStructure(0.0, np.nan, np.nan, 0)
+    if part not in KNOWN_PARTS:  # which side would be the residual stream?
+        return MatrixStructure(float(shares.sum()), np.nan, np.nan, len(shares))
     side = _side_basis(basis, part)
     vectors = (spikes.write if residual_side(part) == "write" else spikes.read)[:, plain]
     weight = shares / shares.sum()

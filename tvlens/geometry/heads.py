@@ -78,8 +78,8 @@ def slices_of_heads(
 
 
 def kv_index_of_heads(n_heads: int, n_kv_heads: int) -> Int[Tensor, " head"]:
-    """The kv head that each query head reads."""
-    return torch.arange(n_heads) // (n_heads // n_kv_heads)
+    """The kv head that each query head reads; empty where no head is known."""
+    return torch.arange(n_heads) // max(1, n_heads // max(1, n_kv_heads))
 
 
 def _floor_energy(left: Factor, right: Factor) -> Float[Tensor, " head"] | None:

@@ -17,7 +17,7 @@ from .folder import StudyFolder
 
 ESTIMATE = "weight_ig"
 EXACT = "exact_weight_path"
-PLACES = ("attention", "MLP", "embeddings", "norms", "biases")
+PLACES = ("attention", "MLP", "embeddings", "norms", "biases", "other matrices")
 
 
 KIND_WORDS = {
@@ -68,7 +68,7 @@ def place_of(kind: str, part: str | None) -> str:
         return {"embedding": "embeddings", "norm": "norms", "bias": "biases"}[kind]
     if part in ATTENTION_PARTS:
         return "attention"
-    return "MLP" if part in MLP_PARTS else "other"
+    return "MLP" if part in MLP_PARTS else "other matrices"
 
 
 def disjoint(frame: pd.DataFrame) -> pd.DataFrame:

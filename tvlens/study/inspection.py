@@ -32,6 +32,7 @@ def inspection(base: str, tuned: str) -> dict[str, Any]:
         "shape": {
             name: getattr(numbers, name)
             for name in ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp")
+            if numbers.listed or getattr(numbers, name)
         },
         "tensors": report.counts,
         "not_compared": [
@@ -74,13 +75,16 @@ def _parameters(pair: Pair) -> int:
 
 
 def _rows(pair: Pair) -> dict[str, int]:
-    """Rows of the weights table, by kind; four a head (W_Q, W_O, OV, QK), two a kv head."""
+    """Rows of the weights table, by kind; four a head (W_Q, W_O, OV, QK), two a kv head.
+
+    A family that normalises queries and keys has no QK.
+    """
     numbers = pair.layout
     rows = {kind: 0 for kind in DISJOINT_KINDS}
     for component in pair.components:
         rows[component.kind] += 1
     neuron_parts = 3 if numbers.gated else 2
-    rows["head"] = 4 * numbers.n_layers * numbers.n_heads
+    rows["head"] = (3 if numbers.qk_norm else 4) * numbers.n_layers * numbers.n_heads
     rows["kv_head"] = 2 * numbers.n_layers * numbers.n_kv_heads
     rows["neuron"] = neuron_parts * numbers.n_layers * numbers.d_mlp
     return rows
@@ -88,8 +92,9 @@ def _rows(pair: Pair) -> dict[str, int]:
 
 def _seconds(pair: Pair) -> float:
     """Reading and hashing both checkpoints, and one Gram spectrum of each matrix and delta."""
-    numbers = pair.layout
-    small = min(numbers.d_model, numbers.d_mlp)
-    matrices = sum(component.kind == "matrix" for component in pair.components)
-    spectra = 2 * matrices * small * small * (max(numbers.d_model, numbers.d_mlp) + 10 * small)
+    spectra = 0
+    for component in pair.components:
+        if component.kind == "matrix":
+            small, large = sorted(pair.layout.shape(component))
+            spectra += 2 * small * small * (large + 10 * small)
     return _bytes(pair) / READ_RATE + spectra / SPECTRUM_RATE

@@ -8,12 +8,13 @@
 A stage is a pure function of its inputs; the runner writes what it returns.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from tvlens.errors import UnsupportedFormatError
 from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
 from tvlens.weights.matching import load_pair
@@ -181,6 +182,23 @@ def check_inputs(plan: StudyPlan) -> None:
         resolve_metric(plan.metric, load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines))
     for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
         load_texts(spec)
+
+
+def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
+    """Find what a later stage would refuse in the models.
+
+    Raises:
+        UnsupportedFormatError: Attribution was asked for a family without a table.
+    """
+    for pair in pairs if "attribute" in plan.stages else ():
+        if not pair.layout.listed:
+            kind = pair.base.config.get("model_type")
+            raise UnsupportedFormatError(
+                f"attribution needs to know what a tensor does, and tvlens has no table for the "
+                f"family {kind!r}.",
+                hint="`tvlens decompose` measures the tuning vector tensor by tensor; a family is "
+                "one table in tvlens/weights/families.",
+            )
 
 
 def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:

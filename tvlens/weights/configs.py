@@ -28,15 +28,28 @@ STRUCTURE = (
 FUNCTION_ENTRIES: Mapping[str, Any] = {
     "sliding_window": None,
     "use_sliding_window": False,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
+    "layer_types": None,
 }
-"""Entries that change the attention, with the value that leaving them out means."""
+"""Entries that change the attention of some family, with the value that leaving them out means.
+
+Entries of single families stand in their tables.
+"""
 SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
-ROPE_ENTRIES = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct")
+ROPE_ENTRIES = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rope_local_base_freq",
+    "rotary_emb_base",
+    "rotary_pct",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+LENGTH_SCALED = ("dynamic", "yarn", "longrope")
+"""Kinds of rotary scaling that also depend on the longest sequence."""
+SAME_ROPE = {"su": "longrope"}
 READ_ELSEWHERE = (
     *ROPE_ENTRIES,
-    "partial_rotary_factor",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
@@ -44,13 +57,16 @@ READ_ELSEWHERE = (
     "hidden_size",
     "intermediate_size",
     "hidden_act",
+    "hidden_activation",
     "rms_norm_eps",
     "layer_norm_eps",
     "layer_norm_epsilon",
     "tie_word_embeddings",
     "attention_bias",
     "mlp_bias",
-    "layer_types",
+    "max_window_layers",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
     "model_type",
     "use_parallel_residual",
     "activation_function",
@@ -70,6 +86,8 @@ WITHOUT_EFFECT = (
     "initializer_range",
     "pretraining_tp",
 )
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+"""Entries that matter to generation and not to logits."""
 FLOAT32_DIGITS = 1e-6
 """Epsilons and bases are often written as the float32 of a decimal; that is no difference."""
 
@@ -84,6 +102,8 @@ def config_differences(
         tuned: The tuned model's config.json.
         layouts: The layouts read from them.
     """
+    if not layouts[0].listed:
+        return _all_differences(base, tuned)
     first, second = (_structure(layout) for layout in layouts)
     found = [
         ConfigDifference(name, first[name], second[name], "refused")
@@ -99,7 +119,8 @@ def config_differences(
         for name in first
         if not _same(first[name], second[name])
     ]
-    known = {*READ_ELSEWHERE, *WITHOUT_EFFECT, *FUNCTION_ENTRIES}
+    own = layouts[0].function_entries
+    known = {*READ_ELSEWHERE, *WITHOUT_EFFECT, *FUNCTION_ENTRIES, *own}
     return found + [
         ConfigDifference(name, base.get(name), tuned.get(name), "note")
         for name in sorted({*base, *tuned} - known)
@@ -107,18 +128,50 @@ def config_differences(
     ]
 
 
+def _all_differences(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[ConfigDifference]:
+    """Every entry that differs: without a table any of them may change the function."""
+    return [
+        ConfigDifference(
+            name, base.get(name), tuned.get(name), "note" if name in TOKENS else "function"
+        )
+        for name in sorted({*base, *tuned} - {*WITHOUT_EFFECT})
+        if not _same(base.get(name), tuned.get(name))
+    ]
+
+
 def rotary_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Base frequency, rotated share and scaling, from the old or the new form of a config."""
+    """Base frequency, rotated share and scaling, from the old or the new form of a config.
+
+    Gemma 3 rotates otherwise in blocks with a sliding window, so it has a second set.
+    """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    whole = rope.get("full_attention", {}) if _by_layer_type(rope) else rope
+    found = _rotary({**(whole or {})}, config)
+    if not _by_layer_type(rope) and "rope_local_base_freq" not in config:
+        return found
+    local = {"rope_theta": config.get("rope_local_base_freq")}
+    local |= rope.get("sliding_attention") or {}
+    return found | {f"{name} of sliding layers": v for name, v in _rotary(local, config).items()}
+
+
+def _by_layer_type(rope: Mapping[str, Any]) -> bool:
+    return bool({"full_attention", "sliding_attention"} & rope.keys())
+
+
+def _rotary(rope: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     theta = rope.pop("rope_theta", None) or config.get("rope_theta")
     theta = theta or config.get("rotary_emb_base") or 10000.0
     share = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
-    default_share = 0.25 if config.get("model_type") == "gpt_neox" else 1.0
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    kind = SAME_ROPE.get(kind, kind)
     rope.pop("type", None)
+    if trained := config.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = trained
+    if kind in LENGTH_SCALED:
+        rope["max_position_embeddings"] = config.get("max_position_embeddings")
     return {
         "rope_theta": float(theta),
-        "rotary_share": float(share or config.get("rotary_pct") or default_share),
+        "rotary_share": float(share or config.get("rotary_pct") or 1.0),
         "rope_scaling": {"rope_type": kind, **rope} if kind != "default" else None,
     }
 
@@ -130,21 +183,28 @@ def _structure(layout: Layout) -> dict[str, Any]:
 
 
 def _function_entries(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    rotary = rotary_entries(config) if layout.rotary else {}
+    filled = layout.filled(config)
     return {
         "model_type": config.get("model_type"),
         "norm_eps": layout.norm_eps,
         "tie_word_embeddings": layout.tied,
-        **rotary,
-        **{name: config.get(name, default) for name, default in FUNCTION_ENTRIES.items()},
-        "layer_types": _unusual_layers(config),
+        **(rotary_entries(filled) if layout.rotary else {}),
+        **(_windows(layout) if layout.windows else _window_entries(config)),
+        **{name: filled.get(name) for name in layout.function_entries},
     }
 
 
-def _unusual_layers(config: Mapping[str, Any]) -> list[str] | None:
-    """The kinds of layers, None where all attend to everything."""
-    kinds = config.get("layer_types") or []
-    return None if set(kinds) <= {"full_attention"} else list(kinds)
+def _windows(layout: Layout) -> dict[str, Any]:
+    """The window of all blocks, or a list with each block's."""
+    windows = layout.windows
+    return {"sliding_window": windows[0] if len(set(windows)) == 1 else list(windows)}
+
+
+def _window_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of windows where the family's table does not read it."""
+    entries = {name: config.get(name, default) for name, default in FUNCTION_ENTRIES.items()}
+    kinds = entries["layer_types"] or []
+    return {**entries, "layer_types": None if set(kinds) <= {"full_attention"} else list(kinds)}
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -154,4 +214,8 @@ def _same(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(
             _same(first[key], second[key]) for key in first
         )
-    return first == second
+    return first == second or (_is_off(first) and _is_off(second))
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False

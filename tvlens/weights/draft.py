@@ -15,7 +15,8 @@ class Draft:
     Attributes:
         base: The base's files.
         tuned: The tuned model's or adapter's files.
-        layout: The layout; ties and vocabulary are settled on the way.
+        layouts: The layouts of base and tuned as their configs have them.
+        layout: The layout of both; ties and vocabulary are settled on the way.
         report: An entry for every tensor that has been dealt with.
         base_tensors: Stored name by the family's name.
         tuned_tensors: The same for the tuned checkpoint.
@@ -25,6 +26,7 @@ class Draft:
 
     base: Source
     tuned: Source
+    layouts: tuple[Layout, Layout]
     layout: Layout
     report: LoadReport = field(default_factory=LoadReport)
     base_tensors: dict[str, str] = field(default_factory=dict)
@@ -62,5 +64,5 @@ class Draft:
     def note_tie(self) -> None:
         """Say that W_U is W_E where neither checkpoint stores it."""
         stored = any(self.unembedding in names for _, names in self.sides)
-        if self.layout.tied and not stored:
+        if self.layout.tied and self.unembedding and not stored:
             self.note(None, None, "tied", f"{self.unembedding} is {self.embedding}, stored once")

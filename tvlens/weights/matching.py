@@ -20,7 +20,7 @@ from .configs import config_differences
 from .contents import equal_fraction, refuse_non_finite, settle_identity
 from .draft import Draft
 from .fitting import account_for_adapter, fit_adapter
-from .layout import Layout, layout_of
+from .layout import Layout, has_table, layout_of, unlisted_layout
 from .pair import Pair, Weight
 from .precision import PRECISIONS
 from .report import Status, with_report
@@ -61,7 +61,8 @@ def load_pair(
             f"{sources[0].name} is an adapter; the base must be a full checkpoint.",
             hint="Give the model it was trained on first, the adapter second.",
         )
-    draft = Draft(*sources, layout_of(sources[0].config))
+    layouts = _layouts(*sources)
+    draft = Draft(*sources, layouts, layouts[0])
     for source in sources:
         if source.adapter_beside:
             draft.warn(f"{source.name} holds an adapter beside the model; only the model is read.")
@@ -89,8 +90,32 @@ def load_pair(
     )
 
 
+def _layouts(base: Source, tuned: Source) -> tuple[Layout, Layout]:
+    """The layouts of two sources; without a table they have one, made from what both hold."""
+    kind = base.config.get("model_type")
+    if has_table(base.config):
+        alike = not tuned.is_adapter and tuned.config.get("model_type") == kind
+        own = layout_of(base.config)
+        return own, layout_of(tuned.config) if alike else own
+    if tuned.is_adapter:
+        raise UnsupportedFormatError(
+            f"{tuned.name} is an adapter of a {kind} model, and tvlens has no table for that "
+            "family, so it cannot tell which way round the factors multiply.",
+            hint="Merge it with peft's merge_and_unload() and compare the merged model.",
+        )
+    layout = unlisted_layout(base.config, base.tensors, tuned.tensors)
+    return layout, layout
+
+
 def _checkpoint_steps() -> list[Callable[[Draft], None]]:
-    return [_compare_configs, _name_tensors, _settle_ties, _settle_vocabulary, _match_tensors]
+    return [
+        _compare_configs,
+        _warn_of_missing_table,
+        _name_tensors,
+        _settle_ties,
+        _settle_vocabulary,
+        _match_tensors,
+    ]
 
 
 def _adapter_steps() -> list[Callable[[Draft], None]]:
@@ -112,8 +137,7 @@ def _compare_configs(draft: Draft) -> None:
             f"{base.name} is a {types[0]} model, {tuned.name} a {types[1]} model.",
             hint=_NOT_A_PAIR,
         )
-    layouts = draft.layout, layout_of(tuned.config)
-    found = config_differences(base.config, tuned.config, layouts)
+    found = config_differences(base.config, tuned.config, draft.layouts)
     draft.report.config_differences.extend(found)
     for difference in found:
         sides = f"{difference.base!r} in {base.name}, {difference.tuned!r} in {tuned.name}"
@@ -127,6 +151,29 @@ def _compare_configs(draft: Draft) -> None:
                 f"config.json differs in {difference.field}: {sides}. The models compute "
                 "different things even where their weights are equal."
             )
+
+
+def _warn_of_missing_table(draft: Draft) -> None:
+    """What a family without a table goes without, and how to give it one."""
+    layout = draft.layout
+    if layout.listed:
+        return
+    kind = draft.base.config.get("model_type")
+    if not layout.places:
+        raise IncomparableModelsError(
+            f"tvlens has no table for the family {kind!r}, and {draft.base.name} and "
+            f"{draft.tuned.name} have no tensor of one name and shape.",
+            hint=_NOT_A_PAIR,
+        )
+    left_out = [f"{name} ({reason})" for name, reason in layout.left_out.items() if reason]
+    also = f" {len(left_out)} more cannot be compared, such as {left_out[0]}." if left_out else ""
+    draft.warn(
+        f"tvlens has no table for the family {kind!r}: {len(layout.places)} tensors are compared "
+        "by their names, one row each. Heads, neurons, OV and QK are missing; which side of a "
+        "matrix is its input is unknown, so what depends on it is left empty; gains are taken as "
+        "they are stored; attribution cannot run. A family is one table: see "
+        f"tvlens/weights/families/llama.py.{also}"
+    )
 
 
 def _name_tensors(draft: Draft) -> None:
@@ -157,10 +204,8 @@ def _named(source: Source, layout: Layout) -> dict[str, str]:
 
 def _settle_ties(draft: Draft) -> None:
     """W_U is a component of its own as soon as one of the models has its own."""
-    base_tied = _is_tied(draft.base, draft.base_tensors, draft)
-    tuned_tied = base_tied
-    if not draft.tuned.is_adapter:
-        tuned_tied = _is_tied(draft.tuned, draft.tuned_tensors, draft)
+    base_tied = _is_tied(draft, 0)
+    tuned_tied = base_tied if draft.tuned.is_adapter else _is_tied(draft, 1)
     if base_tied != tuned_tied:
         tied, untied = (draft.base, draft.tuned) if base_tied else (draft.tuned, draft.base)
         draft.warn(
@@ -171,8 +216,8 @@ def _settle_ties(draft: Draft) -> None:
     draft.layout = replace(draft.layout, tied=base_tied and tuned_tied)
 
 
-def _is_tied(source: Source, names: dict[str, str], draft: Draft) -> bool:
-    layout = layout_of(source.config)
+def _is_tied(draft: Draft, side: int) -> bool:
+    layout, (source, names) = draft.layouts[side], draft.sides[side]
     head, embedding = names.get(layout.unembedding_tensor), names.get(layout.embedding_tensor)
     if not layout.tied or head is None or embedding is None:
         return layout.tied
@@ -351,6 +396,9 @@ def _account_for_other(draft: Draft, name: str) -> None:
         draft.note(base, tuned, "buffer", "no parameter: recomputed from config.json")
         return
     reason = f"no {draft.layout.family} model uses it, so no component holds it"
+    if not draft.layout.listed:
+        reason = draft.layout.left_out.get(name, "the other checkpoint has no tensor of its name")
     status: Status = "refused" if base and tuned else "only_in_base" if base else "only_in_tuned"
     draft.note(base, tuned, status, reason)
-    draft.warn(f"{base or tuned} is not analysed: {reason}.")
+    if name not in draft.layout.left_out:  # those are warned of together
+        draft.warn(f"{base or tuned} is not analysed: {reason}.")

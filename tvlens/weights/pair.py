@@ -29,7 +29,8 @@ class Weight:
 
     Attributes:
         component: Which one.
-        base: The base's weight, float32, canonical orientation (``x @ W``).
+        base: The base's weight, float32, canonical orientation (``x @ W``); the effective gain
+            where gains are stored as their difference from 1.
         delta: Tuned minus base.
         floor: Expected rounding energy per entry, None for an adapter: it stores the
             difference itself.
@@ -37,7 +38,7 @@ class Weight:
             whose product is not written out.
         base_dtype: Dtype in the base's file.
         tuned_dtype: Dtype in the tuned model's or adapter's file.
-        tied: The same tensor is also W_U.
+        tied: The same tensor is also the unembedding.
     """
 
     component: Component
@@ -97,21 +98,21 @@ class Pair:
             CheckpointError: A file cannot be read, or holds NaN or Inf.
         """
         place = self.layout.places[component]
-        base = self.base_weight(component)
-        delta, tuned_dtype = self._difference(place, base)
+        stored = self._weight(self.base, self.base_tensors, place)
+        delta, tuned_dtype = self._difference(place, stored)
         floor = None
         if isinstance(delta, Dense):
-            floor = self._floor(place, base, base + delta.tensor)
+            floor = self._floor(place, stored, stored + delta.tensor)
         name = self._stored_name(self.base_tensors, place)
         return Weight(
             component,
-            base,
+            _effective(stored, place),
             delta,
             floor,
             _equal_fraction(delta),
             self.base.tensors[name].dtype,
             tuned_dtype,
-            self.layout.tied and component.part == "W_E",
+            self.layout.is_shared(component),
         )
 
     def compare(self, prompts: Any = None, **options: Any) -> Any:
@@ -124,15 +125,16 @@ class Pair:
 
     def base_weight(self, component: Component) -> Float[Tensor, "..."]:
         """The base's weight alone, float32, canonical."""
-        return self._weight(self.base, self.base_tensors, self.layout.places[component])
+        place = self.layout.places[component]
+        return _effective(self._weight(self.base, self.base_tensors, place), place)
 
     def tuned_weight(self, component: Component) -> Float[Tensor, "..."]:
         """The tuned model's weight alone, float32, canonical; an adapter's is base + delta."""
         place = self.layout.places[component]
         if self.adapter is None:
-            return self._weight(self.tuned, self.tuned_tensors, place)
-        base = self.base_weight(component)
-        return base + self._difference(place, base)[0].dense()
+            return _effective(self._weight(self.tuned, self.tuned_tensors, place), place)
+        stored = self._weight(self.base, self.base_tensors, place)
+        return _effective(stored + self._difference(place, stored)[0].dense(), place)
 
     def _weight(self, source: Source, names: dict[str, str], place: Place) -> Float[Tensor, "..."]:
         stored = self._stored(source, self._stored_name(names, place), place)
@@ -191,6 +193,11 @@ class Pair:
         rows = step.reshape(-1, *[1] * (len(shape) - 1)) if step.dim() else step
         steps = self.layout.canonical(torch.broadcast_to(rows, shape), place)
         return uniform_energy(steps) + rounding_energy(base, coarsest_dtype(dtypes[0]))
+
+
+def _effective(stored: Float[Tensor, "..."], place: Place) -> Float[Tensor, "..."]:
+    """What the model multiplies by: 1 + w where gains are stored as their difference from 1."""
+    return stored + place.centre if place.centre else stored
 
 
 def _equal_fraction(delta: Delta) -> float:

@@ -1,11 +1,14 @@
 """GPT-2: ``Conv1D`` stores [d_in, d_out]; query, key and value lie side by side in one tensor."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from .table import Family, Place
+from . import table
+from .table import Family, embedding, norm
 
 _BLOCK = "transformer.h.{layer}."
+_linear = partial(table.linear, stored="in out", bias="")
 
 
 def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,9 +23,9 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
         "d_vocab": config["vocab_size"],
         "n_ctx": config["n_positions"],
         "gated": False,
-        "tied": bool(config.get("tie_word_embeddings", True)),
-        "activation": config.get("activation_function", "gelu_new"),
-        "norm_eps": float(config.get("layer_norm_epsilon", 1e-5)),
+        "tied": bool(config["tie_word_embeddings"]),
+        "activation": config["activation_function"],
+        "norm_eps": float(config["layer_norm_epsilon"]),
         "rotary": False,
         "qkv_bias": True,
         "output_bias": True,
@@ -35,29 +38,25 @@ FAMILY = Family(
     model_types=("gpt2",),
     numbers=_numbers,
     places=(
-        Place("embedding", "W_E", "transformer.wte.weight"),
-        Place("embedding", "W_pos", "transformer.wpe.weight"),
-        Place("norm", "ln1.w", _BLOCK + "ln_1.weight"),
-        Place("bias", "ln1.b", _BLOCK + "ln_1.bias"),
-        Place("matrix", "W_Q", _BLOCK + "attn.c_attn.weight", third=0),
-        Place("matrix", "W_K", _BLOCK + "attn.c_attn.weight", third=1),
-        Place("matrix", "W_V", _BLOCK + "attn.c_attn.weight", third=2),
-        Place("matrix", "W_O", _BLOCK + "attn.c_proj.weight"),
-        Place("bias", "b_Q", _BLOCK + "attn.c_attn.bias", third=0),
-        Place("bias", "b_K", _BLOCK + "attn.c_attn.bias", third=1),
-        Place("bias", "b_V", _BLOCK + "attn.c_attn.bias", third=2),
-        Place("bias", "b_O", _BLOCK + "attn.c_proj.bias"),
-        Place("norm", "ln2.w", _BLOCK + "ln_2.weight"),
-        Place("bias", "ln2.b", _BLOCK + "ln_2.bias"),
-        Place("matrix", "W_in", _BLOCK + "mlp.c_fc.weight"),
-        Place("matrix", "W_out", _BLOCK + "mlp.c_proj.weight"),
-        Place("bias", "b_in", _BLOCK + "mlp.c_fc.bias"),
-        Place("bias", "b_out", _BLOCK + "mlp.c_proj.bias"),
-        Place("norm", "ln_final.w", "transformer.ln_f.weight"),
-        Place("bias", "ln_final.b", "transformer.ln_f.bias"),
-        Place("embedding", "W_U", "lm_head.weight", transposed=True),
+        embedding("W_E", "transformer.wte"),
+        embedding("W_pos", "transformer.wpe"),
+        *norm("ln1", _BLOCK + "ln_1", bias=True),
+        *table.fused(("W_Q", "W_K", "W_V"), _BLOCK + "attn.c_attn", stored="in out", bias=""),
+        *_linear("W_O", _BLOCK + "attn.c_proj"),
+        *norm("ln2", _BLOCK + "ln_2", bias=True),
+        *_linear("W_in", _BLOCK + "mlp.c_fc"),
+        *_linear("W_out", _BLOCK + "mlp.c_proj"),
+        *norm("ln_final", "transformer.ln_f", bias=True),
+        embedding("W_U", "lm_head"),
     ),
     prefix="transformer.",
-    aliases={},
     buffers=(r"\.attn\.bias$", r"\.attn\.masked_bias$"),
+    defaults={
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    },
+    function=("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
 )

@@ -1,17 +1,44 @@
-"""Llama and its kin (SmolLM2, Mistral, Qwen2): separate projections, gated MLP, RMS norms."""
+"""Llama (SmolLM2 too) and the names its descendants share: separate projections, gated MLP."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from .table import Family, Place
+from .table import Family, embedding, linear, norm
 
-_BLOCK = "model.layers.{layer}."
+BLOCK = "model.layers.{layer}."
+ATTENTION_MODULE = BLOCK + "self_attn."
+EMBEDDING = embedding("W_E", "model.embed_tokens")
+UNEMBEDDING = embedding("W_U", "lm_head")
+LN1 = norm("ln1", BLOCK + "input_layernorm")
+LN2 = norm("ln2", BLOCK + "post_attention_layernorm")
+LN_FINAL = norm("ln_final", "model.norm")
+OUTPUT = linear("W_O", ATTENTION_MODULE + "o_proj", bias="output_bias")
+ATTENTION = (
+    *linear("W_Q", ATTENTION_MODULE + "q_proj", bias="qkv_bias"),
+    *linear("W_K", ATTENTION_MODULE + "k_proj", bias="qkv_bias"),
+    *linear("W_V", ATTENTION_MODULE + "v_proj", bias="qkv_bias"),
+    *OUTPUT,
+)
+MLP = (
+    *linear("W_gate", BLOCK + "mlp.gate_proj", bias="mlp_bias"),
+    *linear("W_in", BLOCK + "mlp.up_proj", bias="mlp_bias"),
+    *linear("W_out", BLOCK + "mlp.down_proj", bias="mlp_bias"),
+)
+PREFIX = "model."
+BUFFERS = (r"\.rotary_emb\.inv_freq$",)
+DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "rope_theta": 10000.0,
+}
 
 
-def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configs of Llama and its descendants call the same."""
     n_heads = config["num_attention_heads"]
-    qwen2 = config["model_type"] == "qwen2"
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = bool(config["attention_bias"])
     return {
         "n_layers": config["num_hidden_layers"],
         "n_heads": n_heads,
@@ -21,42 +48,22 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
         "d_mlp": config["intermediate_size"],
         "d_vocab": config["vocab_size"],
         "gated": True,
-        "tied": bool(config.get("tie_word_embeddings", False)),
-        "activation": config.get("hidden_act", "silu"),
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "tied": bool(config["tie_word_embeddings"]),
+        "activation": config["hidden_act"],
+        "norm_eps": float(config["rms_norm_eps"]),
         "rotary": True,
-        "qkv_bias": attention_bias or qwen2,
-        "output_bias": attention_bias and not qwen2,
-        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "qkv_bias": attention_bias,
+        "output_bias": attention_bias,
+        "mlp_bias": bool(config.get("mlp_bias")),
     }
 
 
 FAMILY = Family(
     name="llama",
-    model_types=("llama", "mistral", "qwen2"),
-    numbers=_numbers,
-    places=(
-        Place("embedding", "W_E", "model.embed_tokens.weight"),
-        Place("norm", "ln1.w", _BLOCK + "input_layernorm.weight"),
-        Place("matrix", "W_Q", _BLOCK + "self_attn.q_proj.weight", transposed=True),
-        Place("matrix", "W_K", _BLOCK + "self_attn.k_proj.weight", transposed=True),
-        Place("matrix", "W_V", _BLOCK + "self_attn.v_proj.weight", transposed=True),
-        Place("matrix", "W_O", _BLOCK + "self_attn.o_proj.weight", transposed=True),
-        Place("bias", "b_Q", _BLOCK + "self_attn.q_proj.bias", when="qkv_bias"),
-        Place("bias", "b_K", _BLOCK + "self_attn.k_proj.bias", when="qkv_bias"),
-        Place("bias", "b_V", _BLOCK + "self_attn.v_proj.bias", when="qkv_bias"),
-        Place("bias", "b_O", _BLOCK + "self_attn.o_proj.bias", when="output_bias"),
-        Place("norm", "ln2.w", _BLOCK + "post_attention_layernorm.weight"),
-        Place("matrix", "W_gate", _BLOCK + "mlp.gate_proj.weight", transposed=True),
-        Place("matrix", "W_in", _BLOCK + "mlp.up_proj.weight", transposed=True),
-        Place("matrix", "W_out", _BLOCK + "mlp.down_proj.weight", transposed=True),
-        Place("bias", "b_gate", _BLOCK + "mlp.gate_proj.bias", when="mlp_bias"),
-        Place("bias", "b_in", _BLOCK + "mlp.up_proj.bias", when="mlp_bias"),
-        Place("bias", "b_out", _BLOCK + "mlp.down_proj.bias", when="mlp_bias"),
-        Place("norm", "ln_final.w", "model.norm.weight"),
-        Place("embedding", "W_U", "lm_head.weight", transposed=True),
-    ),
-    prefix="model.",
-    aliases={},
-    buffers=(r"\.rotary_emb\.inv_freq$",),
+    model_types=("llama",),
+    numbers=numbers,
+    places=(EMBEDDING, *LN1, *ATTENTION, *LN2, *MLP, *LN_FINAL, UNEMBEDDING),
+    prefix=PREFIX,
+    buffers=BUFFERS,
+    defaults=DEFAULTS,
 )
