@@ -63,6 +63,8 @@ def load_pair(
         )
     draft = Draft(*sources, layout_of(sources[0].config))
     for source in sources:
+        for note in source.notes:
+            draft.warn(note)
         if source.adapter_beside:
             draft.warn(f"{source.name} holds an adapter beside the model; only the model is read.")
     try:
