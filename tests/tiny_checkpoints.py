@@ -47,7 +47,7 @@ def tiny_neox(folder: Path, seed: int = 0, **config: Any) -> Path:
 def tiny_adapter(
     base_folder: Path, folder: Path, rslora: bool = False, seed: int = 0, **lora: Any
 ) -> Path:
-    """A LoRA adapter of rank 4 with alpha 6 and random factors on a base folder."""
+    """A LoRA adapter of rank 4 with alpha 6 on a base folder; all that it trains is random."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -55,6 +55,7 @@ def tiny_adapter(
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     targets = {
         "llama": ["q_proj", "v_proj", "down_proj"],
+        "qwen2": ["q_proj", "v_proj", "down_proj"],
         "gpt2": ["c_attn", "c_proj"],
         "gpt_neox": ["query_key_value", "dense_4h_to_h"],
     }[model.config.model_type]
@@ -64,6 +65,8 @@ def tiny_adapter(
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape) * 0.1)
     adapted.save_pretrained(folder)
     return folder
 
