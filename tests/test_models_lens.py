@@ -78,6 +78,24 @@ def test_an_adapter_is_merged_into_a_copy(tmp_path: Path, family: str) -> None:
     assert (ours - untouched).abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_an_adapter_of_one_use_of_a_tied_embedding_acts_as_in_training(
+    tmp_path: Path, targets: list[str]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = FAMILIES["llama"](tmp_path / "base", tie_word_embeddings=True)
+    adapter = tiny_adapter(folder, tmp_path / "adapter", target_modules=targets)
+    pair = HookedPair((folder, adapter))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(plain, str(adapter)).eval()
+    with torch.no_grad():
+        ours = pair.tuned(BATCH.ids[1:], BATCH.mask[1:])
+        assert torch.allclose(ours, theirs(BATCH.ids[1:]).logits, atol=1e-4)
+
+
 def test_an_unknown_hook_is_refused_before_anything_runs(lens: LensModel) -> None:
     called = []
     good = ("hook_embed", lambda t, hook: called.append(1))

@@ -93,21 +93,46 @@ def test_patterns_give_a_module_its_own_rank_and_scale(tmp_path: Path) -> None:
         assert torch.allclose(pair.read(component).dense_delta(), expected, atol=MERGE), component
 
 
-def test_an_adapter_of_a_tied_embedding_is_read_and_its_other_use_is_warned_of(
-    tmp_path: Path,
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("changed", ["W_E", "W_U", "both"])
+def test_a_tied_embedding_is_two_weights_where_one_use_is_adapted(
+    tmp_path: Path, changed: str
 ) -> None:
     from tvlens.weights.matching import load_pair
 
     base = tiny_llama(tmp_path / "base", tie_word_embeddings=True)
-    adapter = tiny_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    modules = {"W_E": ["embed_tokens"], "W_U": ["lm_head"], "both": ["embed_tokens", "lm_head"]}
+    adapter = tiny_adapter(base, tmp_path / "adapter", target_modules=modules[changed])
     pair = load_pair(base, adapter)
     stored = load_file(adapter / "adapter_model.safetensors")
-    first, second = (
-        next(t for name, t in stored.items() if f"lora_embedding_{side}" in name) for side in "AB"
-    )
-    delta = pair.read(Component("embedding", None, None, "W_E")).dense_delta()
-    assert torch.allclose(delta, 1.5 * (second @ first).T, atol=MERGE)
-    assert any("also uses as W_U" in warning for warning in pair.load_report.warnings)
+
+    def factor(pattern: str) -> torch.Tensor:
+        return next(t for name, t in stored.items() if pattern in name)
+
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    read = {p: pair.read(Component("embedding", None, None, p)) for p in ("W_E", "W_U")}
+    assert torch.equal(read["W_U"].base, embedding.T)
+    expected = {part: torch.zeros_like(read[part].base) for part in read}
+    if changed in ("W_E", "both"):
+        product = factor("lora_embedding_B") @ factor("lora_embedding_A")
+        expected["W_E"] = 1.5 * product.T
+    if changed in ("W_U", "both"):
+        expected["W_U"] = 1.5 * (factor("lm_head.lora_B") @ factor("lm_head.lora_A")).T
+    for part, weight in read.items():
+        assert torch.allclose(weight.dense_delta(), expected[part], atol=MERGE)
+    alone = [w for w in pair.load_report.warnings if "compared as two weights, as in training" in w]
+    assert len(alone) == (changed != "both")
+
+
+def test_rows_of_a_tied_embedding_and_factors_of_its_head_are_refused(tmp_path: Path) -> None:
+    from tvlens.weights.matching import load_pair
+
+    base = tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    adapter = tiny_adapter(base, tmp_path / "adapter", trainable_token_indices=[3])
+    head = torch.randn(64, 32)
+    _edited(adapter, lambda t: t.update({"base_model.model.lm_head.weight": head}))
+    with pytest.raises(AdapterError, match="by rows and otherwise"):
+        load_pair(base, adapter)
 
 
 def test_a_head_that_the_adapter_stores_whole_unties_the_pair(tmp_path: Path) -> None:
@@ -177,8 +202,30 @@ def test_shapes_of_another_base_are_an_error(folders: tuple[Path, Path], tmp_pat
     ("entries", "error", "sentence"),
     [
         ({"peft_type": "IA3"}, UnsupportedFormatError, "of type 'IA3'"),
-        ({"use_dora": True}, UnsupportedFormatError, "with use_dora"),
-        ({"lora_bias": True}, UnsupportedFormatError, "with lora_bias"),
+        ({"peft_type": "IA3"}, UnsupportedFormatError, r"merge_and_unload\(\)"),
+        ({"peft_type": "ADALORA"}, UnsupportedFormatError, "of type 'ADALORA'"),
+        ({"peft_type": "PREFIX_TUNING"}, UnsupportedFormatError, "changes no weight"),
+        ({"peft_type": "XLORA"}, UnsupportedFormatError, "several changes for each input"),
+        ({"peft_type": None}, UnsupportedFormatError, "of type None"),
+        ({"use_qalora": True}, UnsupportedFormatError, "with use_qalora"),
+        ({"target_parameters": ["q_proj.weight"]}, UnsupportedFormatError, "target_parameters"),
+        ({"layer_replication": [[0, 1]]}, UnsupportedFormatError, "with layer_replication"),
+        ({"kasa_config": {"beta": 1}}, UnsupportedFormatError, "with kasa_config"),
+        ({"init_lora_weights": "lora_ga"}, UnsupportedFormatError, "changes the base"),
+        ({"use_dora": True}, AdapterError, "has no lora_magnitude_vector"),
+        ({"r": 0}, AdapterError, "says rank 0"),
+        ({"r": 4.5}, AdapterError, r"says rank 4\.5"),
+        ({"lora_alpha": float("nan")}, AdapterError, "'nan' for lora_alpha"),
+        ({"lora_alpha": "6"}, AdapterError, "expected a number"),
+        ({"lora_alpha": 10**40}, AdapterError, "expected a number"),
+        ({"rank_pattern": {"(": 3}}, AdapterError, "no regular expression"),
+        ({"rank_pattern": [3]}, AdapterError, "no object under 'rank_pattern'"),
+        ({"target_modules": ["q_proj", "v_proj"]}, AdapterError, "down_proj, which its target"),
+        ({"target_modules": ".*q_proj"}, AdapterError, "peft would not load them"),
+        ({"layers_to_transform": [0]}, AdapterError, r"layers\.1.*layers_to_transform"),
+        ({"layers_to_transform": "0"}, AdapterError, "no list under layers_to_transform"),
+        ({"exclude_modules": ["v_proj"]}, AdapterError, "its exclude_modules names"),
+        ({"target_modules": 3}, AdapterError, "no list of target modules"),
         ({"init_lora_weights": "pissa_niter_4"}, UnsupportedFormatError, "changes the base"),
         ({"r": 5}, AdapterError, "says rank 5 for"),
     ],

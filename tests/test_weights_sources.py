@@ -137,10 +137,36 @@ def _config_of_a_list(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
 
-def _adapter_pickle(folder: Path) -> None:
+def _unnamed_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00002.bin")
+
+
+def _lfs_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def _deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 100_000)
+
+
+def _repeated_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama", "model_type": "gpt2"}')
+
+
+def _large_config(folder: Path) -> None:
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(1 << 40)  # sparse: nothing is written, and nothing may be read
+
+
+def _folder_for_a_file(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.bin").write_bytes(b"")
+    (folder / "model.safetensors").mkdir()
+
+
+def _foreign_rounding(folder: Path) -> None:
+    (folder / "tvlens_storage.json").write_text(
+        json.dumps({"rounding": {"step": {Q_PROJ: [0.1] * 3}}})
+    )
 
 
 def _adapter_without_weights(folder: Path) -> None:
@@ -164,14 +190,28 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[CheckpointError], str]] =
         CheckpointError,
         "has no weights: expected model.safetensors",
     ),
-    "pickle": (_pickle, UnsupportedFormatError, "pytorch_model.bin.*save_pretrained"),
+    "safetensors named bin": (_pickle, CheckpointError, "cannot be read as a PyTorch file"),
+    "bin shards without index": (
+        _unnamed_pickle,
+        CheckpointError,
+        r"pytorch_model-00001-of-00002\.bin but no pytorch_model\.bin\.index\.json",
+    ),
+    "git-lfs pointer": (_lfs_pointer, CheckpointError, "is a pointer of git-lfs.*git lfs pull"),
+    "deep config": (_deep_config, CheckpointError, "is not JSON"),
+    "config with a key twice": (_repeated_config, CheckpointError, "gives 'model_type' twice"),
+    "config of a terabyte": (_large_config, CheckpointError, "which no config.json needs"),
+    "folder for a file": (_folder_for_a_file, CheckpointError, "has model.safetensors but no"),
+    "rounding of other weights": (
+        _foreign_rounding,
+        CheckpointError,
+        "rounding that does not fit the weights",
+    ),
     "no index": (_shards_without_index, CheckpointError, "but no model.safetensors.index.json"),
     "quantised": (
         lambda f: _edit_config(f, quantization_config={"quant_method": "gptq"}),
         UnsupportedFormatError,
-        r"quantised weights \(quant_method 'gptq'\).*Dequantise",
+        r"quantised weights \(quant_method 'gptq'.*quantised from",
     ),
-    "adapter pickle": (_adapter_pickle, UnsupportedFormatError, "adapter_model.bin.*peft"),
     "adapter without weights": (
         _adapter_without_weights,
         CheckpointError,
@@ -209,6 +249,54 @@ def test_an_index_that_points_wrong_is_refused(sharded: Path, file: str, sentenc
     _write_index(sharded, index | {elsewhere: file})
     with pytest.raises(CheckpointError, match=sentence):
         open_source(sharded)
+
+
+def test_a_shard_that_a_link_takes_elsewhere_is_refused(sharded: Path, tmp_path: Path) -> None:
+    from tvlens.weights.sources import open_source
+
+    shard = sharded / "model-00001-of-00002.safetensors"
+    outside = shard.rename(tmp_path / "elsewhere.safetensors")
+    shard.symlink_to(outside)
+    with pytest.raises(CheckpointError, match="which leaves the folder"):
+        open_source(sharded)
+
+
+def test_the_links_of_the_hubs_cache_are_followed(sharded: Path, tmp_path: Path) -> None:
+    from tvlens.weights.sources import open_source
+
+    expected = open_source(sharded).read(Q_PROJ)
+    repository = tmp_path / "models--org--model"
+    snapshot = repository / "snapshots" / "abc123"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in sharded.iterdir():
+        path.rename(repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert torch.equal(open_source(snapshot).read(Q_PROJ), expected)
+
+
+def test_one_file_goes_before_shards_and_the_report_says_so(sharded: Path, original: Path) -> None:
+    from tvlens.weights.matching import load_pair
+
+    shutil.copy2(original / "model.safetensors", sharded)
+    warnings = load_pair(original, sharded).load_report.warnings
+    assert (
+        "model holds model.safetensors beside model.safetensors.index.json; "
+        "only model.safetensors is read." in warnings
+    )
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tvlens.weights.sources import open_source
+
+    def denied(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(CheckpointError, match=r"cannot be read: Permission denied\. Check its"):
+        open_source(folder)
 
 
 def test_an_index_without_a_map_is_refused(sharded: Path) -> None:
@@ -283,6 +371,31 @@ def test_a_hub_id_is_taken_apart(
     assert source.revision == "abc123"
     assert source.folder == tmp_path / "abc123" / "inner"
     assert source.name == "org/model@v2#inner"
+
+
+def test_the_hub_gives_pickles_only_where_there_are_no_safetensors(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from tvlens.weights.sources import open_source
+
+    folder = shutil.copytree(original, tmp_path / "abc123")
+    weights = folder / "model.safetensors"
+    asked: list[list[str]] = []
+
+    def download(repo: str, **options: list[str]) -> str:
+        asked.append(options["allow_patterns"])
+        if any(pattern.endswith(".bin") for pattern in asked[-1]):
+            torch.save(load_file(original / "model.safetensors"), folder / "pytorch_model.bin")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_source("org/model").files == ["model.safetensors"]
+    assert len(asked) == 1
+    weights.unlink()
+    assert open_source("org/model").files == ["pytorch_model.bin"]
+    assert len(asked) == 3
 
 
 def test_a_hub_subfolder_may_not_leave_the_repository() -> None:

@@ -104,7 +104,7 @@ ADAPTED = {
 def tiny_adapter(
     base_folder: Path, folder: Path, rslora: bool = False, seed: int = 0, **lora: Any
 ) -> Path:
-    """A LoRA adapter of rank 4 with alpha 6 and random factors on a base folder."""
+    """A LoRA adapter of rank 4 with alpha 6 on a base folder; all that it trains is random."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -117,6 +117,8 @@ def tiny_adapter(
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape) * 0.1)
     adapted.save_pretrained(folder)
     return folder
 

@@ -37,7 +37,7 @@ from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.models.reading import Reading
 from tvlens.models.replay import Replay, replay
-from tvlens.weights.delta import Absent, Delta, Dense, LowRank
+from tvlens.weights.delta import Absent, Delta, Dense, Dora, LowRank
 from tvlens.weights.vector import TuningVector
 
 from .exact import first_block
@@ -68,6 +68,8 @@ ROW_TOKENS = 128
 @dataclass(frozen=True)
 class GatedModel:
     """A base model with a tuning vector that gates let in.
+
+    A DoRA difference has no low rank and is written out here.
 
     Attributes:
         lens: The base model; its weights are read, never written.
@@ -109,7 +111,7 @@ class GatedModel:
         for site in sites:
             for tensor in site.tensors:
                 component = site.component(tensor)
-                found = _difference(vector, component)
+                found = _plain(_difference(vector, component))
                 shape = tuple(_canonical(site, tensor, site.parameter(tensor).data).shape)
                 deltas[site.name, tensor] = Absent(shape) if found is None else found
                 left.discard(component)
@@ -422,6 +424,8 @@ def _applied(x: Float[Tensor, "row pos d_in"], delta: Delta) -> Float[Tensor, "r
         case LowRank():
             low = einsum(x, delta.left, "row pos d_in, d_in rank -> row pos rank")
             return einsum(low, delta.right, "row pos rank, rank d_out -> row pos d_out")
+        case Dora():
+            return _applied(x, Dense(delta.dense()))
         case Absent():
             return x.new_zeros(*x.shape[:-1], delta.shape[-1])
 
@@ -430,8 +434,14 @@ def _written(delta: Delta) -> Tensor:
     return delta.dense()
 
 
+def _plain(delta: Delta | None) -> Delta | None:
+    return Dense(delta.dense()) if isinstance(delta, Dora) else delta
+
+
 def _on(delta: Delta, device: torch.device) -> Delta:
     match delta:
+        case Dora():
+            return _on(Dense(delta.dense()), device)
         case Dense():
             return Dense(delta.tensor.to(device))
         case LowRank():
@@ -458,6 +468,8 @@ def _difference(vector: TuningVector, component: Component) -> Delta | None:
             return Dense(embedding.tensor.mT)
         case LowRank():
             return LowRank(embedding.right.mT, embedding.left.mT)
+        case Dora():
+            return Dense(embedding.dense().mT)
         case Absent():
             return Absent(embedding.shape[::-1])
         case _:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tvlens.components import Component
-from tvlens.weights.delta import Absent, Delta, Dense, LowRank
+from tvlens.weights.delta import Absent, Delta, Dense, Dora, LowRank
 
 from .gates import GatedModel, Gates, Key
 from .sites import LINEAR, Site, gate_count
@@ -81,8 +81,8 @@ def _squares(delta: Delta, site: Site, tensor: str, count: int) -> Float[Tensor,
     match delta:
         case Absent():
             return torch.zeros(count, dtype=torch.float64)
-        case Dense():
-            entries = delta.tensor.double().pow(2).sum(int(inner))
+        case Dense() | Dora():
+            entries = delta.dense().double().pow(2).sum(int(inner))
         case LowRank():
             left, right = delta.left.double(), delta.right.double()
             if inner:

@@ -4,6 +4,7 @@
 checkpoint's own weights: no folding and no centring, so a weight here is the weight on disk.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -239,10 +240,26 @@ def _merged_adapter(model: Any, adapter: Path, dtype: torch.dtype) -> Any:
         raise AdapterError(f"expected an adapter folder, got {str(adapter)!r}.")
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        _part_adapted(tuned)
         merged = tuned.merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterError(f"the adapter {adapter} does not fit the base model: {error}") from error
     return merged.to(dtype)
+
+
+def _part_adapted(model: Any) -> None:
+    """Give adapted layers a weight of their own, so that merging changes no other use of it.
+
+    peft merges into the tensor that a tied embedding shares with the unembedding, which changes
+    what the adapter had left alone in training.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for base in [layer.get_base_layer() for layer in layers]:
+        if uses[id(base.weight)] > 1:
+            base.weight = torch.nn.Parameter(base.weight.detach().clone())
 
 
 def _bridge(model: Any, name: str) -> Any:

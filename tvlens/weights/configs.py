@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tvlens.errors import CheckpointError
+
 from .layout import Layout
 from .report import ConfigDifference
 
@@ -101,9 +103,24 @@ def config_differences(
         base: The base's config.json.
         tuned: The tuned model's config.json.
         layouts: The layouts read from them.
+
+    Raises:
+        CheckpointError: An entry is not of the type it must have.
     """
     if not layouts[0].listed:
         return _all_differences(base, tuned)
+    try:
+        return _differences(base, tuned, layouts)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"a config.json garbles an entry of the rotation or the attention ({error}).",
+            hint="Copy the config.json that belongs to these weights.",
+        ) from error
+
+
+def _differences(
+    base: Mapping[str, Any], tuned: Mapping[str, Any], layouts: tuple[Layout, Layout]
+) -> list[ConfigDifference]:
     first, second = (_structure(layout) for layout in layouts)
     found = [
         ConfigDifference(name, first[name], second[name], "refused")

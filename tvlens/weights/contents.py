@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tvlens.errors import CheckpointError
 
+from .delta import trained_length
 from .draft import Draft
 from .report import TensorMatch
-from .sources.adapter import Factors
+from .sources.adapter import Adapter, Factors
 from .sources.folder import Source
 
 CHUNK = 1 << 24
@@ -83,8 +84,7 @@ def settle_identity(draft: Draft) -> None:
     for entry in draft.report.tensors:
         _settle_equality(draft, entry)
     changed = [entry for entry in draft.report.tensors if _differs(entry)]
-    factors = draft.adapter.factors.values() if draft.adapter else ()
-    acting = any(_acts(draft.tuned, pair) for pair in factors)
+    acting = draft.adapter is not None and any(_actions(draft, draft.adapter))
     function = any(d.effect == "function" for d in draft.report.config_differences)
     draft.report.identical = not (changed or acting or function)
     if draft.report.identical:
@@ -116,10 +116,38 @@ def _differs(entry: TensorMatch) -> bool:
     return entry.status in ("only_in_base", "only_in_tuned", "aligned")
 
 
+def _actions(draft: Draft, adapter: Adapter) -> Iterator[bool]:
+    """Whether each change of an adapter is more than zeros; what it stores whole is left out."""
+    for name, factors in adapter.factors.items():
+        yield _acts(draft.tuned, factors)
+        if factors.magnitude is not None:
+            yield _is_longer(draft, adapter, name, factors.magnitude)
+    for change in adapter.shifts.values():
+        yield change.scaling != 0 and bool(draft.tuned.read(change.stored).count_nonzero())
+    for name, rows in adapter.rows.items():
+        before = _stored_base(draft, name).float()[list(rows.numbers)]
+        yield not torch.equal(before, draft.tuned.read(rows.stored).float())
+
+
 def _acts(source: Source, factors: Factors) -> bool:
     """Whether a pair of factors is not zero."""
     names = factors.first, factors.second
     return factors.scaling != 0 and all(bool(source.read(n).count_nonzero()) for n in names)
+
+
+def _is_longer(draft: Draft, adapter: Adapter, name: str, magnitude: str) -> bool:
+    """Whether DoRA's lengths are other than the norms of the base's output columns."""
+    whole = adapter.replaced.get(name)
+    weight = draft.tuned.read(whole) if whole else _stored_base(draft, name)
+    turned = any(p.transposed and p.tensor == name for p in draft.layout.places.values())
+    before = torch.linalg.vector_norm(weight.double(), dim=1 if turned else 0)
+    return bool((trained_length(before, draft.tuned.read(magnitude)) != before).any())
+
+
+def _stored_base(draft: Draft, name: str) -> Shaped[Tensor, "..."]:
+    """The base's tensor; a tied model's W_U is its embedding."""
+    names = draft.base_tensors
+    return draft.base.read(names.get(name) or names[draft.embedding])
 
 
 def _non_finite(draft: Draft, source: Source) -> Iterator[CheckpointError]:

@@ -18,25 +18,21 @@ def fit_adapter(draft: Draft) -> None:
     Raises:
         AdapterError: One does not; all such changes are marked in the report.
     """
-    found = adapter_of(draft.tuned)
-    canonical = draft.layout.canonical_name
-    draft.adapter = Adapter(
-        {canonical(name): factors for name, factors in found.factors.items()},
-        {canonical(name): stored for name, stored in found.replaced.items()},
-        found.base_model,
-    )
+    draft.adapter = adapter_of(draft.tuned).renamed(draft.layout.canonical_name)
     draft.tuned_tensors = dict(draft.adapter.replaced)
-    _settle_tie(draft, {*draft.adapter.factors, *draft.adapter.replaced})
+    for note in draft.adapter.notes:
+        draft.warn(note)
+    _settle_tie(draft, draft.adapter)
     problems = [*_misfits(draft, draft.adapter)]
     if problems:
         more = f" {len(problems) - 1} more of its changes do not fit." if problems[1:] else ""
         raise AdapterError(f"{problems[0]}{more}", hint=_HINT.format(base=draft.base.name))
-    _warn_of_other_base(draft, found.base_model)
+    _warn_of_other_base(draft, draft.adapter.base_model)
 
 
 def account_for_adapter(draft: Draft) -> None:
     """An entry for every tensor of the base and of the adapter."""
-    adapter = draft.adapter or Adapter({}, {}, "")
+    adapter = draft.adapter or Adapter()
     for name, stored in draft.base_tensors.items():
         if not _account_for_change(draft, adapter, name, stored):
             _account_for_untouched(draft, name, stored)
@@ -46,16 +42,29 @@ def account_for_adapter(draft: Draft) -> None:
         _account_for_change(draft, adapter, draft.unembedding, embedding)
 
 
-def _settle_tie(draft: Draft, changed: set[str]) -> None:
-    """An adapter may change one use of a tied embedding and not the other."""
-    if not draft.layout.tied:
+def _settle_tie(draft: Draft, adapter: Adapter) -> None:
+    """Part W_E and W_U where an adapter changes one use of a tied embedding and not the other.
+
+    In training only the adapted layer computes with the change; peft's merge into the shared
+    tensor would change the other use too. Rows of tokens are the exception: peft applies them to
+    both.
+    """
+    ends = {draft.embedding, draft.unembedding}
+    apart = ends & {*adapter.factors, *adapter.replaced}
+    if not draft.layout.tied or not (apart or draft.unembedding in adapter.rows):
         return
-    if draft.unembedding in changed:
-        draft.layout = replace(draft.layout, tied=False)
-    elif draft.embedding in changed:
+    if ends & adapter.rows.keys():
+        raise AdapterError(
+            f"adapter {draft.tuned.name} changes the tied embedding of {draft.base.name} by rows "
+            "and otherwise, which peft does not define.",
+            hint="Merge it with peft's merge_and_unload() and compare the merged model.",
+        )
+    draft.layout = replace(draft.layout, tied=False)
+    if len(apart) == 1:
         draft.warn(
-            f"the adapter changes {draft.embedding}, which {draft.base.name} also uses as W_U; "
-            "merging it changes both."
+            f"the adapter changes {apart.pop()} alone, of the embedding and unembedding that "
+            f"{draft.base.name} ties: they are compared as two weights, as in training. A merged "
+            "checkpoint may have changed both."
         )
 
 
@@ -65,8 +74,19 @@ def _misfits(draft: Draft, adapter: Adapter) -> Iterator[str]:
     for name, factors in adapter.factors.items():
         found = tensors[factors.first].shape[1], tensors[factors.second].shape[0]
         yield from _misfit(draft, name, (factors.first, found), ends.get(name))
-    for name, own in adapter.replaced.items():
+    whole = [*adapter.replaced.items(), *((n, s.stored) for n, s in adapter.shifts.items())]
+    for name, own in whole:
         yield from _misfit(draft, name, (own, tensors[own].shape), stored.get(name))
+    for name, rows in adapter.rows.items():
+        expected = stored.get(name)
+        width = None if expected is None else expected[1:]
+        yield from _misfit(draft, name, (rows.stored, tensors[rows.stored].shape[1:]), width)
+        if expected is not None and max(rows.numbers, default=0) >= expected[0]:
+            draft.note(draft.base_tensors.get(name), rows.stored, "refused", "rows beyond the base")
+            yield (
+                f"adapter {draft.tuned.name} changes row {max(rows.numbers)} of {name}, which has "
+                f"{expected[0]} in {draft.base.name}."
+            )
 
 
 def _misfit(
@@ -91,9 +111,16 @@ def _account_for_change(draft: Draft, adapter: Adapter, name: str, stored: str) 
         reason = f"rank {found.rank}, scaling {found.scaling:g}"
         draft.note(stored, found.first, "compared", f"factor A, {reason}")
         draft.note(stored, found.second, "compared", f"factor B, {reason}")
+        if found.magnitude is not None:
+            draft.note(stored, found.magnitude, "compared", "DoRA's length of each output column")
     if name in adapter.replaced:
         draft.note(stored, adapter.replaced[name], "compared", "stored whole by the adapter")
-    return name in adapter.factors or name in adapter.replaced
+    if name in adapter.shifts:
+        draft.note(stored, adapter.shifts[name].stored, "compared", "added to the bias")
+    if name in adapter.rows:
+        rows = adapter.rows[name]
+        draft.note(stored, rows.stored, "compared", f"{len(rows.numbers)} rows stored whole")
+    return name in adapter.changed
 
 
 def _account_for_untouched(draft: Draft, name: str, stored: str) -> None:

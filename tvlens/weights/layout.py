@@ -282,12 +282,13 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
         )
     try:
         numbers = table.numbers({**table.defaults, **config})
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"config.json of a {model_type} model lacks or garbles a number: {error}.",
             hint=_CONFIG_HINT,
         ) from error
     _refuse_impossible(numbers)
+    _refuse_other_types(numbers)
     return Layout(family=table.name, _table=table, **numbers)
 
 
@@ -307,3 +308,16 @@ def _refuse_impossible(numbers: Mapping[str, Any]) -> None:
             "kv heads, which no model has.",
             hint=_CONFIG_HINT,
         )
+
+
+def _refuse_other_types(numbers: Mapping[str, Any]) -> None:
+    fits = {
+        "activation": isinstance(numbers["activation"], str),
+        "norm_eps": 0 <= numbers["norm_eps"] < 1,
+        "n_ctx": type(n_ctx := numbers.get("n_ctx", 0)) is int and 0 <= n_ctx <= LARGEST_SIZE,
+    }
+    for name, right in fits.items():
+        if not right:
+            raise CheckpointError(
+                f"config.json gives {str(numbers[name])[:40]!r} as {name}.", hint=_CONFIG_HINT
+            )

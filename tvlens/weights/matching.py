@@ -64,6 +64,8 @@ def load_pair(
     layouts = _layouts(*sources)
     draft = Draft(*sources, layouts, layouts[0])
     for source in sources:
+        for note in source.notes:
+            draft.warn(note)
         if source.adapter_beside:
             draft.warn(f"{source.name} holds an adapter beside the model; only the model is read.")
     try:

@@ -12,12 +12,19 @@ from torch import Tensor
 from tvlens.components import Component
 
 from .contents import first_non_finite, non_finite
-from .delta import Absent, Delta, Dense, LowRank, added
+from .delta import Absent, Delta, Dense, Dora, LowRank, added, dora
 from .families.table import Place
 from .layout import Layout
-from .precision import coarsest_dtype, rounding_energy, stored_dtype, stored_step, uniform_energy
+from .precision import (
+    SMALLEST_ENERGY,
+    coarsest_dtype,
+    rounding_energy,
+    stored_dtype,
+    stored_step,
+    uniform_energy,
+)
 from .report import LoadReport, with_report
-from .sources.adapter import Adapter, low_rank
+from .sources.adapter import Adapter, Factors, Rows, low_rank, shift
 from .sources.folder import Source
 
 VOCABULARY_PARTS = ("W_E", "W_U")
@@ -31,9 +38,9 @@ class Weight:
         component: Which one.
         base: The base's weight, float32, canonical orientation (``x @ W``); the effective gain
             where gains are stored as their difference from 1.
-        delta: Tuned minus base.
-        floor: Expected rounding energy per entry, None for an adapter: it stores the
-            difference itself.
+        delta: Tuned minus base; a ``Dora`` has length and direction apart.
+        floor: Expected rounding energy per entry, None for what stores the difference
+            itself: LoRA's factors and added biases. DoRA's is that of its rounded lengths.
         equal_fraction: Share of entries that are equal in both; NaN for low-rank factors,
             whose product is not written out.
         base_dtype: Dtype in the base's file.
@@ -100,9 +107,7 @@ class Pair:
         place = self.layout.places[component]
         stored = self._weight(self.base, self.base_tensors, place)
         delta, tuned_dtype = self._difference(place, stored)
-        floor = None
-        if isinstance(delta, Dense):
-            floor = self._floor(place, stored, stored + delta.tensor)
+        floor = self._floor_of(place, stored, delta)
         name = self._stored_name(self.base_tensors, place)
         return Weight(
             component,
@@ -161,18 +166,70 @@ class Pair:
             name = self._stored_name(self.tuned_tensors, place)
             tuned = self._weight(self.tuned, self.tuned_tensors, place)
             return Dense(tuned - base), self.tuned.tensors[name].dtype
-        delta: Delta = Absent(tuple(base.shape))
+        return self._adapted(self.adapter, place, base)
+
+    def _adapted(
+        self, adapter: Adapter, place: Place, base: Float[Tensor, "..."]
+    ) -> tuple[Delta, str]:
+        """An adapter's change and its dtype: what it stores whole first, then what it adds."""
+        name = place.tensor
         dtype = self.base.tensors[self._stored_name(self.base_tensors, place)].dtype
-        if stored := self.tuned_tensors.get(place.tensor):
-            difference = self._weight(self.tuned, self.tuned_tensors, place) - base
-            delta = Dense(difference) if bool(difference.count_nonzero()) else delta
+        start = base
+        if stored := adapter.replaced.get(name):
+            start = self._weight(self.tuned, self.tuned_tensors, place)
             dtype = self.tuned.tensors[stored].dtype
-        if factors := self.adapter.factors.get(place.tensor):
-            whole = low_rank(self.tuned, factors)
-            right = self.layout.output_part(whole.right, place).contiguous()
-            delta = added(delta, LowRank(whole.left, right))
+        if rows := adapter.rows.get(name):
+            start, dtype = self._with_rows(place, rows), self.tuned.tensors[rows.stored].dtype
+        if change := adapter.shifts.get(name):
+            start = start + self.layout.output_part(shift(self.tuned, change), place)
+            dtype = self.tuned.tensors[change.stored].dtype
+        moved = start is not base and not torch.equal(start, base)
+        delta = Dense(start - base) if moved else Absent(tuple(base.shape))
+        if factors := adapter.factors.get(name):
+            delta = added(delta, self._factored(factors, place, start))
             dtype = self.tuned.tensors[factors.first].dtype
         return delta, dtype
+
+    def _with_rows(self, place: Place, rows: Rows) -> Float[Tensor, "..."]:
+        """The base's embedding with the rows that an adapter stores."""
+        stored = self._stored(self.base, self._stored_name(self.base_tensors, place), place)
+        whole = stored.clone()
+        whole[list(rows.numbers)] = self.tuned.read(rows.stored).float()
+        return self.layout.canonical(whole, place).contiguous()
+
+    def _factored(self, factors: Factors, place: Place, start: Float[Tensor, "..."]) -> Delta:
+        """What factors add to a weight: the part of a fused tensor, LoRA or DoRA."""
+        whole = low_rank(self.tuned, factors)
+        right = self.layout.output_part(whole.right, place).contiguous()
+        change = LowRank(whole.left, right)
+        if factors.magnitude is None:
+            return change
+        length = self.tuned.read(factors.magnitude).float()
+        return dora(start, change, self.layout.output_part(length, place))
+
+    def _floor_of(
+        self, place: Place, base: Float[Tensor, "..."], delta: Delta
+    ) -> Float[Tensor, "..."] | None:
+        """The rounding energy of what was stored rounded, None of what stores a difference."""
+        adapter, name = self.adapter, place.tensor
+        if isinstance(delta, Dense) and (adapter is None or name in adapter.replaced):
+            return self._floor(place, base, base + delta.tensor)
+        if adapter is None:
+            return None
+        if isinstance(delta, Dora):
+            lengths = adapter.factors[name].magnitude
+            return _length_energy(base + delta.dense(), self._coarsest(place, lengths))
+        if isinstance(delta, Dense) and name in adapter.rows:
+            coarsest = self._coarsest(place, adapter.rows[name].stored)
+            energy = rounding_energy(base + delta.tensor, coarsest)
+            return torch.where(delta.tensor != 0, energy, SMALLEST_ENERGY)
+        return None
+
+    def _coarsest(self, place: Place, stored: str | None) -> str:
+        """The coarser dtype of the base's weight and of what an adapter stores for it."""
+        dtype = self.base.tensors[self._stored_name(self.base_tensors, place)].dtype
+        own = self.tuned.tensors[stored].dtype if stored else dtype
+        return coarsest_dtype(stored_dtype(dtype, self.base.rounding), own)
 
     def _floor(
         self, place: Place, base: Float[Tensor, "..."], tuned: Float[Tensor, "..."]
@@ -200,6 +257,16 @@ def _effective(stored: Float[Tensor, "..."], place: Place) -> Float[Tensor, "...
     return stored + place.centre if place.centre else stored
 
 
+def _length_energy(tuned: Float[Tensor, "d_in d_out"], dtype: str) -> Float[Tensor, "d_in d_out"]:
+    """Expected squared error per entry of DoRA's weights through the rounding of its lengths.
+
+    The lengths are set to the norms of the base's columns before training and stored afterwards;
+    ``dtype`` is the coarser of the two, and an error of a length stretches its whole column.
+    """
+    lengths = torch.linalg.vector_norm(tuned, dim=0)
+    return rounding_energy(lengths, dtype) * (tuned / lengths).square()
+
+
 def _equal_fraction(delta: Delta) -> float:
     """Share of zeros; NaN for factors."""
     match delta:
@@ -207,5 +274,5 @@ def _equal_fraction(delta: Delta) -> float:
             return 1.0
         case LowRank():
             return math.nan
-        case Dense():
-            return float((delta.tensor == 0).double().mean())
+        case Dense() | Dora():
+            return float((delta.dense() == 0).double().mean())

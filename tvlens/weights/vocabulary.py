@@ -35,7 +35,7 @@ def token_strings(folder: Path) -> dict[int, str] | None:
         if path.is_file():
             vocabulary = json.loads(path.read_text(encoding="utf-8"))
             return {index: token for token, index in vocabulary.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a tokenizer: {error}.", hint="Copy it again."
         ) from error

@@ -1,24 +1,28 @@
-"""A folder with safetensors files, opened by its headers and read one tensor at a time."""
+"""A folder with weight files, opened by its headers and read one tensor at a time."""
 
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tvlens.errors import CheckpointError, UnsupportedFormatError
+from tvlens.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+from .files import ADAPTER_CONFIG, WeightFiles, adapter_files, has_model, model_files
+from .json_file import read_json
+from .pickled import pickled_tensors
+from .quantised import refuse_quantised_config, refuse_quantised_tensors
+
 STORAGE = "tvlens_storage.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+LARGEST_STEP = 1e18
+"""Its square is still a float32."""
+LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorInfo(NamedTuple):
@@ -34,6 +38,11 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     file: str
 
+    @property
+    def pickled(self) -> bool:
+        """Whether the file is PyTorch's own, not safetensors."""
+        return self.file.endswith(".bin")
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -48,6 +57,7 @@ class Source:
         revision: The hub commit, None for a folder.
         rounding: How the weights were rounded before they were stored, from
             tvlens_storage.json; None where the file is absent.
+        notes: Sentences on what the folder holds besides and is not read.
     """
 
     name: str
@@ -57,6 +67,8 @@ class Source:
     is_adapter: bool = False
     revision: str | None = None
     rounding: dict[str, Any] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+    _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -80,6 +92,8 @@ class Source:
             CheckpointError: There is no such tensor, or its file cannot be read.
         """
         info = self._info(name)
+        if info.pickled:
+            return self._mapped(info.file, name).contiguous().clone()
         try:
             with safe_open(self.folder / info.file, framework="pt") as file:
                 return file.get_tensor(name)
@@ -93,6 +107,8 @@ class Source:
             CheckpointError: There is no such tensor, or its file cannot be read.
         """
         info = self._info(name)
+        if info.pickled:
+            return self._mapped(info.file, name)[start:stop].contiguous().clone()
         try:
             with safe_open(self.folder / info.file, framework="pt") as file:
                 return file.get_slice(name)[start:stop]
@@ -107,6 +123,12 @@ class Source:
             with (self.folder / name).open("rb") as file:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
         return digests
+
+    def _mapped(self, file: str, name: str) -> Shaped[Tensor, "..."]:
+        """A pickled tensor, still in the file."""
+        if file not in self._pickles:
+            self._pickles[file] = pickled_tensors(self.folder / file)
+        return self._pickles[file][name]
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -128,106 +150,36 @@ def open_folder(folder: Path, name: str, *, revision: str | None = None) -> Sour
             f"there is no folder {folder}.",
             hint="Give a Hugging Face checkpoint folder, a hub id org/model, or demo:base.",
         )
-    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not _model_files(folder)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not has_model(folder)
     config = read_json(folder / (ADAPTER_CONFIG if is_adapter else "config.json"))
     if not is_adapter:
-        _refuse_quantised(config, folder)
+        refuse_quantised_config(folder, config)
+    files = adapter_files(folder) if is_adapter else model_files(folder)
     tensors: dict[str, TensorInfo] = {}
-    for file in _adapter_files(folder) if is_adapter else _weight_files(folder):
+    for file in files.names:
         tensors |= _headers(folder, file)
-    _refuse_missing(folder, tensors)
-    rounding = None
-    if (folder / STORAGE).is_file():
-        rounding = read_json(folder / STORAGE).get("rounding")
+    _refuse_missing(folder, files, tensors)
+    refuse_quantised_tensors(folder, {name: info.dtype for name, info in tensors.items()})
     return Source(
-        name, folder, config, tensors, is_adapter=is_adapter, revision=revision, rounding=rounding
+        name,
+        folder,
+        config,
+        tensors,
+        is_adapter=is_adapter,
+        revision=revision,
+        rounding=_rounding(folder, tensors),
+        notes=files.notes,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint.
-
-    Raises:
-        CheckpointError: The file is missing or holds no JSON object.
-    """
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}.",
-            hint="A checkpoint folder holds config.json beside its safetensors files.",
-        )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not JSON: {error}.", hint="Copy the file again."
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds {type(found).__name__}, expected a JSON object.")
-    return found
-
-
-def _model_files(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.glob("model*.safetensors"))
-
-
-def _adapter_files(folder: Path) -> list[str]:
-    if (folder / ADAPTER_WEIGHTS).is_file():
-        return [ADAPTER_WEIGHTS]
-    if (folder / "adapter_model.bin").is_file():
-        raise UnsupportedFormatError(
-            f"{folder} holds adapter_model.bin, a pickle, which tvlens does not open.",
-            hint="Load it with peft and save_pretrained(..., safe_serialization=True).",
-        )
-    raise CheckpointError(
-        f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}.", hint="Copy the adapter again."
-    )
-
-
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        return _indexed_files(folder)
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    if shards := _model_files(folder):
-        raise CheckpointError(
-            f"{folder} has {shards[0]} but no {INDEX}, which says what the shards hold.",
-            hint="Copy the index file too.",
-        )
-    if (folder / "pytorch_model.bin").is_file() or (
-        folder / "pytorch_model.bin.index.json"
-    ).is_file():
-        raise UnsupportedFormatError(
-            f"{folder} holds pytorch_model.bin, a pickle, which tvlens does not open.",
-            hint="Load it with transformers and save_pretrained(), which writes safetensors.",
-        )
-    raise CheckpointError(
-        f"{folder} has no weights: expected {WEIGHTS} or {INDEX}.",
-        hint="Give the folder that save_pretrained() wrote.",
-    )
-
-
-def _indexed_files(folder: Path) -> list[str]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map.", hint="Copy the index again.")
-    files = sorted({str(file) for file in weight_map.values()})
-    for file in files:
-        path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts or "\\" in file:
-            raise CheckpointError(
-                f"{folder / INDEX} names {file!r}, which leaves the folder.",
-                hint="Do not use this checkpoint: its index points elsewhere.",
-            )
-        if not (folder / file).is_file():
-            raise CheckpointError(
-                f"{folder / INDEX} names the shard {file!r}, which is missing.",
-                hint="Download the missing shard.",
-            )
-    return files
 
 
 def _headers(folder: Path, file: str) -> dict[str, TensorInfo]:
     path = folder / file
+    if file.endswith(".bin"):
+        found = pickled_tensors(path)
+        return {
+            name: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape), file)
+            for name, t in found.items()
+        }
     try:
         with safe_open(path, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
@@ -241,30 +193,67 @@ def _header(part: Any, file: str) -> TensorInfo:
     return TensorInfo(DTYPES.get(dtype, dtype), tuple(part.get_shape()), file)
 
 
-def _refuse_missing(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+def _refuse_missing(folder: Path, files: WeightFiles, tensors: dict[str, TensorInfo]) -> None:
     if not tensors:
-        raise CheckpointError(f"the weight files of {folder} hold no tensor.")
-    if not (folder / INDEX).is_file() or (folder / ADAPTER_WEIGHTS).is_file():
-        return
-    for name, file in read_json(folder / INDEX)["weight_map"].items():
+        raise CheckpointError(
+            f"the weight files of {folder} hold no tensor.", hint="Copy the checkpoint again."
+        )
+    for name, file in files.shards.items():
         if name not in tensors or tensors[name].file != file:
             raise CheckpointError(
-                f"{folder / INDEX} says {file} holds {name!r}, but it does not.",
+                f"{folder / files.index} says {file} holds {name!r}, but it does not.",
                 hint="Index and shards come from different saves; copy both again.",
             )
 
 
-def _refuse_quantised(config: dict[str, Any], folder: Path) -> None:
-    if quantisation := config.get("quantization_config"):
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise UnsupportedFormatError(
-            f"{folder} holds quantised weights (quant_method {method!r}).",
-            hint="Dequantise the model and save it in float32, float16 or bfloat16 first.",
-        )
+def _rounding(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+    """What the storage note says: a dtype, and a step or a list of steps by tensor."""
+    if not (folder / STORAGE).is_file():
+        return None
+    rounding = read_json(folder / STORAGE).get("rounding")
+    if rounding is None or _is_rounding(rounding, tensors):
+        return rounding
+    raise CheckpointError(
+        f"{folder / STORAGE} notes a rounding that does not fit the weights.",
+        hint="Copy the file again, or remove it if the weights were not rounded otherwise.",
+    )
+
+
+def _is_rounding(rounding: Any, tensors: Mapping[str, TensorInfo]) -> bool:
+    if not isinstance(rounding, dict) or not isinstance(rounding.get("dtype", ""), str):
+        return False
+    steps = rounding.get("step") or {}
+    return isinstance(steps, dict) and all(
+        _is_step(step, tensors[name].shape) for name, step in steps.items() if name in tensors
+    )
+
+
+def _is_step(step: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a step is a number, a list with one a row, or an object with their ``rms``."""
+    if isinstance(step, list):
+        fits = len(step) == shape[0] if shape else False
+        return fits and all(map(_is_distance, step))
+    return _is_distance(step.get("rms") if isinstance(step, dict) else step)
+
+
+def _is_distance(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < LARGEST_STEP
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if _starts_with(path, LFS_POINTER):
+        return CheckpointError(
+            f"{path} is a pointer of git-lfs, not the file itself.", hint="Run `git lfs pull`."
+        )
     return CheckpointError(
         f"{path} cannot be read as safetensors: {error}.",
         hint="The file is truncated or corrupt; copy it again.",
     )
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False

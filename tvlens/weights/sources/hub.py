@@ -8,7 +8,9 @@ from tvlens.errors import CheckpointError
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^#]+))?(#(?P<subfolder>.+))?$")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-"""Configs, weights and tokenizers; pickles stay where they are."""
+"""Configs, weights and tokenizers."""
+PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]
+"""Weights that are fetched only where a repository has no safetensors."""
 
 
 class Snapshot(NamedTuple):
@@ -45,12 +47,18 @@ def snapshot(spec: str) -> Snapshot:
 def _downloaded(spec: str, repo: str, revision: str | None, subfolder: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{subfolder}/{pattern}" for pattern in FILES] if subfolder else FILES
-    try:
+    def fetched(names: list[str]) -> Path:
+        patterns = [f"{subfolder}/{name}" for name in names] if subfolder else names
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+    try:
+        folder = fetched(FILES)
+        if not any((folder / subfolder).glob("*.safetensors")):
+            folder = fetched([*FILES, *PICKLES])
     except Exception as error:  # the hub's client raises errors of four libraries
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"there is no folder {spec!r} here, and the hub did not give it: {reason}",
             hint="Check the spelling, or download it elsewhere and give its folder.",
         ) from error
+    return folder

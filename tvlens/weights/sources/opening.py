@@ -20,6 +20,16 @@ def open_source(spec: str | Path) -> Source:
         CheckpointError: It does not exist or cannot be read.
         UnsupportedFormatError: Its form is not one tvlens reads.
     """
+    try:
+        return _opened(spec)
+    except OSError as error:
+        raise CheckpointError(
+            f"{spec} cannot be read: {error.strerror or error}.",
+            hint="Check its path and its permissions.",
+        ) from error
+
+
+def _opened(spec: str | Path) -> Source:
     text = str(spec)
     if text.startswith(DEMO):
         return open_folder(_demo(text), text)
