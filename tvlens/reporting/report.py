@@ -110,6 +110,7 @@ def _load_part(name: str, report: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "identical": bool(report.get("identical")),
         "same_function": _same_function(report.get("same_function")),
+        "vocabulary": str((report.get("vocabulary") or {}).get("sentence", "")),
         "refused": [t for t in report.get("tensors") or () if t.get("status") == "refused"],
         "tables": load_tables(report),
         "config": config_table(report),
