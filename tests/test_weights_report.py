@@ -57,7 +57,7 @@ def test_one_report_holds_every_fate_of_a_tensor(folders: tuple[Path, Path]) -> 
     assert fates.pop(RENAMED) == ("renamed", f"both are {RENAMED}")
     assert fates.pop(MISSING) == (
         "only_in_base",
-        "tuned lacks it, though its config.json asks for it",
+        "tuned lacks it, although its config.json asks for it",
     )
     unused = "no llama model uses it, so no component holds it"
     assert fates.pop("v_head.weight") == ("only_in_tuned", unused)

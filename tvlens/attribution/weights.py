@@ -38,7 +38,7 @@ from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.tables import Table, concatenated
 
-from .sites import LINEAR, Site, WeightPath, canonical, weight_path, weight_sites
+from .sites import LINEAR, Site, WeightPath, canonical, ties_embeddings, weight_path
 from .tables import (
     NEURONS_PER_PROMPT,
     Cut,
@@ -234,8 +234,7 @@ def method_run(
 ) -> MethodRun:
     """What all rows of one method in weight space have in common."""
     estimator, direction, at = METHODS[method]
-    ends = [s for s in weight_sites(hooked.base) if s.role in ("embed", "unembed")]
-    tied = len({id(site.parameter("weight")) for site in ends}) < len(ends)
+    tied = ties_embeddings(hooked.base) and ties_embeddings(hooked.tuned)
     return MethodRun(
         method=method,
         space="weight",

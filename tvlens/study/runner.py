@@ -61,6 +61,7 @@ def run_study(
     say("reading and matching the checkpoints")
     stages.check_inputs(plan)
     pairs = _pairs(plan, folder)
+    stages.check_vocabularies(plan, pairs)
     prepared_folder(folder, _inputs(pairs), force=force)
     _check_resume(plan, folder, resume=resume)
     plan.save(folder)

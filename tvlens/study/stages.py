@@ -7,8 +7,8 @@
 A stage is a pure function of its inputs; the runner writes what it returns.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -98,7 +98,8 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     metric = resolve_metric(plan.metric, asked)
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
     with one_thread(only_if=hooked.base.d_model < WIDE):
-        return _attributed(plan, hooked, asked, batch, metric, say)
+        made = _attributed(plan, hooked, asked, batch, metric, say)
+    return replace(made, warnings=(*hooked.warnings, *made.warnings))
 
 
 def _attributed(
@@ -143,6 +144,20 @@ def check_inputs(plan: StudyPlan) -> None:
         resolve_metric(plan.metric, load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines))
     for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
         load_texts(spec)
+
+
+def check_vocabularies(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
+    """Refuse vocabularies that a stage which runs the models could not use, before it is reached.
+
+    Raises:
+        IncomparableModelsError: A token has another number in base and tuned model.
+    """
+    if not {"attribute", "evaluate"} & set(plan.stages):
+        return
+    from tvlens.models.pair import common_tokens_of
+
+    for pair in pairs:
+        common_tokens_of(pair)
 
 
 def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
@@ -262,18 +277,21 @@ def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Held-out loss per domain of the base, the fine-tune and the controls."""
     from tvlens.evaluation.losses import losses_table
     from tvlens.models.lens import LensModel
-    from tvlens.models.pair import tokenizer_in
+    from tvlens.models.pair import common_tokens_of, tokenizer_in
     from tvlens.models.prompts import load_texts, tokenised
 
-    tokenizer = tokenizer_in([pair.tuned.folder, pair.base.folder])
+    pairs = [pair]
+    for spec in plan.controls:
+        pairs.append(load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False))
+    models = {"base": pair.base, **{p.tuned_name: p.tuned for p in pairs}}
+    common = [common_tokens_of(p) for p in pairs]
+    base_first = any(tokens.folders[0] == pair.base.folder for tokens in common)
+    folders = (pair.base.folder, pair.tuned.folder) if base_first else common[0].folders
+    tokenizer = tokenizer_in(folders)
     tasks = {
         task: tokenised(load_texts(spec), tokenizer, chat=plan.chat)
         for task, spec in plan.evaluate.items()
     }
-    models = {"base": pair.base, pair.tuned_name: pair.tuned}
-    for spec in plan.controls:
-        control = load_pair(plan.base, spec, names=("base", name_of(spec)))
-        models[control.tuned_name] = control.tuned
     made = []
     for name, source in models.items():
         say(f"held-out losses of {name}")
@@ -282,7 +300,8 @@ def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
             folder, adapter = pair.base.folder, source.folder
         lens = LensModel.load(folder, adapter=adapter, device=_device(plan))
         made.append(losses_table(name, lens, tasks, seed=plan.seed))
-    return StageOutput((concatenated("evaluation", made),))
+    warnings = tuple(sentence for tokens in common for sentence in tokens.warnings)
+    return StageOutput((concatenated("evaluation", made),), warnings=warnings)
 
 
 STAGES: dict[str, Callable[[StudyPlan, "Pair", Progress], StageOutput]] = {

@@ -354,7 +354,7 @@ def _missing(draft: Draft, name: str, base: str | None, tuned: str | None) -> Tv
             hint=_INCOMPLETE,
         )
     has, lacks = (draft.base, draft.tuned) if base else (draft.tuned, draft.base)
-    reason = f"{lacks.name} lacks it, though its config.json asks for it"
+    reason = f"{lacks.name} lacks it, although its config.json asks for it"
     draft.note(base, tuned, "only_in_base" if base else "only_in_tuned", reason)
     return IncomparableModelsError(
         f"{has.name} has {base or tuned}, {lacks.name} lacks it.",
