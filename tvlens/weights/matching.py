@@ -21,6 +21,7 @@ from .contents import equal_fraction, measure_new_rows, non_finite_tensors, sett
 from .draft import Draft
 from .fitting import account_for_adapter, fit_adapter
 from .layout import Layout, layout_of
+from .lineage import likeness
 from .pair import Pair, Weight
 from .precision import PRECISIONS
 from .report import Status, with_report
@@ -42,6 +43,8 @@ def load_pair(
     scan: bool = True,
 ) -> Pair:
     """Match a base with its fine-tune or adapter.
+
+    A base that looks like no parent of the tuned model is a warning in the load report.
 
     Args:
         base: Folder, hub id or ``demo:`` name of the base.
@@ -77,7 +80,7 @@ def load_pair(
         with_report(error, draft.report)
         raise
     base_name, tuned_name = names or _names(*sources)
-    return Pair(
+    pair = Pair(
         draft.base,
         draft.tuned,
         base_name,
@@ -89,6 +92,9 @@ def load_pair(
         draft.adapter,
         rows=draft.rows or RowMatch.by_number(draft.layout.d_vocab),
     )
+    if scan and pair.adapter is None and (sentence := likeness(pair).warning):
+        draft.warn(sentence)
+    return pair
 
 
 def _refuse_problems(draft: Draft, *, scan: bool) -> None:
