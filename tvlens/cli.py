@@ -74,6 +74,7 @@ def compare(
     out: Out,
     prompts: Prompts = None,
     metric: MetricName = None,
+    parent: Parent = None,
     control: Controls = None,
     tuned_name: Names = None,
     check_exact: CheckExact = None,
@@ -95,6 +96,7 @@ def compare(
         base=base,
         tuned=tuple(tuned),
         tuned_names=tuple(tuned_name or ()),
+        parent=parent,
         controls=tuple(control or ()),
         prompts=prompts,
         metric=metric,
@@ -114,6 +116,7 @@ def decompose(
     base: Base,
     tuned: Tuned,
     out: Out,
+    parent: Parent = None,
     control: Controls = None,
     tuned_name: Names = None,
     seed: Seed = 0,
@@ -129,6 +132,7 @@ def decompose(
         base=base,
         tuned=tuple(tuned),
         tuned_names=tuple(tuned_name or ()),
+        parent=parent,
         controls=tuple(control or ()),
         stages=("decompose",),
         seed=seed,
@@ -143,6 +147,7 @@ def attribute(
     out: Out,
     prompts: Prompts = None,
     metric: MetricName = None,
+    parent: Parent = None,
     tuned_name: Names = None,
     check_exact: CheckExact = None,
     check_seconds: CheckSeconds = 60.0,
@@ -163,6 +168,7 @@ def attribute(
         base=base,
         tuned=tuple(tuned),
         tuned_names=tuple(tuned_name or ()),
+        parent=parent,
         prompts=prompts,
         metric=metric,
         stages=("attribute",),
@@ -263,11 +269,20 @@ def _print_ranking(ranking: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("relative_delta", "cosine", "equal_fraction", "norm_ratio")
-    table = Table("candidate", "verdict", *(name.replace("_", " ") for name in columns), "rows read")
+    columns = {
+        "relative_delta": "|delta|/|base|",
+        "cosine": "cosine",
+        "equal_fraction": "equal",
+        "norm_ratio": "|tuned|/|base|",
+        "rows": "rows",
+    }
+    table = Table(box=None, pad_edge=False)
+    table.add_column("candidate", overflow="fold")
+    for heading in ("verdict", *columns.values()):
+        table.add_column(heading, no_wrap=True)
     for row in ranking["candidates"]:
         figures = [f"{row[name]:.4g}" if name in row else "" for name in columns]
-        table.add_row(row["candidate"], row["verdict"], *figures, str(row.get("rows", "")))
+        table.add_row(row["candidate"], row["verdict"], *figures)
     Console().print(table)
     for row in ranking["candidates"]:
         if "reason" in row:

@@ -9,6 +9,7 @@ A stage is a pure function of its inputs; the runner writes what it returns.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
 from tvlens.weights.matching import load_pair
 
-from .plan import StudyPlan, name_of
+from .plan import WHOLE_WAY, StudyPlan, name_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -79,8 +80,9 @@ def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
 
     weights = decompose(pair)
     say(f"classify: {pair.tuned_name}")
+    start = pair.base.name if pair.base.name.startswith("demo:") else pair.base.folder
     controls = tuple(
-        load_pair(plan.base, spec, names=("base", name_of(spec))) for spec in plan.controls
+        load_pair(start, spec, names=(pair.base_name, name_of(spec))) for spec in plan.controls
     )
     labels = classify(pair, weights, controls=controls, seed=plan.seed)
     facts = {"headline": labels.headline}
@@ -273,31 +275,45 @@ def _values(hooked: "HookedPair", lens: "LensModel", metric: Any, batch: "Batch"
     return [value for part in parts for value in hooked.values(lens, metric, part).tolist()]
 
 
-def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
-    """Held-out loss per domain of the base, the fine-tune and the controls."""
+def lineage_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> StageOutput:
+    """With a parent: how each whole way from the base divides into its two steps."""
+    if plan.parent is None:
+        return StageOutput(())
+    from tvlens.weights.steps import detour_warning, lineage_table
+
+    first = pairs[0]
+    seconds = [pair for pair in pairs if pair.base_name == first.tuned_name]
+    say(f"lineage: {first.base_name} -> {first.tuned_name} -> ...")
+    tables = [lineage_table(first, second) for second in seconds]
+    warnings = (detour_warning(table) for table in tables)
+    return StageOutput((concatenated("lineage", tables),), warnings=tuple(filter(None, warnings)))
+
+
+def evaluate_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> StageOutput:
+    """Held-out loss per domain of the base, the fine-tunes and the controls, each model once."""
     from tvlens.evaluation.losses import losses_table
     from tvlens.models.lens import LensModel
     from tvlens.models.pair import common_tokens_of, tokenizer_in
     from tvlens.models.prompts import load_texts, tokenised
 
-    pairs = [pair]
+    measured = [pair for pair in pairs if not pair.tuned_name.endswith(WHOLE_WAY)]
     for spec in plan.controls:
-        pairs.append(load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False))
-    models = {"base": pair.base, **{p.tuned_name: p.tuned for p in pairs}}
-    common = [common_tokens_of(p) for p in pairs]
-    base_first = any(tokens.folders[0] == pair.base.folder for tokens in common)
-    folders = (pair.base.folder, pair.tuned.folder) if base_first else common[0].folders
-    tokenizer = tokenizer_in(folders)
+        measured.append(load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False))
+    common = [common_tokens_of(pair) for pair in measured]
+    base = measured[0].base.folder
+    base_first = any(tokens.folders[0] == base for tokens in common)
+    tokenizer = tokenizer_in((base, *common[0].folders) if base_first else common[0].folders)
     tasks = {
         task: tokenised(load_texts(spec), tokenizer, chat=plan.chat)
         for task, spec in plan.evaluate.items()
     }
+    models: dict[str, tuple[Path, Path | None]] = {"base": (base, None)}
+    for pair in measured:
+        adapter = pair.tuned.folder if pair.adapter else None
+        models[pair.tuned_name] = (pair.base.folder if adapter else pair.tuned.folder, adapter)
     made = []
-    for name, source in models.items():
+    for name, (folder, adapter) in models.items():
         say(f"held-out losses of {name}")
-        folder, adapter = source.folder, None
-        if source.is_adapter:
-            folder, adapter = pair.base.folder, source.folder
         lens = LensModel.load(folder, adapter=adapter, device=_device(plan))
         made.append(losses_table(name, lens, tasks, seed=plan.seed))
     warnings = tuple(sentence for tokens in common for sentence in tokens.warnings)
@@ -307,5 +323,10 @@ def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
 STAGES: dict[str, Callable[[StudyPlan, "Pair", Progress], StageOutput]] = {
     "decompose": decompose_stage,
     "attribute": attribute_stage,
+}
+"""What a stage does with one pair after the other."""
+TOGETHER: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], StageOutput]] = {
+    "decompose": lineage_stage,
     "evaluate": evaluate_stage,
 }
+"""What a stage does with all pairs of the study together, after that."""

@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
@@ -255,7 +256,7 @@ def _read(
     """The given rows as one float64 vector; neighbouring rows are read at once."""
     breaks = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist(), len(rows)]
     parts = []
-    for start, stop in zip(breaks, breaks[1:], strict=False):
+    for start, stop in pairwise(breaks):
         first = int(rows[start])
         read = source.read_rows(name, first, first + stop - start).double()
         if (index := first_non_finite(read)) is not None:
