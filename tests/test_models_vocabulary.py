@@ -1,13 +1,22 @@
 """One sequence of ids for two models: only tokens that mean the same to both, or a refusal."""
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.test_weights_vocabulary import EMBED, HEAD, WORDS, plant, resized, word_tokenizer
-from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_llama
+from tests.tiny_checkpoints import (
+    add_noise,
+    copy_with,
+    tiny_adapter,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_neox,
+)
 from tvlens.errors import IncomparableModelsError, PromptError
 
 
@@ -58,6 +67,34 @@ def test_attribution_runs_on_the_rows_that_both_have_and_says_so(
     values = [hooked.values(lens, metric, batch) for lens in (hooked.base, hooked.tuned)]
     plain = [_plain_logit_diff(folder, batch) for folder in folders]
     torch.testing.assert_close(torch.stack(values), torch.stack(plain), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_gpt2, tiny_neox, partial(tiny_llama, tie_word_embeddings=True)]
+)
+def test_every_family_is_cut_to_the_shared_rows(make: Callable[..., Path], tmp_path: Path) -> None:
+    """Against transformers' own logits of the whole, longer model."""
+    from transformers import AutoModelForCausalLM
+
+    from tvlens.models.pair import HookedPair
+    from tvlens.models.prompts import Batch
+    from tvlens.weights.matching import load_pair
+
+    base = make(tmp_path / "base")
+    longer = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    longer.resize_token_embeddings(70, mean_resizing=False)
+    longer.save_pretrained(tmp_path / "longer")
+    word_tokenizer(base, WORDS)
+    word_tokenizer(tmp_path / "longer", WORDS, added=("<x>",))
+    pair = load_pair(base, tmp_path / "longer")
+    assert len(pair.rows) == 64
+    assert pair.read(pair.components[0]).delta.norm() == 0
+    hooked = HookedPair(pair)
+    batch = Batch.of_ids([[1, 2, 3, 4]])
+    logits = [lens(batch.ids, batch.mask) for lens in (hooked.base, hooked.tuned)]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=0)
+    whole = longer(batch.ids).logits[..., :64]
+    torch.testing.assert_close(logits[1], whole, atol=2e-5, rtol=1e-5)
 
 
 def _plain_logit_diff(folder: Path, batch) -> torch.Tensor:
