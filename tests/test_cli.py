@@ -80,6 +80,14 @@ def test_identical_models_are_said_to_be_identical_and_the_run_finishes(
     assert report["identical"] is True
 
 
+def test_a_model_of_one_layer_is_compared_too(run: Run, tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", num_hidden_layers=1)
+    tuned = copy_with(base, tmp_path / "tuned", add_noise())
+    status, out, err = run("decompose", base, tuned, "--out", tmp_path / "s")
+    assert status == 0, err
+    assert "over 1 layers" in out
+
+
 @pytest.mark.parametrize(
     ("tuned", "sentence"),
     [

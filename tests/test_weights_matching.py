@@ -506,7 +506,9 @@ def test_added_tokens_are_aligned_where_the_tokenizers_agree(base: Path, tmp_pat
         assert pair.layout.d_vocab == 64
         assert pair.load_report.counts == {"aligned": 2, "compared": 19}
         entry = next(e for e in pair.load_report.tensors if e.status == "aligned")
-        assert entry.reason.startswith("rows 0 to 63 by token number; 3 further rows of longer")
+        word = "new" if pair.base_name == "first" else "gone"
+        expected = f"64 rows by token string; 3 {word} rows without a counterpart, tokens '<a>', "
+        assert entry.reason.startswith(expected)
         assert pair.read(W_E).dense_delta().norm() == 0
         assert pair.read(W_U).base.shape == (32, 64)
         assert pair.load_report.identical is False
@@ -521,27 +523,26 @@ def test_another_vocabulary_size_without_tokenizers_is_refused(base: Path, tmp_p
         load_pair(base, longer)
 
 
-def test_another_vocabulary_size_with_other_tokens_is_refused(base: Path, tmp_path: Path) -> None:
-    from tvlens.weights.matching import load_pair
-
-    first = shutil.copytree(base, tmp_path / "first")
-    longer = _longer(base, tmp_path / "longer")
-    _tokenizer(first, ["a", "b", "c"])
-    _tokenizer(longer, ["a", "x", "c"])
-    with pytest.raises(IncomparableModelsError, match="token 1 is 'b' in the base and 'x' in the"):
-        load_pair(first, longer)
-
-
-def test_other_tokens_in_a_vocabulary_of_equal_size_are_a_warning(
-    base: Path, tmp_path: Path
-) -> None:
+def test_tokenizers_without_a_common_token_are_refused(base: Path, tmp_path: Path) -> None:
     from tvlens.weights.matching import load_pair
 
     first, second = (shutil.copytree(base, tmp_path / name) for name in ("first", "second"))
     _tokenizer(first, ["a", "b"])
-    _tokenizer(second, ["a", "x"])
-    report = load_pair(first, second).load_report
-    assert "tokenizers differ: token 1 is 'b'" in report.warnings[0]
+    _tokenizer(second, ["x", "y"])
+    with pytest.raises(IncomparableModelsError, match="have no token in common"):
+        load_pair(first, second)
+
+
+def test_a_token_under_another_name_is_not_compared_and_told(base: Path, tmp_path: Path) -> None:
+    from tvlens.weights.matching import load_pair
+
+    first, second = (shutil.copytree(base, tmp_path / name) for name in ("first", "second"))
+    _tokenizer(first, ["a", "b", "c"])
+    _tokenizer(second, ["a", "x", "c"])
+    pair = load_pair(first, second)
+    assert (pair.rows.new, pair.rows.gone) == ((1,), (1,))
+    assert "tokens 'x'; 1 gone rows" in pair.load_report.warnings[0]
+    assert pair.read(W_E).base.shape == (63, 32)
 
 
 def test_a_list_of_scored_tokens_is_read_too(tmp_path: Path) -> None:

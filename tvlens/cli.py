@@ -7,9 +7,10 @@ Exit status: 0 done; 2 the request cannot be met; 3 it ran and the verdict is ne
 import json as json_format
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from .errors import TvlensError
 
@@ -26,6 +27,22 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
+
+class _ManyParents(TyperCommand):
+    """A command that also takes ``--parents A B`` for ``--parents A --parents B``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option's name before each of its values."""
+        written, inside = [], False
+        for word in args:
+            if word.startswith("--"):
+                inside = word == "--parents"
+            elif inside and written[-1] != "--parents":
+                written.append("--parents")
+            written.append(word)
+        return super().parse_args(ctx, written)
+
+
 Base = Annotated[str, typer.Argument(help="Folder, org/model[@revision], or demo:base.")]
 Tuned = Annotated[list[str], typer.Argument(help="Fine-tunes: folders, adapters, hub ids.")]
 Out = Annotated[Path, typer.Option("--out", help="Study folder to write.")]
@@ -34,6 +51,8 @@ MetricName = Annotated[
     str | None, typer.Option("--metric", help="Name or package.module:function.")
 ]
 Names = Annotated[list[str] | None, typer.Option("--tuned-name", help="A name per fine-tune.")]
+Parent = Annotated[str | None, typer.Option(help="Lies between base and the fine-tunes.")]
+Parents = Annotated[list[str] | None, typer.Option(help="Rank these and BASE as its parent.")]
 Controls = Annotated[list[str] | None, typer.Option("--control", help="A control fine-tune.")]
 CheckExact = Annotated[int | None, typer.Option(min=1, help="Components checked exactly.")]
 CheckSeconds = Annotated[float, typer.Option(min=1.0, help="Time for exact checks.")]
@@ -55,6 +74,7 @@ def compare(
     out: Out,
     prompts: Prompts = None,
     metric: MetricName = None,
+    parent: Parent = None,
     control: Controls = None,
     tuned_name: Names = None,
     check_exact: CheckExact = None,
@@ -76,6 +96,7 @@ def compare(
         base=base,
         tuned=tuple(tuned),
         tuned_names=tuple(tuned_name or ()),
+        parent=parent,
         controls=tuple(control or ()),
         prompts=prompts,
         metric=metric,
@@ -95,6 +116,7 @@ def decompose(
     base: Base,
     tuned: Tuned,
     out: Out,
+    parent: Parent = None,
     control: Controls = None,
     tuned_name: Names = None,
     seed: Seed = 0,
@@ -110,6 +132,7 @@ def decompose(
         base=base,
         tuned=tuple(tuned),
         tuned_names=tuple(tuned_name or ()),
+        parent=parent,
         controls=tuple(control or ()),
         stages=("decompose",),
         seed=seed,
@@ -124,6 +147,7 @@ def attribute(
     out: Out,
     prompts: Prompts = None,
     metric: MetricName = None,
+    parent: Parent = None,
     tuned_name: Names = None,
     check_exact: CheckExact = None,
     check_seconds: CheckSeconds = 60.0,
@@ -144,6 +168,7 @@ def attribute(
         base=base,
         tuned=tuple(tuned),
         tuned_names=tuple(tuned_name or ()),
+        parent=parent,
         prompts=prompts,
         metric=metric,
         stages=("attribute",),
@@ -195,14 +220,21 @@ def graft(
     _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
 
 
-@app.command()
-def inspect(base: Base, tuned: Tuned, json: Json = False) -> None:
+@app.command(cls=_ManyParents)
+def inspect(base: Base, tuned: Tuned, parents: Parents = None, json: Json = False) -> None:
     """What would be compared and what not and why, from headers alone."""
-    from .study.inspection import inspection
+    from .study.inspection import inspection, parent_ranking
 
     for spec in tuned:
         found = inspection(base, spec)
-        typer.echo(json_format.dumps(found, indent=1) if json else _inspection_text(found))
+        ranking = parent_ranking(spec, [base, *parents]) if parents else None
+        if json:
+            asked = found if ranking is None else {**found, "parents": ranking}
+            typer.echo(json_format.dumps(asked, indent=1))
+            continue
+        typer.echo(_inspection_text(found))
+        if ranking is not None:
+            _print_ranking(ranking)
 
 
 @app.command()
@@ -275,6 +307,31 @@ def _summary_text(summary: dict[str, object]) -> str:
 
 def _inspection_text(found: dict[str, object]) -> str:
     return "\n".join(f"{key.replace('_', ' ')}: {_readable(key, found[key])}" for key in found)
+
+
+def _print_ranking(ranking: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = {
+        "relative_delta": "|delta|/|base|",
+        "cosine": "cosine",
+        "equal_fraction": "equal",
+        "norm_ratio": "|tuned|/|base|",
+        "rows": "rows",
+    }
+    table = Table(box=None, pad_edge=False)
+    table.add_column("candidate", overflow="fold")
+    for heading in ("verdict", *columns.values()):
+        table.add_column(heading, no_wrap=True)
+    for row in ranking["candidates"]:
+        figures = [f"{row[name]:.4g}" if name in row else "" for name in columns]
+        table.add_row(row["candidate"], row["verdict"], *figures)
+    Console().print(table)
+    for row in ranking["candidates"]:
+        if "reason" in row:
+            typer.echo(f"{row['candidate']}: {row['reason']}")
+    typer.echo(ranking["sentence"])
 
 
 def _readable(key: str, value: object) -> str:

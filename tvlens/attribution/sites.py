@@ -139,6 +139,12 @@ def weight_sites(lens: LensModel) -> list[Site]:
     return [site for site in found if site is not None]
 
 
+def ties_embeddings(lens: LensModel) -> bool:
+    """Whether the unembedding is the very parameter of the embedding."""
+    ends = [site for site in weight_sites(lens) if site.role in ("embed", "unembed")]
+    return len({id(site.parameter("weight")) for site in ends}) < len(ends)
+
+
 def _site(model: nn.Module, role: str, layer: int | None) -> Site | None:
     name = role if layer is None else f"blocks.{layer}.{role}"
     owner: object = model

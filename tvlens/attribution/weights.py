@@ -46,8 +46,8 @@ from .sites import (
     canonical,
     counts,
     gate_count,
+    ties_embeddings,
     weight_path,
-    weight_sites,
 )
 from .tables import (
     NEURONS_PER_PROMPT,
@@ -259,8 +259,7 @@ def method_run(
 ) -> MethodRun:
     """What all rows of one method in weight space have in common."""
     estimator, direction, at = METHODS[method]
-    ends = [s for s in weight_sites(hooked.base) if s.role in ("embed", "unembed")]
-    tied = len({id(site.parameter("weight")) for site in ends}) < len(ends)
+    tied = ties_embeddings(hooked.base) and ties_embeddings(hooked.tuned)
     return MethodRun(
         method=method,
         space="weight",

@@ -385,7 +385,7 @@ def headline(
     return {
         **known,
         "mean": test.mean,
-        "half_interval": half,
+        "half_interval": half if count > 1 else None,
         "p_value": test.p_value,
         "p_floor": test.p_floor,
         "draws": test.draws,

@@ -5,7 +5,7 @@ checkpoint's own weights: no folding and no centring, so a weight here is the we
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvlens.errors import AdapterError, CheckpointError, HostError
+from tvlens.errors import AdapterError, CheckpointError, HostError, PromptError
 
 HookList = Sequence[tuple[str, Callable[..., Any]]]
 """Pairs of a hook name and a function of (tensor, hook)."""
@@ -36,6 +36,8 @@ class LensModel:
         d_mlp: Neurons of a block.
         d_vocab: Tokens of the output.
         hook_names: Every name that ``hooks`` accepts.
+        unknown: Token ids that must not be read, with their strings: only one model of the pair
+            knows them.
     """
 
     def __init__(self, model: Any) -> None:
@@ -50,6 +52,7 @@ class LensModel:
         self.d_mlp: int = config.d_mlp
         self.d_vocab: int = config.d_vocab
         self.hook_names: frozenset[str] = frozenset(model.hook_dict)
+        self.unknown: Mapping[int, str] = {}
 
     @classmethod
     def load(
@@ -57,10 +60,18 @@ class LensModel:
         folder: Path | str,
         *,
         adapter: Path | None = None,
+        rows: int | None = None,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "LensModel":
         """Build the model of a checkpoint folder; an adapter is merged into this copy.
+
+        Args:
+            folder: The checkpoint.
+            adapter: The adapter to merge.
+            rows: Keep only this many rows of the embedding and the unembedding, the first ones.
+            device: Where the parameters go.
+            dtype: Their type.
 
         Raises:
             CheckpointError: The folder holds no causal language model that loads.
@@ -70,6 +81,8 @@ class LensModel:
         loaded = _huggingface_model(Path(folder), dtype)
         if adapter is not None:
             loaded = _merged_adapter(loaded, Path(adapter), dtype)
+        if rows is not None and rows < loaded.get_input_embeddings().weight.shape[0]:
+            loaded.resize_token_embeddings(rows, mean_resizing=False)
         return cls(_bridge(loaded.eval().to(device), str(folder)))
 
     @classmethod
@@ -99,7 +112,11 @@ class LensModel:
     def __call__(
         self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """The logits of right-padded ``ids``; ``mask`` is 1 at real tokens."""
+        """The logits of right-padded ``ids``; ``mask`` is 1 at real tokens.
+
+        Raises:
+            PromptError: A token has no row in this model, or only one model of the pair knows it.
+        """
         return self._run(ids, mask)
 
     def logits_at(
@@ -111,6 +128,9 @@ class LensModel:
         """The logits at ``positions`` alone: the unembedding is not run anywhere else.
 
         The gather happens at ``unembed.hook_in``, after the hooks that are already there.
+
+        Raises:
+            PromptError: As for a plain call.
         """
         with self.hooks(fwd=[(UNEMBED_INPUT, reading_at(positions))]):
             return self._run(ids, mask)
@@ -118,8 +138,26 @@ class LensModel:
     def _run(
         self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch read d_vocab"]:
+        self._require_known(ids)
         where = self.device
         return self.model(ids.to(where), attention_mask=mask.to(where), use_cache=False)
+
+    def _require_known(self, ids: Int[Tensor, "batch pos"]) -> None:
+        if ids.numel() and (largest := int(ids.max())) >= self.d_vocab:
+            raise PromptError(
+                f"a prompt has token {largest}, but the embedding has {self.d_vocab} rows.",
+                hint="Use the tokenizer that belongs to the base (HookedPair.tokenizer).",
+            )
+        if not self.unknown:
+            return
+        alone = ids[torch.isin(ids, torch.tensor(list(self.unknown), device=ids.device))]
+        if alone.numel():
+            first = int(alone.flatten()[0])
+            raise PromptError(
+                f"a prompt has token {first}, {self.unknown[first]!r}, which only one of the two "
+                "models knows under this number.",
+                hint="Write the prompt without it, or with --chat off if a template brings it.",
+            )
 
     @contextmanager
     def hooks(self, fwd: HookList = (), bwd: HookList = ()) -> Iterator["LensModel"]:

@@ -1,6 +1,8 @@
 """A base model and its fine-tune, hooked, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tvlens.errors import CheckpointError, HostError, IncomparableModelsError
+from tvlens.weights.sources.folder import read_json
+from tvlens.weights.vocabulary import RowMatch, Tokens, matched_rows, named, token_strings
 
 from .lens import LensModel
 from .metrics import Metric
@@ -18,7 +22,7 @@ from .reading import Reading
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _ROWS_AT_ONCE = 16
 """Prompts of one forward pass; a large vocabulary's logits set the memory."""
-_SHAPE = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp")
+_SHAPE = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp", "d_vocab")
 
 
 class HookedPair:
@@ -27,7 +31,9 @@ class HookedPair:
     Attributes:
         base: The base model.
         tuned: Its fine-tune.
-        tokenizer: The tuned model's tokenizer, the base's where it has none, or None.
+        tokenizer: The tuned model's tokenizer; the base's where the tuned model has none, or has
+            tokens that the base does not know; or None.
+        warnings: What the two vocabularies leave out, in sentences.
         base_name: What tables call the base.
         tuned_name: What tables call the fine-tune.
     """
@@ -38,12 +44,22 @@ class HookedPair:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Load both models of ``pair`` (a ``tvlens`` Pair, or the two folders)."""
+        """Load both models of ``pair`` (a ``tvlens`` Pair, or the two folders).
+
+        One sequence of token ids serves both models, so every token must have one number in both.
+        Rows that only one of them has are left out of it.
+
+        Raises:
+            IncomparableModelsError: A token has another number in each, or the shapes differ.
+        """
         base, tuned, adapter, names = _folders(pair)
-        self.base = LensModel.load(base, device=device, dtype=dtype)
-        self.tuned = LensModel.load(tuned, adapter=adapter, device=device, dtype=dtype)
+        common = common_tokens_of(pair)
+        load = partial(LensModel.load, rows=common.size, device=device, dtype=dtype)
+        self.base, self.tuned = load(base), load(tuned, adapter=adapter)
+        self.base.unknown = self.tuned.unknown = common.unknown
         self.base_name, self.tuned_name = names
-        self.tokenizer = tokenizer_in([adapter or tuned, base])
+        self.tokenizer = tokenizer_in(common.folders)
+        self.warnings = common.warnings
         self._require_same_shape()
 
     @classmethod
@@ -63,6 +79,7 @@ class HookedPair:
         pair = cls.__new__(cls)
         pair.base, pair.tuned, pair.tokenizer = base, tuned, tokenizer
         pair.base_name, pair.tuned_name = names
+        pair.warnings = ()
         pair._require_same_shape()
         return pair
 
@@ -102,6 +119,114 @@ def _folders(pair: Any) -> tuple[Path, Path, Path | None, tuple[str, str]]:
     else:
         raise HostError(f"expected a Pair or two folders, got {type(pair).__name__}.")
     return (base, base, tuned, names) if adapter else (base, tuned, None, names)
+
+
+@dataclass(frozen=True)
+class CommonTokens:
+    """The token ids that mean the same to both models of a pair.
+
+    Attributes:
+        size: Rows that both embeddings have; both models are read with so many.
+        unknown: Ids below ``size`` that only one tokenizer knows, or the two know differently.
+        folders: Where to look for the tokenizer of the prompts, in order.
+        warnings: What is left out, in sentences.
+    """
+
+    size: int
+    unknown: Mapping[int, str]
+    folders: tuple[Path, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def common_tokens(base: Path, tuned: Path, adapter: Path | None = None) -> CommonTokens:
+    """What one sequence of token ids can hold that both models are to read.
+
+    Args:
+        base: Folder of the base.
+        tuned: Folder of the tuned model, the base's again for an adapter.
+        adapter: Folder of the adapter, which may hold a tokenizer.
+
+    Raises:
+        IncomparableModelsError: A token that both know has another number in each, or the
+            embeddings differ in length and a tokenizer is missing.
+    """
+    sizes = _vocabulary_size(base), _vocabulary_size(tuned)
+    own = adapter or tuned
+    tokens = token_strings(base), token_strings(own)
+    if tokens[0] is None or tokens[1] is None:
+        if sizes[0] != sizes[1]:
+            raise IncomparableModelsError(
+                f"the base has {sizes[0]} tokens, the tuned model {sizes[1]}, and a tokenizer is "
+                "missing, so nobody knows which they share.",
+                hint="Put both tokenizer.json files beside the weights.",
+            )
+        return CommonTokens(sizes[0], {}, (own, base))
+    rows = matched_rows((tokens[0], tokens[1]), sizes)
+    _require_same_numbers(rows, tokens[0])
+    return _in_common(rows, min(sizes), (base, own), (tokens[0], tokens[1]))
+
+
+def common_tokens_of(pair: Any) -> CommonTokens:
+    """``common_tokens`` of a ``tvlens`` Pair, or of two folders.
+
+    Raises:
+        IncomparableModelsError: As for ``common_tokens``.
+    """
+    base, tuned, adapter, _ = _folders(pair)
+    return common_tokens(base, tuned, adapter)
+
+
+def _in_common(
+    rows: RowMatch, size: int, folders: tuple[Path, Path], tokens: tuple[Tokens, Tokens]
+) -> CommonTokens:
+    """The common tokens of vocabularies that number them alike."""
+    both = tokens[0].items() & tokens[1].items()
+    lone = [dict(t.items() - both) for t in tokens]
+    unknown = {i: token for side in lone for i, token in side.items() if i < size}
+    # whose tokenizer has nothing that the other model does not know; the tuned model's if both
+    first, second = folders if lone[1] and not lone[0] else folders[::-1]
+    warnings = []
+    if lone[1] or lone[0]:
+        listed = "; ".join(
+            f"only the {name} knows {named(token for _, token in sorted(side.items()))}"
+            for name, side in zip(("base", "tuned model"), lone, strict=True)
+            if side
+        )
+        whose = "base's" if first == folders[0] else "tuned model's"
+        warnings.append(
+            f"the vocabularies differ: {listed}. Prompts are read with the {whose} tokenizer and "
+            "chat template, and such tokens can be neither read nor answered."
+        )
+    if rows.sizes[0] != rows.sizes[1]:
+        warnings.append(
+            f"attribution runs on the first {size:,} rows of embedding and unembedding, which both "
+            f"models have (base {rows.sizes[0]:,}, tuned {rows.sizes[1]:,}); the longer model's "
+            "probabilities leave out the rest."
+        )
+    return CommonTokens(size, unknown, (first, second), tuple(warnings))
+
+
+def _require_same_numbers(rows: RowMatch, tokens: Tokens) -> None:
+    if not rows.by_token:
+        raise IncomparableModelsError(
+            "the two tokenizers have no token in common, so no prompt can be read by both models.",
+        )
+    if rows.moved:
+        first = int((rows.base != rows.tuned).nonzero()[0])
+        base, tuned = int(rows.base[first]), int(rows.tuned[first])
+        raise IncomparableModelsError(
+            f"token {tokens[base]!r} is number {base} in the base and {tuned} in the tuned model "
+            f"({rows.moved:,} tokens moved), so one sequence of ids cannot serve both.",
+            hint="The weights can still be compared: tvlens decompose.",
+        )
+
+
+def _vocabulary_size(folder: Path) -> int:
+    config = read_json(folder / "config.json")
+    try:
+        return int((config.get("text_config") or config)["vocab_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} gives no vocab_size.") from error
 
 
 def tokenizer_in(folders: Sequence[Path | str]) -> Any:

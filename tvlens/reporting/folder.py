@@ -22,6 +22,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "weights": (*_KEYS, "base_norm", "delta_norm", "relative_delta", "gain", "residual", "snr"),
     "labels": (*_KEYS, "label", "label_reason", "decided_by", "share_new", "share_amplified"),
     "tests": (*_KEYS, "statistic", "null", "effect", "p_value", "q_value", "m"),
+    "lineage": (
+        *("base", "parent", "tuned", "level", "kind", "part", "tensors", "norm_first"),
+        *("norm_second", "norm_whole", "cosine_steps", "share_first", "share_second"),
+    ),
     "prompts": (
         *("prompt", "tuned", "text", "answer", "group", "split", "tokens", "token_scores"),
         *("metric", "metric_base", "metric_tuned"),
@@ -119,6 +123,13 @@ class StudyFolder:
         if tuned is None or frame["tuned"].isna().all():
             return frame
         return frame[frame["tuned"] == tuned]
+
+    def title(self, tuned: str) -> str:
+        """The tuned model's name; in a lineage, with the model that the step starts from."""
+        if not self.plan.get("parent"):
+            return tuned
+        report = self.load_reports.get(tuned, {})
+        return f"{report.get('base_name', 'base')} → {tuned}"
 
     def missing(self, name: str) -> str:
         """The command that would make a file that is not there, empty where it is."""

@@ -18,7 +18,7 @@ from .circuitsvis import bundle
 from .datatable import described
 from .folder import StudyFolder
 from .sections import ModelPart, model_part
-from .study_tables import config_table, evaluation_table, load_tables
+from .study_tables import config_table, evaluation_table, lineage_table, load_tables
 
 PAGE = "report.html"
 MAX_BYTES = 8 * 10**6  # a page above this is made again without the figures' tooltips
@@ -59,7 +59,10 @@ def page_of(study: StudyFolder, *, tooltips: bool = True) -> str:
             policy=content_security_policy(scripts),
             scripts=[Markup(script) for script in scripts],
             style=Markup(_read("page.css")),
-            load_parts=[_load_part(name, report) for name, report in study.load_reports.items()],
+            load_parts=[
+                _load_part(study.title(name), report) for name, report in study.load_reports.items()
+            ],
+            lineage=lineage_table(study.table("lineage")),
             evaluation=evaluation_table(evaluation),
             missing={name: study.missing(name) for name in ("load_report", "evaluation")},
             reproduce=_reproduce(study),
@@ -110,6 +113,7 @@ def _load_part(name: str, report: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "identical": bool(report.get("identical")),
         "same_function": _same_function(report.get("same_function")),
+        "vocabulary": str((report.get("vocabulary") or {}).get("sentence", "")),
         "refused": [t for t in report.get("tensors") or () if t.get("status") == "refused"],
         "tables": load_tables(report),
         "config": config_table(report),

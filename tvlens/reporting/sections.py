@@ -58,7 +58,7 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
     names = ("weights", "labels", "attribution", "fidelity", "curves", "prompts")
     return ModelPart(
         slug=slug,
-        name=tuned,
+        name=study.title(tuned),
         statements=answer(study, tuned),
         size_tables=[] if weights.empty else [places_table(weights), largest_table(study, tuned)],
         size_maps=[heat_map(grid, tooltips=tooltips) for grid in size_grids(weights, slug)],

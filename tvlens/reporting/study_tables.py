@@ -47,6 +47,39 @@ def config_table(report: dict[str, Any]) -> DataTable | None:
     return DataTable("Config entries that differ.", columns, rows, text_columns=4) if rows else None
 
 
+def lineage_table(frame: pd.DataFrame) -> DataTable | None:
+    """How each way from the base divides into its two steps, by kind and part."""
+    rows = frame[frame["level"] != "component"]
+    if rows.empty:
+        return None
+    lines = tuple(
+        (
+            f"{row.base} → {row.parent} → {row.tuned}",
+            " ".join(words(w) for w in (row.kind, row.part) if isinstance(w, str)) or "everything",
+            f"{int(row.tensors):,}",
+            *(number(norm) for norm in (row.norm_first, row.norm_second, row.norm_whole)),
+            number(row.cosine_steps),
+            *(_share(share) for share in (row.share_first, row.share_second)),
+        )
+        for row in rows_of(rows)
+    )
+    return DataTable(
+        "The two steps of each lineage. Shares are of the whole way's squared length and add up "
+        "to 100 %; below zero, a step leads away from where the whole ends. Cosine: between the "
+        "steps; clearly below zero, the second undoes part of the first, as after a wrong parent.",
+        ("lineage", "of", "tensors", "|first|", "|second|", "|whole|", "cosine", *_SHARES),
+        lines,
+        text_columns=2,
+    )
+
+
+_SHARES = ("share of first", "share of second")
+
+
+def _share(share: float) -> str:
+    return NOTHING if pd.isna(share) else f"{number(100 * share)} %"
+
+
 def evaluation_table(frame: pd.DataFrame) -> DataTable | None:
     """Measured values, one column a model."""
     rows = frame.dropna(subset=["value"])

@@ -4,10 +4,14 @@ The seconds and the memory are estimates from counts, with the measured rates be
 are for deciding whether to start, not for quoting.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from tvlens.components import DISJOINT_KINDS
+from tvlens.errors import TvlensError
+from tvlens.weights.lineage import Likeness, likeness, told_apart
 from tvlens.weights.matching import Pair, load_pair
+from tvlens.weights.sources.opening import open_source
 
 from .plan import name_of
 
@@ -40,6 +44,7 @@ def inspection(base: str, tuned: str) -> dict[str, Any]:
             for match in report.tensors
             if match.status in ("only_in_base", "only_in_tuned", "refused")
         ],
+        "vocabulary": (report.vocabulary or {}).get("sentence", "that of the base"),
         "config_differences": [
             f"{found.field}: {found.base!r} in base, {found.tuned!r} in tuned ({found.effect})"
             for found in report.config_differences
@@ -50,6 +55,58 @@ def inspection(base: str, tuned: str) -> dict[str, Any]:
         "decompose_seconds": round(_seconds(pair), 1),
         "model_memory_bytes": 2 * 4 * _parameters(pair),
     }
+
+
+def parent_ranking(tuned: str, candidates: Sequence[str]) -> dict[str, Any]:
+    """Which of some models is likeliest the parent of another: a row of evidence for each.
+
+    Args:
+        tuned: The model whose parent is asked for.
+        candidates: Model specifications; those that cannot be compared get the reason instead.
+
+    Raises:
+        TvlensError: ``tuned`` cannot be read.
+    """
+    open_source(tuned)
+    found: list[Likeness] = []
+    refused = []
+    for spec in dict.fromkeys(candidates):
+        try:
+            found.append(likeness(load_pair(spec, tuned, names=(spec, tuned), scan=False)))
+        except TvlensError as error:
+            refused.append({"candidate": spec, "verdict": "refused", "reason": str(error)})
+    found.sort(key=lambda candidate: candidate.distance)
+    rivals = [other.base for other in found[1:] if not _apart(found[0], other)]
+    return {
+        "candidates": [*(candidate.to_dict() for candidate in found), *refused],
+        "likeliest": found[0].base if found and not rivals and not found[0].unlike else None,
+        "sentence": _ranking_sentence(tuned, found, rivals),
+    }
+
+
+def _apart(nearest: Likeness, other: Likeness) -> bool:
+    """Whether the distance decides between two candidates, by how far they are from each other."""
+    names = nearest.base, other.base
+    try:
+        between = likeness(load_pair(*names, names=names, scan=False))
+    except TvlensError:
+        return True  # each can be compared with the tuned model, but they not with each other
+    return told_apart(nearest.distance, other.distance, between.distance)
+
+
+def _ranking_sentence(tuned: str, found: list[Likeness], rivals: list[str]) -> str:
+    if not found or found[0].verdict == "implausible":
+        return f"None of the candidates looks like the parent of {tuned}."
+    if found[0].unlike:
+        return found[0].warning
+    if rivals:
+        return (
+            f"{found[0].base} and {', '.join(rivals)} cannot be told apart as parents of {tuned}: "
+            "the changes have too much in common."
+        )
+    if found[1:]:
+        return f"{found[0].base} is the likeliest parent of {tuned} among the candidates."
+    return f"{found[0].base} looks like a parent of {tuned}; name others to compare it with."
 
 
 def _bytes(pair: Pair) -> int:

@@ -1,7 +1,7 @@
 """What was asked, enough to run it again: the content of ``study.yaml``."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +12,26 @@ Stage = Literal["decompose", "attribute", "graft", "evaluate"]
 STAGES: tuple[Stage, ...] = ("decompose", "attribute", "graft", "evaluate")
 
 
+WHOLE_WAY = "-from-base"
+"""What the name of a fine-tune ends in where tables hold its way from the base past the parent."""
+
+
+class Step(NamedTuple):
+    """Two models whose difference is studied.
+
+    Attributes:
+        base: Specification of the first.
+        tuned: Specification of the second.
+        base_name: What tables call the first in ``base``.
+        tuned_name: What tables call the difference in ``tuned``.
+    """
+
+    base: str
+    tuned: str
+    base_name: str
+    tuned_name: str
+
+
 class StudyPlan(BaseModel):
     """The options of one study.
 
@@ -19,6 +39,8 @@ class StudyPlan(BaseModel):
         base: Model specification of the base.
         tuned: Model specifications of the fine-tunes.
         tuned_names: Names of the fine-tunes in every table; folder names where not given.
+        parent: The model between base and fine-tunes (base -> instruct -> domain): the study
+            then holds both steps and the whole way.
         controls: Specifications of control fine-tunes: classified beside each fine-tune.
         prompts: Prompt file, ``demo:NAME``, or None for the shipped neutral texts.
         metric: Metric name or ``package.module:function``; None chooses by the prompts.
@@ -38,6 +60,7 @@ class StudyPlan(BaseModel):
     base: str
     tuned: tuple[str, ...] = Field(min_length=1)
     tuned_names: tuple[str, ...] = ()
+    parent: str | None = None
     controls: tuple[str, ...] = ()
     prompts: str | None = None
     metric: str | None = None
@@ -73,12 +96,36 @@ class StudyPlan(BaseModel):
         return names
 
     @property
+    def parent_name(self) -> str:
+        """What tables call the parent; marked as such where a fine-tune has its name."""
+        name = name_of(self.parent or "")
+        return f"{name}-parent" if name in ("base", *self.names) else name
+
+    @property
+    def steps(self) -> tuple["Step", ...]:
+        """The pairs of the study: base and fine-tune, or with a parent each step and the whole.
+
+        Raises:
+            StudyError: As for ``names``.
+        """
+        tuned = list(zip(self.tuned, self.names, strict=True))
+        if self.parent is None:
+            return tuple(Step(self.base, spec, "base", name) for spec, name in tuned)
+        parent = self.parent_name
+        steps = [Step(self.base, self.parent, "base", parent)]
+        for spec, name in tuned:
+            steps.append(Step(self.parent, spec, parent, name))
+            steps.append(Step(self.base, spec, "base", name + WHOLE_WAY))
+        return tuple(steps)
+
+    @property
     def command(self) -> str:
         """The command line that runs this plan again."""
         words = ["tvlens", "compare", self.base, *self.tuned]
         for control in self.controls:
             words += ["--control", control]
-        for flag, value in (("--prompts", self.prompts), ("--metric", self.metric)):
+        given = {"--parent": self.parent, "--prompts": self.prompts, "--metric": self.metric}
+        for flag, value in given.items():
             words += [flag, value] if value else []
         return " ".join([*words, "--seed", str(self.seed), "--out", "DIR"])
 

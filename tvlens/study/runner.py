@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvlens.errors import StudyError, TvlensError
+from tvlens.errors import AdapterError, StudyError, TvlensError
 from tvlens.reporting.report import render_report
 from tvlens.tables import Table, concatenated
 from tvlens.weights.matching import load_pair
 
 from . import stages
-from .plan import StudyPlan
+from .plan import WHOLE_WAY, StudyPlan
 from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def run_study(
     stages.check_inputs(plan)
     pairs = _pairs(plan, folder)
     stages.check_pairs(plan, pairs)
+    stages.check_vocabularies(plan, pairs)
     prepared_folder(folder, _inputs(pairs), force=force)
     _check_resume(plan, folder, resume=resume)
     plan.save(folder)
@@ -134,17 +135,14 @@ class _Run:
 
     def stage(self, name: str) -> None:
         """Run one stage for every pair and save its tables."""
-        stage = stages.STAGES[name]
         if self.resume and name in self.measured:
             self.say(f"{name}: kept")
             return
         made: dict[str, list[Table]] = {}
         with self.timed(name):
-            for pair in self.pairs:
-                self.say(f"{name}: {pair.tuned_name}")
-                output = stage(self.plan, pair, self.say)
+            for tuned_name, output in self._outputs(name):
                 self.warnings += output.warnings
-                self.facts.setdefault(pair.tuned_name, {}).update(output.facts)
+                self.facts.setdefault(tuned_name, {}).update(output.facts)
                 self._fix_sample(output.facts)
                 for table in output.tables:
                     made.setdefault(table.name, []).append(table)
@@ -168,6 +166,15 @@ class _Run:
             for pair in self.pairs
         ]
         concatenated("joins", parts).save(self.folder)
+
+    def _outputs(self, name: str) -> "Iterator[tuple[str, stages.StageOutput]]":
+        """What a stage makes of each pair, then of all pairs together."""
+        if each := stages.STAGES.get(name):
+            for pair in self.pairs:
+                self.say(f"{name}: {pair.tuned_name}")
+                yield pair.tuned_name, each(self.plan, pair, self.say)
+        if together := stages.TOGETHER.get(name):
+            yield self.pairs[-1].tuned_name, together(self.plan, self.pairs, self.say)
 
     def _fix_sample(self, facts: Mapping[str, Any]) -> None:
         """Keep the exact sample that was planned by time, so that a rerun repeats it."""
@@ -220,10 +227,21 @@ def saved_prompts(prompts: "PromptSet", path: Path) -> Path:
 
 
 def _pairs(plan: StudyPlan, folder: Path) -> "list[Pair]":
-    pairs = []
-    for spec, name in zip(plan.tuned, plan.names, strict=True):
+    pairs: list[Pair] = []
+    for step in plan.steps:
+        if step.tuned_name.endswith(WHOLE_WAY) and pairs[-1].adapter is not None:
+            pairs[-1].load_report.warnings.append(
+                f"{pairs[-1].tuned_name} is an adapter of {pairs[-1].base_name}: its whole way "
+                "from the base is in lineage.parquet alone."
+            )
+            continue
         try:
-            pairs.append(load_pair(plan.base, spec, names=("base", name)))
+            pairs.append(load_pair(step.base, step.tuned, names=(step.base_name, step.tuned_name)))
+            if plan.parent is not None and pairs[0].adapter is not None:
+                raise AdapterError(
+                    f"the parent {plan.parent} is an adapter, which nothing can start from.",
+                    hint="Merge it into its base and save that as a model.",
+                )
         except TvlensError as error:
             _write_refusal(folder, error)
             raise
@@ -245,13 +263,17 @@ def _write_refusal(folder: Path, error: TvlensError) -> None:
 
 def load_reports(pairs: "list[Pair]") -> dict[str, Any]:
     """The load report of a single pair, or ``{"pairs": [...]}`` for several fine-tunes."""
-    reports = [{"tuned_name": p.tuned_name, **p.load_report.to_dict()} for p in pairs]
+    reports = [
+        {"base_name": p.base_name, "tuned_name": p.tuned_name, **p.load_report.to_dict()}
+        for p in pairs
+    ]
     return reports[0] if len(reports) == 1 else {"pairs": reports}
 
 
 def _inputs(pairs: "list[Pair]") -> dict[str, Any]:
     inputs: dict[str, Any] = {"base": pairs[0].base.sha256()}
-    inputs.update({pair.tuned_name: pair.tuned.sha256() for pair in pairs})
+    own = [pair for pair in pairs if not pair.tuned_name.endswith(WHOLE_WAY)]
+    inputs.update({pair.tuned_name: pair.tuned.sha256() for pair in own})
     return inputs
 
 

@@ -9,7 +9,8 @@ A stage is a pure function of its inputs; the runner writes what it returns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
 from tvlens.weights.matching import load_pair
 
-from .plan import StudyPlan, name_of
+from .plan import WHOLE_WAY, StudyPlan, name_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -81,8 +82,9 @@ def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
 
     weights = decompose(pair)
     say(f"classify: {pair.tuned_name}")
+    start = pair.base.name if pair.base.name.startswith("demo:") else pair.base.folder
     controls = tuple(
-        load_pair(plan.base, spec, names=("base", name_of(spec))) for spec in plan.controls
+        load_pair(start, spec, names=(pair.base_name, name_of(spec))) for spec in plan.controls
     )
     labels = classify(pair, weights, controls=controls, seed=plan.seed)
     facts = {"headline": labels.headline}
@@ -100,7 +102,8 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     metric = resolve_metric(plan.metric, asked)
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
     with one_thread(only_if=hooked.base.d_model < WIDE):
-        return _attributed(plan, hooked, asked, batch, metric, say)
+        made = _attributed(plan, hooked, asked, batch, metric, say)
+    return replace(made, warnings=(*hooked.warnings, *made.warnings))
 
 
 def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
@@ -109,15 +112,16 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     from tvlens.attribution.grafting import graft
     from tvlens.models.lens import LensModel
     from tvlens.models.metrics import resolve_metric
-    from tvlens.models.pair import tokenizer_in
+    from tvlens.models.pair import common_tokens_of, tokenizer_in
     from tvlens.models.prompts import load_prompts, tokenised
     from tvlens.weights.vector import tuning_vector
 
     asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
     metric = resolve_metric(plan.metric, asked)
-    tokenizer = tokenizer_in([pair.tuned.folder, pair.base.folder])
-    batch = tokenised(asked, tokenizer, chat=plan.chat)
-    lens = LensModel.load(pair.base.folder, device=_device(plan))
+    common = common_tokens_of(pair)
+    batch = tokenised(asked, tokenizer_in(common.folders), chat=plan.chat)
+    lens = LensModel.load(pair.base.folder, rows=common.size, device=_device(plan))
+    lens.unknown = common.unknown
     splits = {
         split: [row for row, number in enumerate(batch.numbers) if asked[number].split == split]
         for split in ("choose", "judge")
@@ -137,7 +141,7 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
             seed=plan.seed,
             names=(pair.base_name, pair.tuned_name),
         )
-    return StageOutput((found.curves, found.sets), found.facts, tuple(batch.warnings))
+    return StageOutput((found.curves, found.sets), found.facts, (*common.warnings, *batch.warnings))
 
 
 def _attributed(
@@ -190,7 +194,7 @@ def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     Raises:
         UnsupportedFormatError: Attribution was asked for a family without a table.
     """
-    for pair in pairs if "attribute" in plan.stages else ():
+    for pair in pairs if {"attribute", "graft"} & set(plan.stages) else ():
         if not pair.layout.listed:
             kind = pair.base.config.get("model_type")
             raise UnsupportedFormatError(
@@ -199,6 +203,20 @@ def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
                 hint="`tvlens decompose` measures the tuning vector tensor by tensor; a family is "
                 "one table in tvlens/weights/families.",
             )
+
+
+def check_vocabularies(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
+    """Refuse vocabularies that a stage which runs the models could not use, before it is reached.
+
+    Raises:
+        IncomparableModelsError: A token has another number in base and tuned model.
+    """
+    if not {"attribute", "graft", "evaluate"} & set(plan.stages):
+        return
+    from tvlens.models.pair import common_tokens_of
+
+    for pair in pairs:
+        common_tokens_of(pair)
 
 
 def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
@@ -310,36 +328,59 @@ def _values(hooked: "HookedPair", lens: "LensModel", metric: Any, batch: "Batch"
     return [value for part in parts for value in hooked.values(lens, metric, part).tolist()]
 
 
-def evaluate_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
-    """Held-out loss per domain of the base, the fine-tune and the controls."""
+def lineage_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> StageOutput:
+    """With a parent: how each whole way from the base divides into its two steps."""
+    if plan.parent is None:
+        return StageOutput(())
+    from tvlens.weights.steps import detour_warning, lineage_table
+
+    first = pairs[0]
+    seconds = [pair for pair in pairs if pair.base_name == first.tuned_name]
+    say(f"lineage: {first.base_name} -> {first.tuned_name} -> ...")
+    tables = [lineage_table(first, second) for second in seconds]
+    warnings = (detour_warning(table) for table in tables)
+    return StageOutput((concatenated("lineage", tables),), warnings=tuple(filter(None, warnings)))
+
+
+def evaluate_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> StageOutput:
+    """Held-out loss per domain of the base, the fine-tunes and the controls, each model once."""
     from tvlens.evaluation.losses import losses_table
     from tvlens.models.lens import LensModel
-    from tvlens.models.pair import tokenizer_in
+    from tvlens.models.pair import common_tokens_of, tokenizer_in
     from tvlens.models.prompts import load_texts, tokenised
 
-    tokenizer = tokenizer_in([pair.tuned.folder, pair.base.folder])
+    measured = [pair for pair in pairs if not pair.tuned_name.endswith(WHOLE_WAY)]
+    for spec in plan.controls:
+        measured.append(load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False))
+    common = [common_tokens_of(pair) for pair in measured]
+    base = measured[0].base.folder
+    base_first = any(tokens.folders[0] == base for tokens in common)
+    tokenizer = tokenizer_in((base, *common[0].folders) if base_first else common[0].folders)
     tasks = {
         task: tokenised(load_texts(spec), tokenizer, chat=plan.chat)
         for task, spec in plan.evaluate.items()
     }
-    models = {"base": pair.base, pair.tuned_name: pair.tuned}
-    for spec in plan.controls:
-        control = load_pair(plan.base, spec, names=("base", name_of(spec)))
-        models[control.tuned_name] = control.tuned
+    models: dict[str, tuple[Path, Path | None]] = {"base": (base, None)}
+    for pair in measured:
+        adapter = pair.tuned.folder if pair.adapter else None
+        models[pair.tuned_name] = (pair.base.folder if adapter else pair.tuned.folder, adapter)
     made = []
-    for name, source in models.items():
+    for name, (folder, adapter) in models.items():
         say(f"held-out losses of {name}")
-        folder, adapter = source.folder, None
-        if source.is_adapter:
-            folder, adapter = pair.base.folder, source.folder
         lens = LensModel.load(folder, adapter=adapter, device=_device(plan))
         made.append(losses_table(name, lens, tasks, seed=plan.seed))
-    return StageOutput((concatenated("evaluation", made),))
+    warnings = tuple(sentence for tokens in common for sentence in tokens.warnings)
+    return StageOutput((concatenated("evaluation", made),), warnings=warnings)
 
 
 STAGES: dict[str, Callable[[StudyPlan, "Pair", Progress], StageOutput]] = {
     "decompose": decompose_stage,
     "attribute": attribute_stage,
     "graft": graft_stage,
+}
+"""What a stage does with one pair after the other."""
+TOGETHER: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], StageOutput]] = {
+    "decompose": lineage_stage,
     "evaluate": evaluate_stage,
 }
+"""What a stage does with all pairs of the study together, after that."""

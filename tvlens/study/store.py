@@ -32,6 +32,7 @@ TABLES = (
     "weights",
     "tests",
     "labels",
+    "lineage",
     "prompts",
     "attribution",
     "fidelity",

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tvlens.errors import CheckpointError
@@ -14,6 +15,7 @@ from .draft import Draft
 from .report import TensorMatch
 from .sources.adapter import Adapter, Factors
 from .sources.folder import Source
+from .vocabulary import RowMatch
 
 CHUNK = 1 << 24
 """Entries read at once: 64 MiB in float32."""
@@ -67,16 +69,67 @@ def equal_fraction(base: tuple[Source, str], tuned: tuple[Source, str]) -> float
     return equal / total if total else 1.0
 
 
-def refuse_non_finite(draft: Draft) -> None:
-    """Read everything once, in search of NaN and Inf.
+def equal_fraction_of_rows(
+    base: tuple[Source, str], tuned: tuple[Source, str], rows: RowMatch
+) -> float:
+    """Share of equal entries in the matched rows of two embeddings, compared in float32."""
+    equal, total = 0, 0
+    for start, stop in row_ranges((len(rows), *base[0].tensors[base[1]].shape[1:])):
+        first = chosen_rows(*base, rows.base[start:stop]).float()
+        second = chosen_rows(*tuned, rows.tuned[start:stop]).float()
+        equal += int((first == second).sum())
+        total += first.numel()
+    return equal / total if total else 1.0
 
-    Raises:
-        CheckpointError: A tensor holds one; all such tensors are marked in the report.
-    """
-    problems = [*_non_finite(draft, draft.base), *_non_finite(draft, draft.tuned)]
-    if problems:
-        more = f" {len(problems) - 1} more tensors hold one." if len(problems) > 1 else ""
-        raise CheckpointError(f"{problems[0].args[0]}{more}", hint=problems[0].hint)
+
+def chosen_rows(source: Source, name: str, rows: Int[Tensor, " row"]) -> Shaped[Tensor, "row ..."]:
+    """Rows of a stored tensor in the given order; what lies between them is read and dropped."""
+    if not len(rows):
+        return source.read_rows(name, 0, 0)
+    first, last = int(rows.min()), int(rows.max())
+    read = source.read_rows(name, first, last + 1)
+    return read if len(read) == len(rows) and bool((rows.diff() == 1).all()) else read[rows - first]
+
+
+def non_finite_tensors(draft: Draft) -> list[CheckpointError]:
+    """Read everything once, in search of NaN and Inf; such tensors are marked in the report."""
+    return [*_non_finite(draft, draft.base), *_non_finite(draft, draft.tuned)]
+
+
+def measure_new_rows(draft: Draft) -> None:
+    """Enter in the report how long the embedding rows are that have no counterpart in the base."""
+    rows, found = draft.rows, draft.report.vocabulary
+    if rows is None or found is None or not rows.new:
+        return
+    norms = _row_norms(draft.tuned, draft.tuned_tensors[draft.embedding])
+    found["new"] |= _norms(norms[list(rows.new)], norms[rows.tuned])
+    found["sentence"] += f". {_norm_sentence(found['new'])}"
+
+
+def _row_norms(source: Source, name: str) -> Float[Tensor, " row"]:
+    ranges = row_ranges(source.tensors[name].shape)
+    parts = [source.read_rows(name, *bounds).float().norm(dim=1) for bounds in ranges]
+    return torch.cat(parts)
+
+
+def _norms(new: Float[Tensor, " new"], matched: Float[Tensor, " row"]) -> dict[str, float]:
+    median = float(new.median())
+    return {
+        "norm_low": float(new.min()),
+        "norm_median": median,
+        "norm_high": float(new.max()),
+        "norm_median_matched": float(matched.median()),
+        "share_of_matched_shorter": float((matched < median).double().mean()),
+    }
+
+
+def _norm_sentence(norms: dict[str, Any]) -> str:
+    return (
+        f"In the embedding the new rows are {norms['norm_low']:.3g} to {norms['norm_high']:.3g} "
+        f"long, median {norms['norm_median']:.3g}; the matched rows' median is "
+        f"{norms['norm_median_matched']:.3g}, and {norms['share_of_matched_shorter']:.0%} of them "
+        "are shorter than the median new row"
+    )
 
 
 def settle_identity(draft: Draft) -> None:
@@ -107,7 +160,10 @@ def _settle_equality(draft: Draft, entry: TensorMatch) -> None:
         return
     if draft.adapter is None or entry.tuned in draft.adapter.replaced.values():
         sides = (draft.base, entry.base), (draft.tuned, entry.tuned)
-        entry.equal_fraction = equal_fraction(*sides)
+        if entry.status == "aligned" and draft.rows is not None:
+            entry.equal_fraction = equal_fraction_of_rows(*sides, draft.rows)
+        else:
+            entry.equal_fraction = equal_fraction(*sides)
 
 
 def _differs(entry: TensorMatch) -> bool:

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from tvlens.errors import TvlensError
+
 from .layout import Layout
 from .report import LoadReport, Status, TensorMatch
 from .sources.adapter import Adapter
 from .sources.folder import Source
+from .vocabulary import RowMatch
 
 
 @dataclass
@@ -22,6 +25,8 @@ class Draft:
         tuned_tensors: The same for the tuned checkpoint.
         adapter: The adapter's changes, None for a full checkpoint.
         ties: Whether base and tuned tie W_U to W_E.
+        rows: Which embedding rows belong together, None until that is settled.
+        misfits: What is wrong with single tensors; raised once all are in the report.
     """
 
     base: Source
@@ -33,6 +38,8 @@ class Draft:
     tuned_tensors: dict[str, str] = field(default_factory=dict)
     adapter: Adapter | None = None
     ties: tuple[bool, bool] = (False, False)
+    rows: RowMatch | None = None
+    misfits: list[TvlensError] = field(default_factory=list)
 
     def note(
         self, base: str | None, tuned: str | None, status: Status, reason: str = ""

@@ -4,7 +4,7 @@ Every stored tensor of both gets an entry in the load report; an error carries t
 as it got, in its ``report`` attribute.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +17,17 @@ from tvlens.errors import (
 )
 
 from .configs import config_differences
-from .contents import equal_fraction, refuse_non_finite, settle_identity
+from .contents import equal_fraction, measure_new_rows, non_finite_tensors, settle_identity
 from .draft import Draft
 from .fitting import account_for_adapter, fit_adapter
 from .layout import Layout, has_table, layout_of, unlisted_layout
+from .lineage import likeness
 from .pair import Pair, Weight
 from .precision import PRECISIONS
 from .report import Status, with_report
 from .sources.folder import Source
 from .sources.opening import open_source
-from .vocabulary import first_disagreement, token_strings
+from .vocabulary import RowMatch, matched_rows, token_strings
 
 __all__ = ["Pair", "Weight", "load_pair"]
 
@@ -42,6 +43,8 @@ def load_pair(
     scan: bool = True,
 ) -> Pair:
     """Match a base with its fine-tune or adapter.
+
+    A base that looks like no parent of the tuned model is a warning in the load report.
 
     Args:
         base: Folder, hub id or ``demo:`` name of the base.
@@ -61,25 +64,20 @@ def load_pair(
             f"{sources[0].name} is an adapter; the base must be a full checkpoint.",
             hint="Give the model it was trained on first, the adapter second.",
         )
-    layouts = _layouts(*sources)
-    draft = Draft(*sources, layouts, layouts[0])
-    for source in sources:
-        for note in source.notes:
-            draft.warn(note)
-        if source.adapter_beside:
-            draft.warn(f"{source.name} holds an adapter beside the model; only the model is read.")
+    draft = _begun(*sources)
     try:
         steps = _adapter_steps() if draft.tuned.is_adapter else _checkpoint_steps()
         for step in steps:
             step(draft)
+        _refuse_problems(draft, scan=scan)
         if scan:
-            refuse_non_finite(draft)
             settle_identity(draft)
+            measure_new_rows(draft)
     except TvlensError as error:
         with_report(error, draft.report)
         raise
     base_name, tuned_name = names or _names(*sources)
-    return Pair(
+    pair = Pair(
         draft.base,
         draft.tuned,
         base_name,
@@ -89,7 +87,44 @@ def load_pair(
         draft.base_tensors,
         draft.tuned_tensors,
         draft.adapter,
+        rows=draft.rows or RowMatch.by_number(draft.layout.d_vocab),
     )
+    if scan:
+        _warn_of_stranger(draft, pair)
+    return pair
+
+
+def _warn_of_stranger(draft: Draft, pair: Pair) -> None:
+    """A base that looks like no parent; an adapter is judged by its shapes instead."""
+    if pair.adapter is None and (sentence := likeness(pair).warning):
+        draft.warn(sentence)
+
+
+def _begun(base: Source, tuned: Source) -> Draft:
+    """A draft that holds what opening the sources had to say."""
+    layouts = _layouts(base, tuned)
+    draft = Draft(base, tuned, layouts, layouts[0])
+    for source in (base, tuned):
+        for note in source.notes:
+            draft.warn(note)
+        if source.adapter_beside:
+            draft.warn(f"{source.name} holds an adapter beside the model; only the model is read.")
+    return draft
+
+
+def _refuse_problems(draft: Draft, *, scan: bool) -> None:
+    """Raise what was found wrong with single tensors, all of it marked in the report before."""
+    kinds: list[tuple[Sequence[TvlensError], str]] = [(draft.misfits, "do not fit")]
+    if scan:
+        kinds.append((non_finite_tensors(draft), "hold one"))
+    sentences = []
+    for found, rest in kinds:
+        if found:
+            more = f" {len(found) - 1} more tensors {rest}." if found[1:] else ""
+            sentences.append(f"{found[0].args[0]}{more}")
+    if sentences:
+        first = next(found[0] for found, _ in kinds if found)
+        raise type(first)(" ".join(sentences), hint=first.hint)
 
 
 def _layouts(base: Source, tuned: Source) -> tuple[Layout, Layout]:
@@ -235,7 +270,7 @@ def _is_tied(draft: Draft, side: int) -> bool:
 
 
 def _settle_vocabulary(draft: Draft) -> None:
-    """Rows of embeddings are matched by number, if the numbers mean the same tokens."""
+    """Rows of embeddings are matched by token string, or by number without both tokenizers."""
     sizes = [
         source.tensors[names[draft.embedding]].shape[0]
         for source, names in draft.sides
@@ -243,44 +278,63 @@ def _settle_vocabulary(draft: Draft) -> None:
     ]
     if len(sizes) < 2:
         return
-    _compare_tokenizers(draft, sizes)
-    draft.layout = replace(draft.layout, d_vocab=min(sizes))
+    draft.rows = _rows(draft, (sizes[0], sizes[1]))
+    draft.layout = replace(draft.layout, d_vocab=len(draft.rows))
+    draft.report.vocabulary = draft.rows.to_dict()
+    for sentence in _vocabulary_warnings(draft, draft.rows):
+        draft.warn(sentence)
 
 
-def _compare_tokenizers(draft: Draft, sizes: list[int]) -> None:
+def _rows(draft: Draft, sizes: tuple[int, int]) -> RowMatch:
     base, tuned = draft.base, draft.tuned
     tokens = token_strings(base.folder), token_strings(tuned.folder)
-    described = f"{base.name} has {sizes[0]} embedding rows, {tuned.name} {sizes[1]}"
     if tokens[0] is None or tokens[1] is None:
         if sizes[0] != sizes[1]:
             raise IncomparableModelsError(
-                f"{described}, and a tokenizer is missing, so rows cannot be matched to tokens.",
+                f"{base.name} has {sizes[0]} embedding rows, {tuned.name} {sizes[1]}, and a "
+                "tokenizer is missing, so rows cannot be matched to tokens.",
                 hint="Put both tokenizer.json files beside the weights.",
             )
-        return
-    found = first_disagreement(tokens[0], tokens[1])
-    if found is None:
-        return
-    meaning = f"token {found.index} is {found.base!r} in the base and {found.tuned!r} in the tuned"
-    if sizes[0] != sizes[1]:
+        return RowMatch.by_number(sizes[0])
+    rows = matched_rows((tokens[0], tokens[1]), sizes)
+    if not rows.by_token:
         raise IncomparableModelsError(
-            f"{described}, and {meaning} model.",
+            f"the tokenizers of {base.name} and {tuned.name} have no token in common.",
             hint="A tuning vector needs rows that stand for the same tokens.",
         )
-    draft.warn(f"the tokenizers differ: {meaning} model. Embedding rows are compared by number.")
+    return rows
+
+
+def _vocabulary_warnings(draft: Draft, rows: RowMatch) -> Iterator[str]:
+    base, tuned = draft.base.name, draft.tuned.name
+    if rows.moved:
+        yield (
+            f"{rows.moved:,} tokens have another number in {tuned} than in {base}; their embedding "
+            "rows are compared by token, not by number."
+        )
+    if rows.new or rows.gone:
+        yield (
+            f"{len(rows.new):,} embedding rows of {tuned} and {len(rows.gone):,} of {base} have no "
+            f"counterpart and are not compared ({rows.sentence})."
+        )
+    for name, count in zip((base, tuned), rows.rowless, strict=True):
+        if count:
+            yield f"the tokenizer of {name} numbers {count:,} tokens beyond its embedding rows."
+    if rows.tokens and 2 * rows.by_token < min(map(len, rows.tokens)):
+        yield (
+            f"the tokenizers share only {rows.by_token:,} token strings, less than half of the "
+            "smaller one; the embeddings may not be comparable."
+        )
 
 
 def _match_tensors(draft: Draft) -> None:
     expected = draft.layout.stored_shapes
-    problems = [_match_one(draft, name, shape) for name, shape in expected.items()]
-    for name in [*draft.base_tensors, *(set(draft.tuned_tensors) - set(draft.base_tensors))]:
+    found = [_match_one(draft, name, shape) for name, shape in expected.items()]
+    draft.misfits = [problem for problem in found if problem is not None]
+    for name in dict.fromkeys([*draft.base_tensors, *draft.tuned_tensors]):
         if name not in expected:
             _account_for_other(draft, name)
     draft.note_tie()
-    found = [problem for problem in problems if problem is not None]
-    if found:
-        more = f" {len(found) - 1} more tensors do not fit." if len(found) > 1 else ""
-        raise type(found[0])(f"{found[0].args[0]}{more}", hint=found[0].hint)
 
 
 def _match_one(draft: Draft, name: str, shape: tuple[int, ...]) -> TvlensError | None:
@@ -288,18 +342,25 @@ def _match_one(draft: Draft, name: str, shape: tuple[int, ...]) -> TvlensError |
     if base is None or tuned is None:
         return _missing(draft, name, base, tuned)
     shapes = draft.base.tensors[base].shape, draft.tuned.tensors[tuned].shape
-    vocabulary = name in (draft.embedding, draft.unembedding)
-    for source, found in zip((draft.base, draft.tuned), shapes, strict=True):
-        if not _fits(found, shape, vocabulary=vocabulary):
-            draft.note(base, tuned, "refused", f"{found} in {source.name}, expected {shape}")
-            return _misshapen(draft, name, shapes, shape)
-    if vocabulary and shapes[0] != shapes[1]:
-        draft.note(base, tuned, "aligned", _alignment(draft, shapes))
-    elif not shapes[0] == shapes[1] == shape and not vocabulary:
+    vocabulary = name in (draft.embedding, draft.unembedding) and draft.rows is not None
+    wanted = _stored_sizes(draft, shape) if vocabulary else (shape, shape)
+    for source, found, want in zip((draft.base, draft.tuned), shapes, wanted, strict=True):
+        if (found if vocabulary else _squeezed(found)) != (want if vocabulary else _squeezed(want)):
+            draft.note(base, tuned, "refused", f"{found} in {source.name}, expected {want}")
+            return _misshapen(draft, name, shapes, want)
+    if vocabulary:
+        draft.note(base, tuned, *_alignment(draft, base, tuned))
+    elif not shapes[0] == shapes[1] == shape:
         draft.note(base, tuned, "reshaped", f"{shapes[0]} and {shapes[1]} read as {shape}")
     else:
         draft.note(base, tuned, *_naming(draft, base, tuned))
     return None
+
+
+def _stored_sizes(draft: Draft, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shape that an embedding must have in base and tuned: every row that has a token."""
+    sizes = draft.rows.sizes if draft.rows else ()
+    return [(size, *shape[1:]) for size in sizes]
 
 
 def _stored(draft: Draft, side: int, name: str) -> str | None:
@@ -317,12 +378,14 @@ def _naming(draft: Draft, base: str, tuned: str) -> tuple[Status, str]:
     return ("compared", "") if base == tuned else ("renamed", f"both are {names[0]}")
 
 
-def _alignment(draft: Draft, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
-    longer = draft.base if shapes[0][0] > shapes[1][0] else draft.tuned
-    return (
-        f"rows 0 to {min(shapes)[0] - 1} by token number; {abs(shapes[0][0] - shapes[1][0])} "
-        f"further rows of {longer.name} have no counterpart"
-    )
+def _alignment(draft: Draft, base: str, tuned: str) -> tuple[Status, str]:
+    """Status and reason of an embedding or unembedding."""
+    status, reason = _naming(draft, base, tuned)
+    if draft.rows is None:
+        return status, reason
+    if not draft.rows.whole:
+        status = "aligned"
+    return status, "; ".join(part for part in (reason, draft.rows.sentence) if part)
 
 
 def _check_base(draft: Draft) -> None:
@@ -344,13 +407,6 @@ def _check_base(draft: Draft) -> None:
             )
 
 
-def _fits(found: tuple[int, ...], expected: tuple[int, ...], *, vocabulary: bool) -> bool:
-    """Same shape up to axes of length one; an embedding may have more rows."""
-    if vocabulary:
-        return len(found) == 2 and found[1] == expected[1] and found[0] >= expected[0]
-    return _squeezed(found) == _squeezed(expected)
-
-
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(length for length in shape if length != 1)
 
@@ -363,7 +419,8 @@ def _missing(draft: Draft, name: str, base: str | None, tuned: str | None) -> Tv
             hint=_INCOMPLETE,
         )
     has, lacks = (draft.base, draft.tuned) if base else (draft.tuned, draft.base)
-    draft.note(base, tuned, "only_in_base" if base else "only_in_tuned", "the other must have it")
+    reason = f"{lacks.name} lacks it, although its config.json asks for it"
+    draft.note(base, tuned, "only_in_base" if base else "only_in_tuned", reason)
     return IncomparableModelsError(
         f"{has.name} has {base or tuned}, {lacks.name} lacks it.",
         hint=f"The weights of {lacks.name} are incomplete or of another architecture.",
@@ -376,6 +433,13 @@ def _misshapen(
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
     expected: tuple[int, ...],
 ) -> TvlensError:
+    if name in (draft.embedding, draft.unembedding) and draft.rows:
+        rows = draft.rows.sizes
+        return IncomparableModelsError(
+            f"{name} is {shapes[0]} in {draft.base.name} and {shapes[1]} in {draft.tuned.name}, "
+            f"whose embeddings have {rows[0]} and {rows[1]} rows of {expected[1]}.",
+            hint="Embedding and unembedding must have one row for each token.",
+        )
     if shapes[0] == shapes[1]:
         return CheckpointError(
             f"{name} is {shapes[0]} in {draft.base.name} and {draft.tuned.name}; their "

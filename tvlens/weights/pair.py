@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tvlens.components import Component
 
-from .contents import first_non_finite, non_finite
+from .contents import chosen_rows, first_non_finite, non_finite
 from .delta import Absent, Delta, Dense, Dora, LowRank, added, dora
 from .families.table import Place
 from .layout import Layout
@@ -26,6 +26,7 @@ from .precision import (
 from .report import LoadReport, with_report
 from .sources.adapter import Adapter, Factors, Rows, low_rank, shift
 from .sources.folder import Source
+from .vocabulary import RowMatch
 
 VOCABULARY_PARTS = ("W_E", "W_U")
 
@@ -76,6 +77,9 @@ class Pair:
         base_tensors: Stored name by the family's name.
         tuned_tensors: The same for the tuned checkpoint, or what an adapter stores whole.
         adapter: The adapter's factors, None for a full checkpoint.
+        rows: Which embedding rows of the two belong together. W_E has a row and W_U a column for
+            each matched pair, in this order; rows without a counterpart are in ``rows.new`` and
+            ``rows.gone`` and in no component.
     """
 
     base: Source
@@ -87,6 +91,7 @@ class Pair:
     base_tensors: dict[str, str] = field(repr=False)
     tuned_tensors: dict[str, str] = field(repr=False)
     adapter: Adapter | None = field(default=None, repr=False)
+    rows: RowMatch = field(kw_only=True, repr=False)
 
     @property
     def components(self) -> list[Component]:
@@ -146,12 +151,14 @@ class Pair:
         return self.layout.canonical(stored, place).contiguous()
 
     def _stored(self, source: Source, name: str, place: Place) -> Float[Tensor, "..."]:
-        rows = source.tensors[name].shape[0]
         if place.part in VOCABULARY_PARTS:
-            rows = min(rows, self.layout.d_vocab)
-        values = source.read_rows(name, 0, rows).float()
+            rows = self.rows.base if source is self.base else self.rows.tuned
+            values = chosen_rows(source, name, rows).float()
+        else:
+            rows, values = None, source.read(name).float()
         scanned = self.load_report.identical is not None
         if not scanned and (index := first_non_finite(values)) is not None:
+            index = index if rows is None else (int(rows[index[0]]), *index[1:])
             raise with_report(non_finite(source, name, index), self.load_report)
         return values.reshape(self.layout.stored_shapes[place.tensor])
 
@@ -246,6 +253,8 @@ class Pair:
         step = stored_step(self.tuned.rounding, names[1])
         if step is None:
             return rounding_energy(tuned, coarsest_dtype(*dtypes))
+        if step.dim() and place.part in VOCABULARY_PARTS:
+            step = step[self.rows.tuned]
         shape = self.layout.stored_shapes[place.tensor]
         rows = step.reshape(-1, *[1] * (len(shape) - 1)) if step.dim() else step
         steps = self.layout.canonical(torch.broadcast_to(rows, shape), place)

@@ -66,6 +66,7 @@ class LoadReport:
         tensors: One entry for every stored tensor of both checkpoints.
         config_differences: Every config entry that differs and could matter.
         warnings: Sentences for people.
+        vocabulary: How embedding rows were matched, None for an adapter; ``sentence`` says it.
         identical: No weight and no function-changing config entry differs; None if the
             contents were not read.
     """
@@ -73,6 +74,7 @@ class LoadReport:
     tensors: list[TensorMatch] = field(default_factory=list)
     config_differences: list[ConfigDifference] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    vocabulary: dict[str, Any] | None = None
     identical: bool | None = None
 
     @property
@@ -94,6 +96,7 @@ class LoadReport:
             "tensors": [asdict(match) for match in self.tensors],
             "config_differences": [asdict(difference) for difference in self.config_differences],
             "warnings": list(self.warnings),
+            "vocabulary": self.vocabulary,
             "identical": self.identical,
             "same_function": {
                 "value": True if self.identical else None,
