@@ -65,7 +65,8 @@ def test_score_of_every_tensor_is_its_gradient_times_its_delta(family, at, s):
             # Cancellation within a tensor makes a plain relative error meaningless.
             scale = max(abs(float(product.sum())), 1e-3 * float(product.abs().sum()), 1e-9)
             error = abs(float(ours[component][prompt]) - float(product.sum()))
-            assert error <= 5e-5 * scale + 1e-8, (component, prompt)
+            # 1e-7: a metric of a few nats is itself known to that only, in float32.
+            assert error <= 5e-5 * scale + 1e-7, (component, prompt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

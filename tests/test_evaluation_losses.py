@@ -13,9 +13,11 @@ VOCAB = 5
 class _Fixed:
     """A model that gives every next token the probability that its id says."""
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def logits_at(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         p = torch.tensor([0.4, 0.3, 0.2, 0.05, 0.05])
-        return p.log().expand(*ids.shape, VOCAB).clone()
+        return p.log().expand(*positions.shape, VOCAB).clone()
 
 
 def test_the_loss_is_the_mean_surprise_of_the_answer_and_not_of_the_prompt() -> None:

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "tvlens"
 RINGS = {
     "errors": 0,
     "components": 0,
+    "selection": 0,
     "tables": 0,
     "threads": 0,
     "demo": 0,

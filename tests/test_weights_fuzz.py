@@ -33,7 +33,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _read_everything(good: dict[str, Path], name: str, folder: Path) -> None:
     """What tvlens does with a checkpoint: open it, pair it with a good one, read all of it."""
     from tvlens.weights.matching import load_pair
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     source = open_source(folder)
     for stored in source.tensors:

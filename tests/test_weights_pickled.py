@@ -57,7 +57,7 @@ def _as_shards(original: Path, out: Path) -> Path:
 def test_every_dtype_comes_back_bit_equal_from_both_formats(
     original: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     def cast(tensors: dict[str, Tensor]) -> None:
         tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
@@ -75,7 +75,7 @@ def test_every_dtype_comes_back_bit_equal_from_both_formats(
 
 
 def test_shards_and_digests_of_pickles(original: Path, tmp_path: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     source = open_source(_as_shards(original, tmp_path / "shards"))
     expected = load_file(original / "model.safetensors")
@@ -88,7 +88,7 @@ def test_shards_and_digests_of_pickles(original: Path, tmp_path: Path) -> None:
 def test_what_was_read_can_be_written_on_without_changing_the_source(
     original: Path, folder: Path
 ) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     source = open_source(folder)
     before = load_file(original / "model.safetensors")[C_FC]
@@ -98,7 +98,7 @@ def test_what_was_read_can_be_written_on_without_changing_the_source(
 
 
 def test_parameters_and_views_are_read_as_they_are(folder: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     tensor = torch.randn(6, 4)
     stored = {"a": torch.nn.Parameter(tensor), "b": tensor.T, "c": tensor[2:5, 1:3]}
@@ -210,7 +210,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[CheckpointError], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_pickle_gets_its_sentence_and_runs_nothing(folder: Path, case: str) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     damage, error, sentence = BAD[case]
     damage(folder / "pytorch_model.bin")
@@ -241,7 +241,7 @@ QUANTISED = {
 def test_quantised_tensors_are_refused_by_their_method(
     original: Path, tmp_path: Path, name: str, pickled: bool
 ) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     dtype, reason = QUANTISED[name]
     folder = shutil.copytree(original, tmp_path / "model")
@@ -258,7 +258,7 @@ def test_quantised_tensors_are_refused_by_their_method(
 
 @pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json"])
 def test_the_config_of_a_quantiser_is_enough(original: Path, tmp_path: Path, file: str) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     folder = shutil.copytree(original, tmp_path / "model")
     (folder / file).write_text("{}")

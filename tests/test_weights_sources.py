@@ -52,7 +52,7 @@ def _edit_config(folder: Path, **entries: object) -> None:
 
 
 def test_one_file_gives_every_tensor_as_it_is_stored(folder: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     source, stored = open_source(str(folder)), load_file(folder / "model.safetensors")
     assert source.name == "model"
@@ -68,7 +68,7 @@ def test_one_file_gives_every_tensor_as_it_is_stored(folder: Path) -> None:
 
 
 def test_shards_give_the_same_tensors_as_one_file(original: Path, sharded: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     one, two = open_source(original), open_source(sharded)
     assert len(two.files) == 2
@@ -77,7 +77,7 @@ def test_shards_give_the_same_tensors_as_one_file(original: Path, sharded: Path)
 
 
 def test_low_precision_tensors_keep_their_dtype(folder: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     tensors = load_file(folder / "model.safetensors")
     save_file({k: t.bfloat16() for k, t in tensors.items()}, folder / "model.safetensors")
@@ -87,7 +87,7 @@ def test_low_precision_tensors_keep_their_dtype(folder: Path) -> None:
 
 
 def test_digests_are_those_of_the_files(sharded: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     digests = open_source(sharded).sha256()
     assert len(digests) == 3
@@ -96,7 +96,7 @@ def test_digests_are_those_of_the_files(sharded: Path) -> None:
 
 
 def test_the_storage_note_and_the_tokenizer_are_noticed(folder: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     (folder / "tvlens_storage.json").write_text('{"rounding": {"dtype": "float16"}}')
     (folder / "tokenizer.json").write_text("{}")
@@ -106,7 +106,7 @@ def test_the_storage_note_and_the_tokenizer_are_noticed(folder: Path) -> None:
 
 
 def test_a_tensor_that_is_not_there_is_named(folder: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     with pytest.raises(CheckpointError, match="model has no tensor 'nothing'"):
         open_source(folder).read("nothing")
@@ -222,7 +222,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[CheckpointError], str]] =
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_folder_gets_its_sentence(folder: Path, case: str) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     damage, error, sentence = BROKEN[case]
     damage(folder)
@@ -242,7 +242,7 @@ def test_a_broken_folder_gets_its_sentence(folder: Path, case: str) -> None:
     ],
 )
 def test_an_index_that_points_wrong_is_refused(sharded: Path, file: str, sentence: str) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
     elsewhere = next(name for name, shard in index.items() if shard.startswith("model-00002"))
@@ -252,7 +252,7 @@ def test_an_index_that_points_wrong_is_refused(sharded: Path, file: str, sentenc
 
 
 def test_a_shard_that_a_link_takes_elsewhere_is_refused(sharded: Path, tmp_path: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     shard = sharded / "model-00001-of-00002.safetensors"
     outside = shard.rename(tmp_path / "elsewhere.safetensors")
@@ -262,7 +262,7 @@ def test_a_shard_that_a_link_takes_elsewhere_is_refused(sharded: Path, tmp_path:
 
 
 def test_the_links_of_the_hubs_cache_are_followed(sharded: Path, tmp_path: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     expected = open_source(sharded).read(Q_PROJ)
     repository = tmp_path / "models--org--model"
@@ -289,7 +289,7 @@ def test_one_file_goes_before_shards_and_the_report_says_so(sharded: Path, origi
 def test_a_folder_that_may_not_be_read_is_one_sentence(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     def denied(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
@@ -300,7 +300,7 @@ def test_a_folder_that_may_not_be_read_is_one_sentence(
 
 
 def test_an_index_without_a_map_is_refused(sharded: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     _write_index(sharded, {})
     with pytest.raises(CheckpointError, match="has no weight_map"):
@@ -308,7 +308,7 @@ def test_an_index_without_a_map_is_refused(sharded: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     for spec in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "nowhere"):
         with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere.*demo:base"):
@@ -316,7 +316,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_a_folder_is_explained(folder: Path) -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     with pytest.raises(CheckpointError, match=r"is a file\. Give the folder"):
         open_source(folder / "model.safetensors")
@@ -326,7 +326,7 @@ def test_a_file_in_place_of_a_folder_is_explained(folder: Path) -> None:
 
 
 def test_an_unknown_demo_model_is_refused() -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     with pytest.raises(CheckpointError, match="no demo model 'law'"):
         open_source("demo:law")
@@ -335,7 +335,7 @@ def test_an_unknown_demo_model_is_refused() -> None:
 def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     def unreachable(*_: object, **__: object) -> str:
         raise ConnectionError("no route\nand a long trace")
@@ -354,7 +354,7 @@ def test_a_hub_id_is_taken_apart(
 ) -> None:
     import huggingface_hub
 
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     shutil.copytree(original, tmp_path / "abc123" / "inner")
     asked: dict[str, object] = {}
@@ -378,7 +378,7 @@ def test_the_hub_gives_pickles_only_where_there_are_no_safetensors(
 ) -> None:
     import huggingface_hub
 
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     folder = shutil.copytree(original, tmp_path / "abc123")
     weights = folder / "model.safetensors"
@@ -399,7 +399,7 @@ def test_the_hub_gives_pickles_only_where_there_are_no_safetensors(
 
 
 def test_a_hub_subfolder_may_not_leave_the_repository() -> None:
-    from tvlens.weights.sources import open_source
+    from tvlens.weights.sources.opening import open_source
 
     with pytest.raises(CheckpointError, match="leaves the repository"):
         open_source("org/model#../../x")

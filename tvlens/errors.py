@@ -5,6 +5,7 @@ TvlensError
 │   └── UnsupportedFormatError  readable, but of a form tvlens does not read
 ├── IncomparableModelsError    two models whose difference means nothing
 ├── AdapterError               an adapter that does not fit its base
+├── SelectionError             a selection that cannot be read, or that selects nothing
 ├── PromptError                a prompt file or a prompt
 ├── MetricError                a metric that cannot be computed as asked
 ├── HostError                  the hooked model lacks what an analysis needs
@@ -44,6 +45,10 @@ class IncomparableModelsError(TvlensError):
 
 class AdapterError(TvlensError):
     """An adapter whose modules or shapes do not fit the base model."""
+
+
+class SelectionError(TvlensError):
+    """A selection expression that cannot be read, or that selects nothing."""
 
 
 class PromptError(TvlensError):

@@ -12,7 +12,7 @@ copies are right), or one component's slices alone, and puts every bit back when
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -340,6 +340,26 @@ def all_components(lens: LensModel, sites: Iterable[Site]) -> list[Component]:
         for index in range(count)
     ]
     return disjoint + fine
+
+
+def live_weights(model: Any) -> dict[Component, Float[Tensor, "..."]]:
+    """Canonical views of the tensors that a hooked model's forward pass reads, by component.
+
+    Args:
+        model: A ``LensModel`` or a TransformerBridge.
+    """
+    lens = model if isinstance(model, LensModel) else LensModel.wrap(model)
+    return {
+        site.component(tensor): _view(site, tensor)
+        for site in weight_sites(lens)
+        for tensor in site.tensors
+    }
+
+
+def _view(site: Site, tensor: str) -> Tensor:
+    live = site.parameter(tensor).detach()
+    turned = tensor == "weight" and (site.role in LINEAR or site.role == "unembed")
+    return canonical(site, live) if turned else live
 
 
 def canonical(site: Site, weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "d_in d_out"]:

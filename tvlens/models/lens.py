@@ -4,6 +4,7 @@
 checkpoint's own weights: no folding and no centring, so a weight here is the weight on disk.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,50 @@ class LensModel:
         if rows is not None and rows < loaded.get_input_embeddings().weight.shape[0]:
             loaded.resize_token_embeddings(rows, mean_resizing=False)
         return cls(_bridge(loaded.eval().to(device), str(folder)))
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        *,
+        adapter: Path | None = None,
+        rows: int | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "LensModel":
+        """Build the model of one in memory, which stays as it is.
+
+        A transformers model on that device, in that dtype and without an adapter lends its own
+        weights: what an analysis writes into them for a while, and puts back, is written there.
+        Otherwise they are copied. A PeftModel's adapter is merged into a copy; layers that peft
+        put into a base are taken out of the copy. A bridge is used as it is.
+
+        Raises:
+            HostError: TransformerLens does not know the architecture, or a bridge is elsewhere.
+            AdapterError: The adapter does not fit the model.
+        """
+        if hasattr(model, "hook_dict"):
+            lens = cls.wrap(model)
+            if rows is not None and rows < lens.d_vocab:
+                raise HostError(
+                    f"only {rows} of this bridge's {lens.d_vocab} embedding rows are shared.",
+                    hint="Give the transformers model or the folder instead of the bridge.",
+                )
+            if (lens.device, lens.dtype) != (torch.device(device), dtype) or adapter is not None:
+                raise HostError(
+                    f"this bridge is {lens.dtype} on {lens.device}; {dtype} on {device} without "
+                    "an adapter is asked for.",
+                    hint="Give the transformers model or the folder instead of the bridge.",
+                )
+            return lens
+        cut = rows is not None and rows < model.get_input_embeddings().weight.shape[0]
+        written = cut or adapter is not None
+        loaded = owned_copy(model, device=device, dtype=dtype, written=written)
+        if cut:
+            loaded.resize_token_embeddings(rows, mean_resizing=False)
+        if adapter is not None:
+            loaded = _merged_adapter(loaded, Path(adapter), dtype)
+        return cls(_bridge(loaded.eval(), type(model).__name__))
 
     @classmethod
     def wrap(cls, bridge: Any) -> "LensModel":
@@ -239,6 +284,39 @@ def reading_at(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
 def leaf(activation: Tensor, hook: Any) -> Tensor:
     """A forward hook for ``hook_embed``: the graph of a frozen model starts here."""
     return activation.detach().requires_grad_(True)
+
+
+def owned_copy(model: Any, *, device: str, dtype: torch.dtype, written: bool) -> Any:
+    """A copy of a transformers or peft model without peft's layers, an adapter merged.
+
+    Args:
+        model: The model; it is not changed.
+        device: Where the copy shall be.
+        dtype: The dtype of its parameters.
+        written: The copy's weights will be written to, so it must not share them.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    merges = hasattr(model, "merge_and_unload")
+    fits = all(p.dtype == dtype and p.device == torch.device(device) for p in model.parameters())
+    shared = fits and not merges and not written
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors} if shared else None)
+    if not shared:
+        copied = copied.to(device=device, dtype=dtype)
+    if merges:
+        copied = copied.merge_and_unload(adapter_names=list(model.active_adapters))
+    copied = _without_adapters(copied)
+    copied.config._attn_implementation = "eager"
+    return copied.eval()
+
+
+def _without_adapters(model: Any) -> Any:
+    """The model with its own layers where peft wrapped them; the weights are those beneath."""
+    for name, module in list(model.named_modules()):
+        beneath = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if isinstance(beneath, torch.nn.Module):
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, beneath)
+    return model
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,21 @@ class HookedPair:
         """Load both models of ``pair`` (a ``tvlens`` Pair, or the two folders).
 
         One sequence of token ids serves both models, so every token must have one number in both.
-        Rows that only one of them has are left out of it.
+        Rows that only one of them has are left out of it. Models that are in memory are used as
+        they are: their weights are shared where device, dtype and rows fit and no adapter is
+        merged, and copied otherwise; the models stay as they were.
 
         Raises:
             IncomparableModelsError: A token has another number in each, or the shapes differ.
         """
         base, tuned, adapter, names = _folders(pair)
-        common = common_tokens_of(pair)
-        load = partial(LensModel.load, rows=common.size, device=device, dtype=dtype)
-        self.base, self.tuned = load(base), load(tuned, adapter=adapter)
+        inside, common = _models(pair), common_tokens_of(pair)
+        how = {"rows": common.size, "device": device, "dtype": dtype}
+        self.base = _lens(inside[0], base, **how)
+        if adapter is None:
+            self.tuned = _lens(inside[1], tuned, **how)
+        else:
+            self.tuned = _adapted(inside, base, adapter, **how)
         self.base.unknown = self.tuned.unknown = common.unknown
         self.base_name, self.tuned_name = names
         self.tokenizer = tokenizer_in(common.folders)
@@ -138,19 +143,22 @@ class CommonTokens:
     warnings: tuple[str, ...] = ()
 
 
-def common_tokens(base: Path, tuned: Path, adapter: Path | None = None) -> CommonTokens:
+def common_tokens(
+    base: Path, tuned: Path, adapter: Path | None = None, *, sizes: tuple[int, int] | None = None
+) -> CommonTokens:
     """What one sequence of token ids can hold that both models are to read.
 
     Args:
         base: Folder of the base.
         tuned: Folder of the tuned model, the base's again for an adapter.
         adapter: Folder of the adapter, which may hold a tokenizer.
+        sizes: Rows of the embeddings of base and tuned; those in config.json where not given.
 
     Raises:
         IncomparableModelsError: A token that both know has another number in each, or the
             embeddings differ in length and a tokenizer is missing.
     """
-    sizes = _vocabulary_size(base), _vocabulary_size(tuned)
+    sizes = sizes or (_configured_size(base), _configured_size(tuned))
     own = adapter or tuned
     tokens = token_strings(base), token_strings(own)
     if tokens[0] is None or tokens[1] is None:
@@ -173,7 +181,8 @@ def common_tokens_of(pair: Any) -> CommonTokens:
         IncomparableModelsError: As for ``common_tokens``.
     """
     base, tuned, adapter, _ = _folders(pair)
-    return common_tokens(base, tuned, adapter)
+    sizes = _vocabulary_size(pair, 0, base), _vocabulary_size(pair, 1, tuned)
+    return common_tokens(base, tuned, adapter, sizes=sizes)
 
 
 def _in_common(
@@ -221,12 +230,43 @@ def _require_same_numbers(rows: RowMatch, tokens: Tokens) -> None:
         )
 
 
-def _vocabulary_size(folder: Path) -> int:
-    config = read_json(folder / "config.json")
+def _configured_size(folder: Path) -> int:
+    return _size_in(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def _vocabulary_size(pair: Any, side: int, folder: Path) -> int:
+    """Rows of an embedding; of a model in memory by the config it carries."""
+    model = _models(pair)[side]
+    if model is None:
+        return _configured_size(folder)
+    return _size_in(model.config.to_dict(), f"the config of {type(model).__name__}")
+
+
+def _size_in(config: Mapping[str, Any], where: str) -> int:
     try:
         return int((config.get("text_config") or config)["vocab_size"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} gives no vocab_size.") from error
+        raise CheckpointError(f"{where} gives no vocab_size.") from error
+
+
+def _models(pair: Any) -> tuple[Any, Any]:
+    """The two models of a pair as far as they are in memory, None for those on disk."""
+    sources = (None, None) if isinstance(pair, tuple) else (pair.base, pair.tuned)
+    base, tuned = (getattr(source, "module", None) for source in sources)
+    return base, tuned
+
+
+def _lens(model: Any, folder: Path, **how: Any) -> LensModel:
+    return LensModel.load(folder, **how) if model is None else LensModel.of(model, **how)
+
+
+def _adapted(models: tuple[Any, Any], base: Path, adapter: Path, **how: Any) -> LensModel:
+    """The base with its adapter merged into a copy of it."""
+    if models[1] is not None:
+        return LensModel.of(models[1], **how)
+    if models[0] is not None:
+        return LensModel.of(models[0], adapter=adapter, **how)
+    return LensModel.load(base, adapter=adapter, **how)
 
 
 def tokenizer_in(folders: Sequence[Path | str]) -> Any:

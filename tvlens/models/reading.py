@@ -1,14 +1,28 @@
 """A metric on a batch of prompts: which logits it reads, and its value on any model."""
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .lens import LensModel
 from .metrics import Metric, Run
 from .prompts import Batch
+
+
+@runtime_checkable
+class MakesLogits(Protocol):
+    """A model as far as a metric needs it; ``lens.LensModel`` is the real one."""
+
+    def logits_at(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch pos"],
+        positions: Int[Tensor, "batch read"],
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Logits of every row at its own positions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class Reading:
     reference: Float[Tensor, "batch read d_vocab"] | None = None
 
     @classmethod
-    def of(cls, metric: Metric, batch: Batch, reference: LensModel | None = None) -> "Reading":
+    def of(cls, metric: Metric, batch: Batch, reference: MakesLogits | None = None) -> "Reading":
         """The reading of ``metric`` on ``batch``; runs ``reference`` where it is given."""
         positions, cut = torch.arange(batch.ids.shape[1]).expand(len(batch), -1), batch
         if metric.answers_only:
@@ -42,7 +56,7 @@ class Reading:
         return cls(metric, batch, positions, cut, logits)
 
     def logits(
-        self, model: LensModel, ids: Int[Tensor, "batch pos"] | None = None
+        self, model: MakesLogits, ids: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch read d_vocab"]:
         """The logits of ``model`` that are read; on other tokens at the same places for ``ids``."""
         return model.logits_at(

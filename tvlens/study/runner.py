@@ -16,6 +16,7 @@ from tvlens.errors import AdapterError, StudyError, TvlensError
 from tvlens.reporting.report import render_report
 from tvlens.tables import Table, concatenated
 from tvlens.weights.matching import load_pair
+from tvlens.weights.sources.memory import MemorySource
 
 from . import stages
 from .plan import WHOLE_WAY, StudyPlan
@@ -24,7 +25,7 @@ from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json
 if TYPE_CHECKING:
     from tvlens.models.prompts import PromptSet
     from tvlens.weights.matching import Pair
-    from tvlens.weights.sources import Source
+    from tvlens.weights.sources.folder import Source
 
 Progress = Callable[[str], None]
 PLANNED = {
@@ -249,7 +250,16 @@ def _pairs(plan: StudyPlan, folder: Path) -> "list[Pair]":
 
 
 def _spec(source: "Source") -> str:
-    """What reads ``source`` again: its name if that is one, else its folder."""
+    """What reads ``source`` again: its name if that is one, else its folder.
+
+    Raises:
+        StudyError: The model is in memory alone.
+    """
+    if isinstance(source, MemorySource):
+        raise StudyError(
+            f"{source.name} is in memory, but a study can be run again, from files.",
+            hint="Save it with save_pretrained() and compare the folders.",
+        )
     return source.name if source.name.startswith("demo:") else str(source.folder.resolve())
 
 

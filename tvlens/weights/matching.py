@@ -6,7 +6,7 @@ as it got, in its ``report`` attribute.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from tvlens.errors import (
     AdapterError,
@@ -20,6 +20,7 @@ from .configs import config_differences
 from .contents import equal_fraction, measure_new_rows, non_finite_tensors, settle_identity
 from .draft import Draft
 from .fitting import account_for_adapter, fit_adapter
+from .inmemory import refuse_other_beneath, warn_of_memory
 from .layout import Layout, has_table, layout_of, unlisted_layout
 from .lineage import likeness
 from .pair import Pair, Weight
@@ -36,8 +37,8 @@ _NOT_A_PAIR = "A tuning vector needs a base and a fine-tune of that very base."
 
 
 def load_pair(
-    base: str | Path,
-    tuned: str | Path,
+    base: Any,
+    tuned: Any,
     *,
     names: tuple[str, str] | None = None,
     scan: bool = True,
@@ -47,8 +48,9 @@ def load_pair(
     A base that looks like no parent of the tuned model is a warning in the load report.
 
     Args:
-        base: Folder, hub id or ``demo:`` name of the base.
-        tuned: The same of the tuned model, or an adapter folder.
+        base: Folder, hub id or ``demo:`` name of the base, or a model in memory: transformers,
+            TransformerBridge.
+        tuned: The same of the tuned model, or an adapter's folder or PeftModel.
         names: What tables call the two; the sources' own names by default.
         scan: Read everything once, to find NaN and Inf and to tell identical models. Without
             it only headers are read, and NaN and Inf are found when a component is read.
@@ -71,6 +73,7 @@ def load_pair(
             step(draft)
         _refuse_problems(draft, scan=scan)
         if scan:
+            refuse_other_beneath(draft)
             settle_identity(draft)
             measure_new_rows(draft)
     except TvlensError as error:
@@ -109,6 +112,7 @@ def _begun(base: Source, tuned: Source) -> Draft:
             draft.warn(note)
         if source.adapter_beside:
             draft.warn(f"{source.name} holds an adapter beside the model; only the model is read.")
+    warn_of_memory(draft)
     return draft
 
 

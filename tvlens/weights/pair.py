@@ -125,6 +125,15 @@ class Pair:
             self.layout.is_shared(component),
         )
 
+    def stored_weight(self, component: Component) -> Float[Tensor, "..."]:
+        """The base's weight alone, float32, canonical orientation, the values as stored."""
+        return self._weight(self.base, self.base_tensors, self.layout.places[component])
+
+    def change(self, component: Component) -> tuple[Float[Tensor, "..."], Delta]:
+        """The base's stored weight and the difference alone, without floors; see ``read``."""
+        stored = self.stored_weight(component)
+        return stored, self._difference(self.layout.places[component], stored)[0]
+
     def compare(self, prompts: Any = None, **options: Any) -> Any:
         """The whole study of this pair: ``tvlens.compare(pair, prompts, **options)``.
 

@@ -1,25 +1,32 @@
 """From what a user writes to an opened source."""
 
 from pathlib import Path
+from typing import Any
 
 from tvlens.errors import CheckpointError, UnsupportedFormatError
 
 from .folder import Source, open_folder
 from .hub import snapshot
+from .memory import open_model
 
 DEMO = "demo:"
 
 
-def open_source(spec: str | Path) -> Source:
+def open_source(spec: Any) -> Source:
     """The checkpoint or adapter that ``spec`` names; reads headers only.
 
     Args:
-        spec: A folder, ``org/model[@revision][#subfolder]``, or ``demo:base|med|math|ctl``.
+        spec: A folder, ``org/model[@revision][#subfolder]``, ``demo:base|med|math|ctl``, or a
+            model in memory (see ``memory``); a source is given back as it is.
 
     Raises:
         CheckpointError: It does not exist or cannot be read.
         UnsupportedFormatError: Its form is not one tvlens reads.
     """
+    if isinstance(spec, Source):
+        return spec
+    if not isinstance(spec, str | Path):
+        return open_model(spec)
     try:
         return _opened(spec)
     except OSError as error:
