@@ -15,10 +15,10 @@ demo: all
 	$(BIN)/tvlens demo --out $(OUT) --force
 
 test: all
-	$(BIN)/python -m pytest -q -m "not deep"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not deep"
 
 test-fast: all
-	$(BIN)/python -m pytest -q -m "not deep and not slow and not demo"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not deep and not slow and not demo"
 
 test-deep: all
 	$(BIN)/python -m pytest -q -m deep

@@ -178,23 +178,22 @@ def test_a_vector_from_files_is_the_pair_also_where_embeddings_are_tied(tmp_path
     assert float((alone - found).abs().max()) > 1e-3
 
 
-def test_a_vector_of_another_base_is_refused():
+def test_a_vector_of_another_base_is_refused(tmp_path):
     import dataclasses
 
+    import tvlens
     from tvlens.attribution.gates import GatedModel
     from tvlens.errors import HostError
     from tvlens.weights.delta import Absent
-    from tvlens.weights.vector import TuningVector
 
-    hooked = pairs.hooked_pair("llama")
-    unknown = TuningVector("x", "y", {pairs.component("matrix", 9, None, "W_Q"): Absent((32, 32))})
-    with pytest.raises(HostError, match="L9"):
-        GatedModel.of_vector(hooked.base, unknown)
-    wrong = dataclasses.replace(
-        unknown, deltas={pairs.component("matrix", 0, None, "W_Q"): Absent((32, 31))}
-    )
-    with pytest.raises(HostError, match="the model's"):
-        GatedModel.of_vector(hooked.base, wrong)
+    base = pairs.hf_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    vector = tvlens.tuning_vector(tvlens.load_pair(tmp_path / "base", tmp_path / "base"))
+    lens = pairs.hooked_pair("llama").base
+    for layer, shape, said in ((9, (32, 32), "L9"), (0, (32, 31), "the model's")):
+        held = {pairs.component("matrix", layer, None, "W_Q"): Absent(shape)}
+        with pytest.raises(HostError, match=said):
+            GatedModel.of_vector(lens, dataclasses.replace(vector, deltas=held))
 
 
 def test_bfloat16_scores_are_those_of_the_same_weights_in_float32():

@@ -128,12 +128,15 @@ def test_a_peft_model_is_read_like_its_folder(llama: dict[str, Path]) -> None:
 def test_what_peft_saves_whole_is_read_whole(llama: dict[str, Path], tmp_path: Path) -> None:
     llama["base"] = tiny_llama(tmp_path / "untied")
     llama["adapter"] = tiny_adapter(llama["base"], tmp_path / "a", modules_to_save=["lm_head"])
-    tuned = _peft(llama)
+    tuned, from_files = _peft(llama), _load(llama["base"], llama["adapter"])
+    head = next(c for c in from_files.components if c.part == "W_U")
+    stored = from_files.read(head).dense_delta()
+    assert stored.abs().max() > 0
+    assert torch.equal(_load(llama["base"], tuned).read(head).dense_delta(), stored)
     with torch.no_grad():
         tuned.get_base_model().lm_head.modules_to_save["default"].weight.add_(0.25)
-    pair = _load(llama["base"], tuned)
-    head = next(c for c in pair.components if c.part == "W_U")
-    assert torch.allclose(pair.read(head).dense_delta(), torch.tensor(0.25), atol=1e-7)
+    moved = _load(llama["base"], tuned).read(head).dense_delta()
+    assert torch.allclose(moved - stored, torch.tensor(0.25), atol=1e-6)
 
 
 def test_another_active_adapter_is_the_one_that_is_read(

@@ -251,7 +251,7 @@ def _active_adapter(model: Any) -> str:
 
 
 def _adapter_config(model: Any, active: str) -> dict[str, Any]:
-    found = {k: getattr(v, "value", v) for k, v in model.peft_config[active].to_dict().items()}
+    found = {k: _as_saved(v) for k, v in model.peft_config[active].to_dict().items()}
     for entry, nothing in (("bias", "none"), ("trainable_token_indices", None)):
         if found.get(entry, nothing) not in (nothing, {}, []):
             raise UnsupportedFormatError(
@@ -260,6 +260,11 @@ def _adapter_config(model: Any, active: str) -> dict[str, Any]:
                 hint=_SAVE,
             )
     return found
+
+
+def _as_saved(entry: Any) -> Any:
+    """An entry of an adapter's config as adapter_config.json would hold it."""
+    return sorted(entry) if isinstance(entry, set) else getattr(entry, "value", entry)
 
 
 def _refuse_other_scaling(model: nn.Module, active: str, source: MemorySource) -> None:
