@@ -291,3 +291,13 @@ def test_the_report_of_a_folder_that_is_no_study_gives_a_sentence(run: Run, tmp_
     status, _, err = run("report", tmp_path)
     assert status == 2
     assert "Traceback" not in err
+
+
+def test_the_version_is_that_of_the_package(run: Run) -> None:
+    from importlib.metadata import version
+
+    import tvlens
+
+    status, out, _ = run("--version")
+    assert (status, out) == (0, f"tvlens {version('tvlens')}\n")
+    assert tvlens.__version__ == version("tvlens")

@@ -79,6 +79,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its module at first use (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__package__ or "tvlens")
     if name not in _HOMES:
         raise AttributeError(f"tvlens has no {name!r}; it has {', '.join(__all__)}.")
     module, attribute = _HOMES[name]

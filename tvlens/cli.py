@@ -66,6 +66,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print a JSON summary.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the study in --out.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep tables that are already complete.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Also print what is being counted.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"tvlens {version('tvlens')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print it and stop."
+        ),
+    ] = False,
+) -> None:
+    """What did fine-tuning do to this model?"""
 
 
 @app.command()
@@ -89,6 +110,7 @@ def compare(
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """What was written, what kind it is, and what it does: the whole study."""
     from .study.plan import StudyPlan
@@ -109,7 +131,7 @@ def compare(
         device=device,
         seed=seed,
     )
-    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
+    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet, verbose=verbose)
 
 
 @app.command()
@@ -125,6 +147,7 @@ def decompose(
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The weights side alone: what was written and what kind it is. Loads no model."""
     from .study.plan import StudyPlan
@@ -138,7 +161,7 @@ def decompose(
         stages=("decompose",),
         seed=seed,
     )
-    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
+    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet, verbose=verbose)
 
 
 @app.command()
@@ -161,6 +184,7 @@ def attribute(
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The attribution side alone: which parts the behaviour on the prompts depends on."""
     from .study.plan import StudyPlan
@@ -181,7 +205,7 @@ def attribute(
         device=device,
         seed=seed,
     )
-    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
+    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet, verbose=verbose)
 
 
 @app.command()
@@ -201,6 +225,7 @@ def graft(
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The smallest sets of components whose tuning vectors carry the behaviour, tried for real."""
     from .study.plan import StudyPlan
@@ -218,7 +243,7 @@ def graft(
         device=device,
         seed=seed,
     )
-    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet)
+    _run(plan, out, json=json, resume=resume, force=force, quiet=quiet, verbose=verbose)
 
 
 @app.command(cls=_ManyParents)
@@ -281,18 +306,28 @@ def demo(
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare the shipped base with its medical fine-tune, with a format control."""
     from .study.demo import demo_plan
 
-    _run(demo_plan(), out, json=json, resume=False, force=force, quiet=quiet)
+    _run(demo_plan(), out, json=json, resume=False, force=force, quiet=quiet, verbose=verbose)
 
 
 def _run(
-    plan: "StudyPlan", out: Path, *, json: bool, resume: bool, force: bool, quiet: bool
+    plan: "StudyPlan",
+    out: Path,
+    *,
+    json: bool,
+    resume: bool,
+    force: bool,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
     from .study.runner import run_study
 
+    if verbose:
+        _log_to_stderr()
     with _Progress(shown=not quiet and not json) as progress:
         study = run_study(plan, out, force=force, resume=resume, progress=progress)
     summary = study_summary(study)
@@ -367,6 +402,17 @@ def _readable(key: str, value: object) -> str:
     if isinstance(value, list):
         return "; ".join(map(str, value)) or "none"
     return f"{value / 1e6:,.1f} MB" if "bytes" in key and isinstance(value, int) else str(value)
+
+
+def _log_to_stderr() -> None:
+    """Show what the package logs; other libraries' logs stay as they are."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    package = logging.getLogger(__package__)
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
 
 
 class _Progress:
