@@ -61,6 +61,9 @@ class FakePair:
     def read(self, component: Component) -> FakeWeight:
         return self.weights[component]
 
+    def slabs(self, component: Component) -> list[FakeWeight]:
+        return [self.weights[component]]
+
 
 def decaying(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """A random matrix with singular values that fall like those of trained weights."""

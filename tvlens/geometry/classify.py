@@ -23,36 +23,15 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from tvlens.components import Component, key_columns
 from tvlens.errors import StudyError
 from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
-from .decompose import (
-    NEURON_PARTS,
-    WEIGHTS_SCHEMA,
-    Pair,
-    Slice,
-    factors_of_circuit,
-    kv_index_of,
-    layer_of_block,
-    matrices_by_part,
-    read_block,
-    weights_of_block,
-)
-from .evidence import (
-    NO_PEERS,
-    PARTS,
-    Evidence,
-    evidence_frame,
-    head_evidence,
-    joined_evidence,
-    matrix_evidence,
-    neuron_evidence,
-    with_weights,
-)
-from .matrices import Basis, spectral_basis
+from .blocks import Asked, findings_of_block
+from .evidence import NO_PEERS, PARTS, Evidence, joined_evidence
+from .measures import WEIGHTS_SCHEMA
 from .nulls import SNR, above_rounding, benjamini_hochberg, sign_flip_test
+from .reading import Pair
 
 Q = 0.05
 """False discovery rate of a labelled part."""
@@ -81,8 +60,13 @@ LABELS_SCHEMA = keyed_schema(
         for name in ("share_new", "share_amplified", "structured_share", "dominance")
     ),
 )
-GATE_COLUMNS = ("delta_norm", "snr", "gain", "kappa")
+WRITES = ("W_O", "W_out")
 LATER_KINDS = ("norm", "bias", "embedding")
+REASON_COLUMNS = (
+    *("kind", "gain", "snr", "delta_norm", "resolved", "winner", "structured_share", "dominance"),
+    *("share_gain", "alignment", "alignment_se", "decided_by"),
+)
+"""What labels and their reasons are made from, beside the counted shares."""
 
 Row = dict[Any, Any]
 """One record of the evidence frame."""
@@ -244,85 +228,24 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     )
     for part, counted in zip(PARTS, np.where(significant, shares, 0.0), strict=True):
         out[f"counted_{part}"] = counted
-    rows = out.to_dict("records")
+    rows = out[[*REASON_COLUMNS, *(f"counted_{part}" for part in PARTS)]].to_dict("records")
     for row in rows:
         row["label"] = _label(row)
         row["label_reason"] = _reason(row)
         row["decided_by"] = _decided_by(row)
-    for name in ("label", "label_reason", "decided_by"):
-        out[name] = [row[name] for row in rows]
-    return out
+    named = ("label", "label_reason", "decided_by")
+    return out.assign(**{name: [row[name] for row in rows] for name in named})
 
 
-def _testable(weight: Slice) -> bool:
-    """Whether there is a change, and a base to hold it against."""
-    return bool(weight.delta.any()) and bool(weight.base.any())
+def adjusted_tests(tests: pd.DataFrame, resolved: pd.Series) -> pd.DataFrame:
+    """The tests of components above the floor, BH within kind, part, statistic and null.
 
-
-def evidence_of_block(
-    pair: Pair, block: Sequence[Component], kappa: pd.Series, *, seed: int
-) -> Evidence:
-    """Evidence for the disjoint components, the heads (OV) and the neurons of one block."""
-    weights = read_block(pair, block)
-    parts, layer, group = matrices_by_part(weights), layer_of_block(weights), kv_index_of(pair)
-    seed = seed + 1000 * (0 if layer is None else layer + 1)  # another draw in every layer
-    bases = {part: spectral_basis(w.base) for part, w in parts.items() if _testable(w)}
-    found: list[Evidence] = []
-    for one, weight in weights.items():
-        if one.kind == "matrix" and one.part in bases:
-            basis = bases[one.part]
-            found.append(matrix_evidence(one, weight.base, weight.delta, basis, seed=seed))
-        else:
-            found.append(_untested([one]))
-    if "W_V" in parts and "W_O" in parts:
-        heads = [Component("head", layer, head, "OV") for head in range(len(group))]
-        value, output = factors_of_circuit(parts, "OV", group)
-        own = kappa.loc[[str(head) for head in heads]].to_numpy(float)
-        found.append(head_evidence(heads, value, output, group, own, seed=seed))
-    for part in NEURON_PARTS:
-        if part in parts:
-            found.append(_neurons(parts[part], layer, part, bases.get(part), seed=seed))
-    return joined_evidence(found)
-
-
-def _untested(components: Sequence[Component]) -> Evidence:
-    return Evidence(evidence_frame(components), pd.DataFrame())
-
-
-def _neurons(
-    weight: Slice, layer: int | None, part: str, basis: Basis | None, *, seed: int
-) -> Evidence:
-    count = weight.base.shape[0] if part == "W_out" else weight.base.shape[1]
-    components = [Component("neuron", layer, index, part) for index in range(count)]
-    if basis is None:
-        return _untested(components)
-    return neuron_evidence(components, weight.base, weight.delta, basis, seed=seed)
-
-
-def _keyed(
-    frame: pd.DataFrame, pair: Pair, kv_of_head: list[int], tied: pd.Series
-) -> dict[str, Any]:
-    """Key columns of the components of a frame."""
-    components = list(frame["component"])
-    kv_index = [kv_of_head[c.index] if c.kind == "head" else None for c in components]
-    labels = [str(component) for component in components]
-    return {
-        **key_columns(components, kv_index=kv_index),
-        "base": [pair.base_name] * len(components),
-        "tuned": [pair.tuned_name] * len(components),
-        "tied": tied.loc[labels].to_list(),
-    }
-
-
-def adjusted_tests(tests: pd.DataFrame, resolved: set[Component]) -> pd.DataFrame:
-    """The tests of components above the floor, BH within kind, part, statistic and null."""
-    tests = tests[[component in resolved for component in tests["component"]]].copy()
-    family = [
-        [c.kind for c in tests["component"]],
-        [c.part or "" for c in tests["component"]],
-        tests["statistic"],
-        tests["null"],
-    ]
+    Args:
+        tests: Rows of evidence.
+        resolved: The components above the floor.
+    """
+    tests = tests[tests["component"].isin(resolved)].copy()
+    family = [tests["kind"], tests["part"].fillna(""), tests["statistic"], tests["null"]]
     p_values = pd.to_numeric(tests["p_value"]).groupby(family)
     tests["q_value"] = p_values.transform(lambda p: benjamini_hochberg(p.to_numpy(float)))
     tests["m"] = p_values.transform("count")
@@ -333,7 +256,7 @@ def _paired_difference(weights: pd.DataFrame) -> pd.Series:
     """G_rel on the write side of W_out minus that of W_O, by layer; absent where one is null."""
     matrices = weights[weights["kind"] == "matrix"]
     by_layer = matrices.pivot_table(index="layer", columns="part", values="g_write")
-    if not {"W_out", "W_O"} <= set(by_layer.columns):
+    if not {*WRITES} <= set(by_layer.columns):
         return pd.Series(dtype=float)
     return (by_layer["W_out"] - by_layer["W_O"]).dropna()
 
@@ -396,8 +319,8 @@ def headline(
 
 def _write_matrices(pair: Pair) -> pd.DataFrame:
     """Rows of W_O and W_out of a control, all that its contrast needs."""
-    blocks = [[c for c in block if c.part in ("W_O", "W_out")] for block in pair.blocks()]
-    found = [weights_of_block(pair, block).to_frame() for block in blocks if block]
+    blocks = [[c for c in block if c.part in WRITES] for block in pair.blocks()]
+    found = [findings_of_block([pair], b, Asked())[0].weights.to_frame() for b in blocks if b]
     return pd.concat(found) if found else pd.DataFrame(columns=list(WEIGHTS_SCHEMA.names))
 
 
@@ -422,29 +345,35 @@ def classify(
     Raises:
         StudyError: ``weights`` is of another pair.
     """
-    frame = weights.to_frame().set_index("component")
+    frame = weights.to_frame()
     blocks = [block for block in pair.blocks() if block]
-    if missing := [c for block in blocks for c in block if str(c) not in frame.index]:
+    known = set(frame["component"])
+    if missing := [c for block in blocks for c in block if str(c) not in known]:
         raise StudyError(
             f"the weights table has no row {str(missing[0])!r} of the pair.",
             hint="Pass decompose(pair) of the same pair.",
         )
-    kappa = frame["kappa"]
-    evidence = joined_evidence([evidence_of_block(pair, b, kappa, seed=seed) for b in blocks])
-    gate = {name: frame[name].astype(float) for name in GATE_COLUMNS}
-    rows = with_q_values(with_weights(evidence.frame, gate))
+    asked = Asked(seed=seed)
+    evidence = [findings_of_block([pair], block, asked)[0].evidence for block in blocks]
+    contrast = headline(frame, [_write_matrices(control) for control in controls], seed=seed)
+    return labels_of(pair, joined_evidence(evidence), contrast, classifier=classifier)
+
+
+def labels_of(
+    pair: Pair,
+    evidence: Evidence,
+    contrast: dict[str, object],
+    *,
+    classifier: Classifier | None = None,
+) -> Labels:
+    """The labels of a pair from the evidence about all of its components."""
+    rows = with_q_values(evidence.frame)
     calls = (classifier or labelled)(rows)
-    resolved = set(rows.loc[rows["resolved"], "component"])
-    tests = adjusted_tests(evidence.tests, resolved)
-    kv_of_head = kv_index_of(pair).tolist()
+    tests = adjusted_tests(evidence.tests, rows.loc[rows["resolved"], "component"])
     return Labels(
-        tests=_table("tests", TESTS_SCHEMA, tests, _keyed(tests, pair, kv_of_head, frame["tied"])),
-        labels=_table(
-            "labels", LABELS_SCHEMA, calls, _keyed(calls, pair, kv_of_head, frame["tied"])
-        ),
-        headline=headline(
-            frame.reset_index(), [_write_matrices(control) for control in controls], seed=seed
-        ),
+        tests=_table("tests", TESTS_SCHEMA, tests, pair, order="effect"),
+        labels=_table("labels", LABELS_SCHEMA, calls, pair, order="structured_share"),
+        headline=contrast,
     )
 
 
@@ -452,14 +381,14 @@ def _whole_numbers(column: pd.Series) -> list[int | None]:
     return [None if pd.isna(value) else int(value) for value in column]
 
 
-def _table(name: str, schema: pa.Schema, frame: pd.DataFrame, keys: dict[str, Any]) -> Table:
-    """The columns of ``schema`` from the frame and its keys."""
+def _table(name: str, schema: pa.Schema, frame: pd.DataFrame, pair: Pair, *, order: str) -> Table:
+    """The columns of ``schema`` from a frame and the names of its pair."""
     own = {
         field.name: _whole_numbers(frame[field.name])
         if field.type == pa.int32()
         else frame[field.name].to_list()
         for field in schema
-        if field.name in frame and field.name not in keys
+        if field.name in frame
     }
-    order = {"labels": "structured_share", "tests": "effect"}[name]
-    return Table.of(name, schema, {**own, **keys}, order=order)
+    both = {"base": [pair.base_name] * len(frame), "tuned": [pair.tuned_name] * len(frame)}
+    return Table.of(name, schema, {**own, **both}, order=order)
