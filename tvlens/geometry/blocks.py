@@ -48,15 +48,19 @@ Circuit = tuple[str, str, str]
 CIRCUITS: tuple[Circuit, ...] = (("OV", "W_V", "W_O"), ("QK", "W_Q", "W_K"))
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a pass is to find.
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What is to be found in one block of one pair.
 
     Attributes:
+        pair: Base and tuned checkpoint.
+        block: The components of interest.
         spectra: Whose singular values.
-        seed: Seed of the null models, None where no evidence is wanted.
+        seed: Seed of the null models, None where no evidence is wanted; it needs both spectra.
     """
 
+    pair: Pair
+    block: Sequence[Component]
     spectra: Spectra = "both"
     seed: int | None = None
 
@@ -72,6 +76,13 @@ class Findings:
 
     weights: Table
     evidence: Evidence | None
+
+
+def joined_findings(parts: Sequence[Findings]) -> Findings:
+    """The findings of several blocks, in order."""
+    weights = concatenated("weights", [part.weights for part in parts], order="relative_delta")
+    evidence = [part.evidence for part in parts if part.evidence is not None]
+    return Findings(weights, joined_evidence(evidence) if evidence else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +126,7 @@ class _Block:
 
     Attributes:
         writer: Makes rows.
-        asked: What is to be found.
+        ask: What is to be found.
         layer: The layer of its matrices, None for embeddings and the final norm.
         kv_index: The kv head that each query head reads.
         circuits: Those that the attention computes.
@@ -124,7 +135,7 @@ class _Block:
     """
 
     writer: Writer
-    asked: Asked
+    ask: Ask
     layer: int | None
     kv_index: Int[Tensor, " head"]
     circuits: Sequence[Circuit]
@@ -134,7 +145,11 @@ class _Block:
     @property
     def seed(self) -> int:
         """Another draw in every layer."""
-        return (self.asked.seed or 0) + 1000 * (0 if self.layer is None else self.layer + 1)
+        return (self.ask.seed or 0) + 1000 * (0 if self.layer is None else self.layer + 1)
+
+    def place_of(self, component: Component) -> Place:
+        """Where the row of a disjoint component stands."""
+        return (WHOLE, list(self.ask.block).index(component))
 
     def n_heads(self, part: str) -> int:
         """Heads that a matrix is cut into, 0 for none."""
@@ -156,57 +171,50 @@ class _Block:
         return Findings(weights, joined_evidence(parts) if parts else None)
 
 
-def findings_of_block(
-    pairs: Sequence[Pair], block: Sequence[Component], asked: Asked
-) -> list[Findings]:
-    """The findings of several pairs of one base in one block."""
-    states = [_started(pair, block, asked) for pair in pairs]
-    for group in _groups(block):
+def findings_of_block(asks: Sequence[Ask]) -> list[Findings]:
+    """The findings in the same block of several pairs; what belongs to one base is shared."""
+    states = [_started(ask) for ask in asks]
+    components = dict.fromkeys(component for ask in asks for component in ask.block)
+    for group in _groups(list(components)):
         kept: dict[Component, BaseMatrix] = {}
-        for pair, state in zip(pairs, states, strict=True):
-            _measure_group(pair, group, kept, state)
+        for state in states:
+            _measure_group([c for c in group if c in state.ask.block], kept, state)
     return [state.found() for state in states]
 
 
-def _started(pair: Pair, block: Sequence[Component], asked: Asked) -> _Block:
-    layer = next((c.layer for c in block if c.kind == "matrix"), None)
+def _started(ask: Ask) -> _Block:
+    pair = ask.pair
+    layer = next((c.layer for c in ask.block if c.kind == "matrix"), None)
     # queries and keys that are normalised before they meet are no bilinear form
     circuits = CIRCUITS[:1] if pair.layout.qk_norm else CIRCUITS
-    return _Block(
-        Writer(pair.base_name, pair.tuned_name), asked, layer, kv_index_of(pair), circuits
-    )
+    writer = Writer(pair.base_name, pair.tuned_name)
+    return _Block(writer, ask, layer, kv_index_of(pair), circuits)
 
 
-Group = Mapping[Component, int]
-"""Components that are in memory together, with their number in the block."""
-
-
-def _groups(block: Sequence[Component]) -> Iterator[Group]:
-    numbers = {component: number for number, component in enumerate(block)}
-    attention = {c: n for c, n in numbers.items() if c.kind == "matrix" and c.part in HEAD_PARTS}
+def _groups(block: Sequence[Component]) -> Iterator[Sequence[Component]]:
+    """Components that are in memory together."""
+    attention = [c for c in block if c.kind == "matrix" and c.part in HEAD_PARTS]
     if attention:
         yield attention
-    for component, number in numbers.items():
-        if component not in attention:
-            yield {component: number}
+    yield from ([component] for component in block if component not in attention)
 
 
 def _measure_group(
-    pair: Pair, group: Group, kept: dict[Component, BaseMatrix], state: _Block
+    group: Sequence[Component], kept: dict[Component, BaseMatrix], state: _Block
 ) -> None:
     attention: dict[str, Slice] = {}
-    for component, number in group.items():
-        place = (WHOLE, number)
+    for component in group:
         if component.kind == "embedding":
-            _measure_embedding(pair, component, place, state)
+            _measure_embedding(component, state)
             continue
-        weight, part = slice_of(pair.read(component)), component.part or ""
+        weight, part = slice_of(state.ask.pair.read(component)), component.part or ""
         if component.kind != "matrix":
-            columns = _whole_columns(pieces_of(weight, part), weight)
-            _keep_untested(state, place, component, columns, weight)
+            _keep_untested(
+                component, _whole_columns(pieces_of(weight, part), weight), weight, state
+            )
             continue
         base = _base_matrix(kept, component, weight, state.n_heads(part))
-        _measure_matrix(component, place, base, weight, state)
+        _measure_matrix(component, base, weight, state)
         if base.n_heads:
             attention[part] = weight
     for number, circuit in enumerate(state.circuits):
@@ -228,11 +236,10 @@ def _whole_columns(pieces: Sums, weight: Slice) -> Columns:
     return {**pieces.grouped(1).columns(), "equal_fraction": [weight.equal_fraction]}
 
 
-def _keep_untested(
-    state: _Block, place: Place, component: Component, columns: Columns, weight: Slice
-) -> None:
+def _keep_untested(component: Component, columns: Columns, weight: Slice, state: _Block) -> None:
+    place = state.place_of(component)
     keys = state.add(place, key_columns([component]), _oriented(component, columns), weight)
-    if state.asked.seed is not None:
+    if state.ask.seed is not None:
         state.evidence[place] = untested(keys)
 
 
@@ -243,29 +250,27 @@ def _oriented(component: Component, columns: Columns) -> Columns:
     return {name: values for name, values in columns.items() if name not in SIDED_COLUMNS}
 
 
-def _measure_embedding(pair: Pair, component: Component, place: Place, state: _Block) -> None:
-    found = vocabulary(pair.slabs(component), component.part or "", state.asked.spectra)
-    _keep_untested(state, place, component, found.columns, found.weight)
+def _measure_embedding(component: Component, state: _Block) -> None:
+    slabs = state.ask.pair.slabs(component)
+    found = vocabulary(slabs, component.part or "", state.ask.spectra)
+    _keep_untested(component, found.columns, found.weight, state)
 
 
-def _measure_matrix(
-    component: Component, place: Place, base: BaseMatrix, weight: Slice, state: _Block
-) -> None:
-    """A matrix's row, and those of its heads or neurons."""
-    pieces = pieces_of(weight, base.part)
-    whole = pieces.grouped(1)
-    spectral = _spectral(base, weight.change, state)
+def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state: _Block) -> None:
+    """A matrix's row, and those of its heads or neurons, with the evidence about them."""
+    pieces, spectral = pieces_of(weight, base.part), _spectral(base, weight.change, state)
     columns = {**_whole_columns(pieces, weight), **spectral.columns}
+    place, whole = state.place_of(component), pieces.grouped(1)
     keys = state.add(place, key_columns([component]), _oriented(component, columns), weight)
     testable = bool(whole.delta > 0) and bool(whole.base > 0)
-    if state.asked.seed is not None and testable and spectral.found is not None:
-        one = MatrixChange(
-            base.base, weight.change, base.basis, spectral.found, spectral.products, base.part
-        )
-        left = float(whole.residual / whole.delta)
-        state.evidence[place] = matrix_evidence(keys, one, left, seed=state.seed)
-    elif state.asked.seed is not None:
+    if state.ask.seed is not None:
         state.evidence[place] = untested(keys)
+        if testable and spectral.found is not None:
+            one = MatrixChange(
+                base.base, weight.change, base.basis, spectral.found, spectral.products, base.part
+            )
+            left = float(whole.residual / whole.delta)
+            state.evidence[place] = matrix_evidence(keys, one, left, seed=state.seed)
     if base.n_heads:
         _measure_heads(base, weight, pieces, state)
     if base.part in NEURON_PARTS:
@@ -281,7 +286,7 @@ class _Spectral:
 
 def _spectral(base: BaseMatrix, change: Change, state: _Block) -> _Spectral:
     """The measures of a matrix that its singular values are needed for."""
-    spectra = state.asked.spectra
+    spectra = state.ask.spectra
     if spectra == "none":
         return _Spectral({})
     if spectra == "delta":
@@ -297,9 +302,9 @@ def _spectral(base: BaseMatrix, change: Change, state: _Block) -> _Spectral:
 def _measure_heads(base: BaseMatrix, weight: Slice, pieces: Sums, state: _Block) -> None:
     """Rows of the slices of one attention matrix."""
     columns: Columns = {**pieces.grouped(base.n_heads).columns()}
-    if state.asked.spectra != "none":
+    if state.ask.spectra != "none":
         change = factor_of_heads(weight, base.part, base.n_heads).delta
-        columns |= _head_spectra(base, change, state.asked.spectra)
+        columns |= _head_spectra(base, change, state.ask.spectra)
     of_kv = base.part in KV_PARTS
     pieces_cut = Pieces("kv_head" if of_kv else "head", state.layer, base.part, base.n_heads)
     kv_index = list(range(base.n_heads)) if of_kv else state.kv_index.tolist()
@@ -325,12 +330,12 @@ def _measure_circuit(
     left, right = (_side_of_circuit(parts[part], part, state) for part in (first, second))
     d_model, d_head = parts[first].base.shape[0], left.base.shape[2]
     columns = circuit_columns(
-        cores_of(left, right), name, d_model=d_model, d_head=d_head, spectra=state.asked.spectra
+        cores_of(left, right), name, d_model=d_model, d_head=d_head, spectra=state.ask.spectra
     )
     heads = Pieces("head", state.layer, name, len(state.kv_index))
     keys = columns_of_pieces(heads, kv_index=state.kv_index.tolist())
     keys = state.add((CIRCUIT, number), keys, columns, None)
-    if state.asked.seed is not None and name == "OV":
+    if state.ask.seed is not None and name == "OV":
         value = factor_of_heads(parts[first], first, state.n_heads(first)).of_heads(state.kv_index)
         output = factor_of_heads(parts[second], second, state.n_heads(second))
         ov = HeadChanges(value, output, left, right, state.kv_index, columns["kappa"])
@@ -350,11 +355,14 @@ def _measure_neurons(
     place = (NEURONS, NEURON_PARTS.index(base.part))
     neurons = Pieces("neuron", state.layer, base.part, len(pieces.base))
     keys = state.add(place, columns_of_pieces(neurons), {**pieces.columns()}, weight)
-    if state.asked.seed is None:
+    if state.ask.seed is None:
         return
     if not testable:
         state.evidence[place] = untested(keys)
         return
-    rows, changes = rows_of_neurons(base.base, base.part), change_of_neurons(weight.change, base.part)
+    rows, changes = (
+        rows_of_neurons(base.base, base.part),
+        change_of_neurons(weight.change, base.part),
+    )
     found = NeuronChanges(rows, changes, pieces, base.basis, base.peers, base.part)
     state.evidence[place] = neuron_evidence(keys, found, seed=state.seed)

@@ -13,7 +13,7 @@ new_write is no evidence for a claim on its own: after every fine-tune most of w
 is unaligned with the base. The headline is therefore a contrast between MLP and attention.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,13 +23,13 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 from scipy import stats
 
+from tvlens.components import Component
 from tvlens.errors import StudyError
 from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
-from .blocks import Asked, findings_of_block
-from .evidence import NO_PEERS, PARTS, Evidence, joined_evidence
-from .measures import WEIGHTS_SCHEMA
+from .blocks import Ask, Findings, Progress, findings_of_block, joined_findings
+from .evidence import NO_PEERS, PARTS
 from .nulls import SNR, above_rounding, benjamini_hochberg, sign_flip_test
 from .reading import Pair
 
@@ -317,11 +317,9 @@ def headline(
     }
 
 
-def _write_matrices(pair: Pair) -> pd.DataFrame:
-    """Rows of W_O and W_out of a control, all that its contrast needs."""
-    blocks = [[c for c in block if c.part in WRITES] for block in pair.blocks()]
-    found = [findings_of_block([pair], b, Asked())[0].weights.to_frame() for b in blocks if b]
-    return pd.concat(found) if found else pd.DataFrame(columns=list(WEIGHTS_SCHEMA.names))
+def _write_matrices(pair: Pair) -> list[list[Component]]:
+    """W_O and W_out of every block, all that the contrast of a control needs."""
+    return [[c for c in block if c.part in WRITES] for block in pair.blocks()]
 
 
 @one_thread()
@@ -335,6 +333,8 @@ def classify(
 ) -> Labels:
     """Label every matrix, head (OV) and neuron of a pair; reads the tensors again, block by block.
 
+    ``decompose_and_classify`` does both at once and takes every base spectrum only once.
+
     Args:
         pair: Base and tuned checkpoint.
         weights: Its table from ``decompose``.
@@ -346,49 +346,118 @@ def classify(
         StudyError: ``weights`` is of another pair.
     """
     frame = weights.to_frame()
-    blocks = [block for block in pair.blocks() if block]
     known = set(frame["component"])
-    if missing := [c for block in blocks for c in block if str(c) not in known]:
+    if missing := [c for block in pair.blocks() for c in block if str(c) not in known]:
         raise StudyError(
             f"the weights table has no row {str(missing[0])!r} of the pair.",
             hint="Pass decompose(pair) of the same pair.",
         )
-    asked = Asked(seed=seed)
-    evidence = [findings_of_block([pair], block, asked)[0].evidence for block in blocks]
-    contrast = headline(frame, [_write_matrices(control) for control in controls], seed=seed)
-    return labels_of(pair, joined_evidence(evidence), contrast, classifier=classifier)
+    (found,), others = _examined([pair], controls, seed=seed)
+    return labels_of(found, frame, others, classifier=classifier, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """All that geometry finds of a pair.
+
+    Attributes:
+        weights: The table ``weights``.
+        labels: Tests, labels and the headline.
+    """
+
+    weights: Table
+    labels: Labels
+
+
+@one_thread()
+def decompose_and_classify(
+    pairs: Sequence[Pair],
+    *,
+    controls: Sequence[Pair] = (),
+    classifier: Classifier | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Geometry]:
+    """Tables and labels of several fine-tunes in one pass over the blocks of their base.
+
+    The base's singular directions are taken once, so each further fine-tune costs less than the
+    first. Pairs of other bases may be among them; nothing is shared then.
+
+    Args:
+        pairs: Base and each fine-tune.
+        controls: Pairs of the same base with control fine-tunes; the headlines subtract them.
+        classifier: Evidence to labels; ``labelled`` where None.
+        seed: Seed of the one sign-flip draw a matrix and of the headline's flips.
+        progress: Called after every block.
+    """
+    found, others = _examined(pairs, controls, seed=seed, progress=progress)
+    return [
+        Geometry(
+            one.weights,
+            labels_of(one, one.weights.to_frame(), others, classifier=classifier, seed=seed),
+        )
+        for one in found
+    ]
+
+
+def _examined(
+    pairs: Sequence[Pair],
+    controls: Sequence[Pair],
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[list[Findings], list[pd.DataFrame]]:
+    """The findings of the pairs, and the frames of the controls' writing matrices."""
+    plans = [(pair, pair.blocks(), seed) for pair in pairs]
+    plans += [(control, _write_matrices(control), None) for control in controls]
+    parts: list[list[Findings]] = [[] for _ in plans]
+    total = max((len(blocks) for _, blocks, _ in plans), default=0)
+    for number in range(total):
+        wanted = [i for i, plan in enumerate(plans) if len(plan[1]) > number and plan[1][number]]
+        asks = [Ask(plans[i][0], plans[i][1][number], seed=plans[i][2]) for i in wanted]
+        for i, found in zip(wanted, findings_of_block(asks), strict=True):
+            parts[i].append(found)
+        if progress is not None:
+            progress(number + 1, total)
+    joined = [joined_findings(part) for part in parts if part]
+    return joined[: len(pairs)], [one.weights.to_frame() for one in joined[len(pairs) :]]
 
 
 def labels_of(
-    pair: Pair,
-    evidence: Evidence,
-    contrast: dict[str, object],
+    found: Findings,
+    weights: pd.DataFrame,
+    controls: Sequence[pd.DataFrame] = (),
     *,
     classifier: Classifier | None = None,
+    seed: int = 0,
 ) -> Labels:
-    """The labels of a pair from the evidence about all of its components."""
+    """The labels of a pair from what was found of all of its components.
+
+    Args:
+        found: Findings with evidence.
+        weights: Frame of the table ``weights``.
+        controls: The same for control fine-tunes.
+        classifier: Evidence to labels; ``labelled`` where None.
+        seed: Seed of the headline's flips.
+    """
+    evidence = found.evidence
+    if evidence is None:
+        raise ValueError("labels need findings with evidence: give Ask a seed.")
     rows = with_q_values(evidence.frame)
     calls = (classifier or labelled)(rows)
     tests = adjusted_tests(evidence.tests, rows.loc[rows["resolved"], "component"])
+    names = {name: weights[name].iloc[0] for name in ("base", "tuned")}
     return Labels(
-        tests=_table("tests", TESTS_SCHEMA, tests, pair, order="effect"),
-        labels=_table("labels", LABELS_SCHEMA, calls, pair, order="structured_share"),
-        headline=contrast,
+        tests=_table("tests", TESTS_SCHEMA, tests, names, order="effect"),
+        labels=_table("labels", LABELS_SCHEMA, calls, names, order="structured_share"),
+        headline=headline(weights, controls, seed=seed),
     )
 
 
-def _whole_numbers(column: pd.Series) -> list[int | None]:
-    return [None if pd.isna(value) else int(value) for value in column]
-
-
-def _table(name: str, schema: pa.Schema, frame: pd.DataFrame, pair: Pair, *, order: str) -> Table:
+def _table(
+    name: str, schema: pa.Schema, frame: pd.DataFrame, names: Mapping[str, str], *, order: str
+) -> Table:
     """The columns of ``schema`` from a frame and the names of its pair."""
-    own = {
-        field.name: _whole_numbers(frame[field.name])
-        if field.type == pa.int32()
-        else frame[field.name].to_list()
-        for field in schema
-        if field.name in frame
-    }
-    both = {"base": [pair.base_name] * len(frame), "tuned": [pair.tuned_name] * len(frame)}
+    own = {field.name: frame[field.name].array for field in schema if field.name in frame}
+    both = {column: [value] * len(frame) for column, value in names.items()}
     return Table.of(name, schema, {**own, **both}, order=order)

@@ -22,24 +22,20 @@ from tvlens.components import Component
 from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
 
-from .blocks import Asked, Progress, findings_of_block
+from .blocks import Ask, Progress, findings_of_block
 from .measures import SPLIT_COLUMNS, WEIGHTS_SCHEMA, Spectra
 from .reading import Pair
 
 __all__ = ["SPLIT_COLUMNS", "WEIGHTS_SCHEMA", "decompose", "weights_of_block"]
 
 
-def weights_of_block(
-    pair: Pair, block: Sequence[Component], *, spectra: Spectra = "both"
-) -> Table:
+def weights_of_block(pair: Pair, block: Sequence[Component], *, spectra: Spectra = "both") -> Table:
     """The rows of one block: its disjoint components, then heads, then neurons."""
-    return findings_of_block([pair], block, Asked(spectra))[0].weights
+    return findings_of_block([Ask(pair, block, spectra)])[0].weights
 
 
 @one_thread()
-def decompose(
-    pair: Pair, progress: Progress | None = None, *, spectra: Spectra = "both"
-) -> Table:
+def decompose(pair: Pair, progress: Progress | None = None, *, spectra: Spectra = "both") -> Table:
     """The table ``weights`` of a pair.
 
     Args:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tvlens.components import KEY_COLUMNS, READING_PARTS
 
 Keys = Mapping[str, Sequence[object]]
-"""Columns that say which components a frame is about: the key, ``tied``, and the gate's measures."""
+"""Which components a frame is about: the key, ``tied``, and the measures of the gate."""
 GATE_COLUMNS = ("delta_norm", "snr", "gain", "kappa")
 """Measures that the gate and the reasons need."""
 GAIN_Z = 4.0

@@ -8,7 +8,7 @@ product follows exactly, without a cross term, from the midpoint rule
 which is 10^3 to 10^5 times more accurate in float32 than V' O' - V O. Both the base circuit and its
 change live in span[V, dV] on the left and span[O', dO'] on the right, so the triangular factors of
 two QR leave *cores* of at most 2 d_head x 2 d_head that hold every invariant measure; no
-d_model x d_model matrix is formed. QK is the content part W_Q @ W_K' (no rotary phase, no position).
+d_model x d_model matrix is formed. QK is the content part W_Q @ W_K' (no rotary phase).
 W_V -> W_V A, W_O -> A^-1 W_O changes neither circuit; single columns of the factors do change.
 """
 

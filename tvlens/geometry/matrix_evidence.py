@@ -122,7 +122,9 @@ def matrix_structure(one: MatrixChange, gain: float, left: float, *, seed: int) 
     relative = relative_alignment(coordinates, vectors.square().sum(0), one.basis, d_model)
     spread = unit_alignment_spread(d_model) / abs(float(self_alignment(one.basis, d_model)))
     error = float(weight.square().sum().sqrt()) * spread
-    return MatrixStructure(float(shares.sum()), float((weight * relative).sum()), error, len(shares))
+    return MatrixStructure(
+        float(shares.sum()), float((weight * relative).sum()), error, len(shares)
+    )
 
 
 @dataclass(frozen=True, eq=False)

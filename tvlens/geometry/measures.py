@@ -170,6 +170,7 @@ def _seen_in_corner(basis: Basis, core: Float[Tensor, "head left right"]) -> See
     total = core.square().sum((1, 2))
     return Seen(inside, from_read.square().sum(2), onto_write.square().sum(1), total)
 
+
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     """An embedding, measured a few tokens at a time.

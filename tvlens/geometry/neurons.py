@@ -92,7 +92,9 @@ class Sums:
     def grouped(self, count: int) -> "Sums":
         """The sums of ``count`` wholes, each of as many consecutive components."""
         parts = {
-            field.name: rearrange(getattr(self, field.name), "(group piece) -> group piece", group=count)
+            field.name: rearrange(
+                getattr(self, field.name), "(group piece) -> group piece", group=count
+            )
             for field in fields(self)
         }
         sums = {name: part.sum(1) for name, part in parts.items()}

@@ -191,9 +191,7 @@ def peers_of(base: Float[Tensor, "neuron d_model"]) -> Peers:
     return Peers(centre, covariance)
 
 
-def neuron_gain(
-    peers: Peers, change: Change, cosine: Float64[Tensor, " neuron"]
-) -> NeuronGain:
+def neuron_gain(peers: Peers, change: Change, cosine: Float64[Tensor, " neuron"]) -> NeuronGain:
     """Own against all others, in closed form: exact mean and variance over the layer's neurons.
 
     Args:
@@ -280,7 +278,9 @@ def share_in_spans(
         inside = einsum(inner, outer, "head r q, other r q -> head other")
     else:
         parts = [
-            einsum(change.double(), some, "head k d, other d r -> head other k r").square().sum((2, 3))
+            einsum(change.double(), some, "head k d, other d r -> head other k r")
+            .square()
+            .sum((2, 3))
             for some in spans.split(max(1, HEADS_AT_ONCE // max(1, len(spans) * spans[0].numel())))
         ]
         inside = torch.cat(parts, dim=1)

@@ -8,7 +8,7 @@ of which nothing but the largest eigenvalue counts.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int
+from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
 from .changes import Remainder, slabs, transposed

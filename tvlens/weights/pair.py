@@ -153,7 +153,9 @@ class Pair:
 
     def _narrowed(self, start: int, stop: int) -> "Pair":
         """The pair with a vocabulary of some of its matched rows."""
-        rows = replace(self.rows, base=self.rows.base[start:stop], tuned=self.rows.tuned[start:stop])
+        rows = replace(
+            self.rows, base=self.rows.base[start:stop], tuned=self.rows.tuned[start:stop]
+        )
         return replace(self, rows=rows, layout=replace(self.layout, d_vocab=len(rows)))
 
     def stored_weight(self, component: Component) -> Float[Tensor, "..."]:
@@ -274,10 +276,10 @@ class Pair:
         if isinstance(delta, Dora):
             lengths = adapter.factors[name].magnitude
             return _length_energy(base + delta.dense(), self._coarsest(place, lengths))
-        if isinstance(delta, Dense) and name in adapter.rows:
-            coarsest = self._coarsest(place, adapter.rows[name].stored)
-            energy = rounding_energy(base + delta.tensor, coarsest)
-            return torch.where(delta.tensor != 0, energy, SMALLEST_ENERGY)
+        if isinstance(delta, Dense | Absent) and name in adapter.rows:
+            coarsest, change = self._coarsest(place, adapter.rows[name].stored), delta.dense()
+            energy = rounding_energy(base + change, coarsest)
+            return torch.where(change != 0, energy, SMALLEST_ENERGY)
         return None
 
     def _coarsest(self, place: Place, stored: str | None) -> str:
