@@ -7,6 +7,7 @@ plants, on top of an optional isotropic background.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class FakeLayout:
 class FakeWeight:
     component: Component
     base: Tensor
-    delta: Tensor
+    delta: Any  # a tensor, or a LowRank
     floor: Tensor | None = None
     base_dtype: torch.dtype = torch.float32
     tuned_dtype: torch.dtype = torch.float32
@@ -37,10 +38,12 @@ class FakeWeight:
 
     @property
     def equal_fraction(self) -> float:
+        if not isinstance(self.delta, Tensor):
+            return float("nan")
         return float((self.delta == 0).float().mean())
 
     def dense_delta(self) -> Tensor:
-        return self.delta
+        return self.delta if isinstance(self.delta, Tensor) else self.delta.dense()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,9 @@ class FakePair:
 
     def read(self, component: Component) -> FakeWeight:
         return self.weights[component]
+
+    def slabs(self, component: Component) -> list[FakeWeight]:
+        return [self.weights[component]]
 
 
 def decaying(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -45,3 +45,16 @@ def test_key_columns_hold_the_numbers_and_not_only_the_label() -> None:
 
 def test_the_disjoint_kinds_are_kinds() -> None:
     assert set(DISJOINT_KINDS) < set(KINDS)
+
+
+def test_columns_of_pieces_are_the_key_columns_of_their_components() -> None:
+    from tvlens.components import Component, Pieces, columns_of_pieces, key_columns
+
+    for kind, part in (("head", "OV"), ("kv_head", "W_V"), ("neuron", "W_out")):
+        for layer in (None, 3):
+            components = [Component(kind, layer, index, part) for index in range(4)]
+            kv = [0, 0, 1, 1]
+            found = columns_of_pieces(Pieces(kind, layer, part, 4), kv_index=kv)
+            assert found == key_columns(components, kv_index=[*kv])
+            assert list(found) == list(key_columns(components))
+    assert columns_of_pieces(Pieces("neuron", 0, "W_in", 1))["kv_index"] == [None]

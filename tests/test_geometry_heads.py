@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tvlens.geometry.changes import singular_energies
 from tvlens.geometry.heads import Factor, circuit_cores, kv_index_of_heads, slices_of_heads
-from tvlens.geometry.matrices import energy_split, side_alignment, singular_energies, spectral_basis
+from tvlens.geometry.matrices import energy_split, seen, side_alignment, spectral_basis
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -50,12 +51,12 @@ def test_energy_parts_and_alignments_of_cores_equal_the_dense_ones() -> None:
     left, right = _factors(4, 24, 5)
     cores, (base, delta) = circuit_cores(left, right), _dense(left, right)
     small, large = spectral_basis(cores.base), spectral_basis(base)
-    ours = energy_split(small, cores.delta, k_read=5, k_write=5)
-    dense = energy_split(large, delta, k_read=5, k_write=5)
+    ours = energy_split(small, seen(small, cores.delta), k_read=5, k_write=5)
+    dense = energy_split(large, seen(large, delta), k_read=5, k_write=5)
     for name in ("whole", "scale", "existing", "new_read", "new_write", "new_both"):
         torch.testing.assert_close(getattr(ours, name), getattr(dense, name), atol=1e-9, rtol=1e-7)
-    in_core = side_alignment(small, cores.delta, d_read=24, d_write=24)
-    in_full = side_alignment(large, delta, d_read=24, d_write=24)
+    in_core = side_alignment(small, seen(small, cores.delta), d_read=24, d_write=24)
+    in_full = side_alignment(large, seen(large, delta), d_read=24, d_write=24)
     for name in ("g_read", "g_write", "g_self_read", "g_self_write"):
         torch.testing.assert_close(getattr(in_core, name), getattr(in_full, name))
 
@@ -80,7 +81,8 @@ def test_the_circuits_rounding_energy_is_what_random_rounding_gives() -> None:
     energies = []
     for seed in range(200):
         noise = 1e-3 * _normal(1, 16, 4, seed=seed), 2e-3 * _normal(1, 4, 16, seed=500 + seed)
-        energies.append((left.middle @ noise[1] + noise[0] @ right.middle).square().sum())
+        middle = left.base + left.delta / 2, right.base + right.delta / 2
+        energies.append((middle[0] @ noise[1] + noise[0] @ middle[1]).square().sum())
     assert found is not None
     # 128 independent errors a draw, 200 draws: the mean is good to about 2 %
     assert float(found[0]) == pytest.approx(float(torch.stack(energies).mean()), rel=0.06)

@@ -7,17 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tvlens.geometry.changes import gram, singular_energies, transposed
 from tvlens.geometry.matrices import (
     alignment,
     effective_rank,
     energy_split,
     row_space,
+    seen,
     self_alignment,
     side_alignment,
-    singular_energies,
     spectral_basis,
     stable_rank,
-    transposed,
 )
 
 
@@ -27,7 +27,8 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _parts(base: Tensor, delta: Tensor, k_read: int, k_write: int) -> list[float]:
-    split = energy_split(spectral_basis(base), delta, k_read=k_read, k_write=k_write)
+    basis = spectral_basis(base)
+    split = energy_split(basis, seen(basis, delta), k_read=k_read, k_write=k_write)
     names = ("whole", "scale", "existing", "new_read", "new_write", "new_both")
     return [float(getattr(split, name)) for name in names]
 
@@ -111,7 +112,8 @@ def test_null_directions_are_zero_and_do_not_count() -> None:
 
 def test_a_pure_gain_has_relative_alignment_one_on_both_sides() -> None:
     base = _normal(20, 12)
-    sides = side_alignment(spectral_basis(base), 0.1 * base, d_read=20, d_write=12)
+    basis = spectral_basis(base)
+    sides = side_alignment(basis, seen(basis, 0.1 * base), d_read=20, d_write=12)
     assert float(sides.g_read) == pytest.approx(1)
     assert float(sides.g_write) == pytest.approx(1)
 
@@ -119,7 +121,7 @@ def test_a_pure_gain_has_relative_alignment_one_on_both_sides() -> None:
 def test_noise_has_alignment_zero_even_where_the_base_has_null_directions() -> None:
     base = _normal(60, 15) @ _normal(15, 40, seed=1)
     basis = spectral_basis(base)
-    found = [side_alignment(basis, _normal(60, 40, seed=s), d_read=60, d_write=40)
+    found = [side_alignment(basis, seen(basis, _normal(60, 40, seed=s)), d_read=60, d_write=40)
              for s in range(2, 42)]  # fmt: skip
     # sd of one matrix's G is about sqrt(2 / (3 d)) / sqrt(60), of the mean of 40 less than .005
     assert float(torch.stack([f.g_write for f in found]).mean()) == pytest.approx(0, abs=0.02)
@@ -144,9 +146,11 @@ def test_ranks_of_known_spectra() -> None:
 
 def test_a_batch_gives_what_each_matrix_gives() -> None:
     base, delta = _normal(3, 10, 6), _normal(3, 10, 6, seed=1)
-    together = energy_split(spectral_basis(base), delta, k_read=2, k_write=2)
+    bases = spectral_basis(base)
+    together = energy_split(bases, seen(bases, delta), k_read=2, k_write=2)
     for one in range(3):
-        alone = energy_split(spectral_basis(base[one]), delta[one], k_read=2, k_write=2)
+        basis = spectral_basis(base[one])
+        alone = energy_split(basis, seen(basis, delta[one]), k_read=2, k_write=2)
         torch.testing.assert_close(together.new_write[one], alone.new_write)
         torch.testing.assert_close(together.scale[one], alone.scale)
 
@@ -154,8 +158,8 @@ def test_a_batch_gives_what_each_matrix_gives() -> None:
 def test_the_gram_route_of_embeddings_equals_the_svd_route() -> None:
     base, delta = _normal(50, 8), _normal(50, 8, seed=1)
     basis = spectral_basis(base)
-    space = row_space(base, delta)
-    sides = side_alignment(basis, delta, d_read=50, d_write=8)
+    space = row_space(gram(base), gram(delta))
+    sides = side_alignment(basis, seen(basis, delta), d_read=50, d_write=8)
     torch.testing.assert_close(space.g, sides.g_write)
     torch.testing.assert_close(space.g_self, self_alignment(basis, 8))
     torch.testing.assert_close(space.delta_energies, singular_energies(delta))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+from tvlens.geometry.heads import Factor
 from tvlens.geometry.nulls import (
     above_rounding,
     benjamini_hochberg,
@@ -12,8 +13,10 @@ from tvlens.geometry.nulls import (
     neuron_gain,
     noise_edge,
     own_versus_others,
+    peers_of,
     share_in_spans,
     sign_flip_test,
+    spans_of,
     unit_alignment_spread,
 )
 
@@ -92,7 +95,7 @@ def test_a_single_kv_head_leaves_no_peer_to_test_against() -> None:
 def test_factor_swaps_have_unit_spread_under_noise_and_equal_a_loop() -> None:
     value, output = _normal(4, 20, 3), _normal(4, 3, 20, seed=1)
     d_value, d_output = 0.1 * _normal(4, 20, 3, seed=2), 0.2 * _normal(4, 3, 20, seed=3)
-    z = factor_swap(value, d_value, output, d_output).z
+    z = factor_swap(Factor(value, d_value), Factor(output, d_output)).z
     for h in range(4):
         for g in range(4):
             to_output, to_value = (
@@ -105,29 +108,31 @@ def test_factor_swaps_have_unit_spread_under_noise_and_equal_a_loop() -> None:
                 + d_value[h].square().mean() * to_value.square().sum()
             ).sqrt()
             assert float(z[h, g]) == pytest.approx(float(inner / spread))
-    many = factor_swap(_normal(30, 20, 3, seed=4), _normal(30, 20, 3, seed=5),
-                       _normal(30, 3, 20, seed=6), _normal(30, 3, 20, seed=7)).z  # fmt: skip
+    left = Factor(_normal(30, 20, 3, seed=4), _normal(30, 20, 3, seed=5))
+    right = Factor(_normal(30, 3, 20, seed=6), _normal(30, 3, 20, seed=7))
+    many = factor_swap(left, right).z
     assert float(many.std()) == pytest.approx(1, abs=0.1)
 
 
 def test_own_factor_swap_is_the_first_order_gain_of_the_circuit() -> None:
     value, output = _normal(2, 20, 3), _normal(2, 3, 20, seed=1)
-    z = factor_swap(value, torch.zeros_like(value), output, 0.01 * output).z
-    assert float(z[0, 0]) > 5
-    assert float(factor_swap(value, -0.01 * value, output, torch.zeros_like(output)).z[1, 1]) < -5
+    still = Factor(value, torch.zeros_like(value)), Factor(output, torch.zeros_like(output))
+    assert float(factor_swap(still[0], Factor(output, 0.01 * output)).z[0, 0]) > 5
+    assert float(factor_swap(Factor(value, -0.01 * value), still[1]).z[1, 1]) < -5
 
 
 def test_share_in_spans_is_a_projection_and_chance_is_d_head_over_d_model() -> None:
     base = _normal(6, 4, 40)
-    found = share_in_spans(base, base)
+    found = share_in_spans(base, spans_of(base))
     torch.testing.assert_close(found.diagonal(), torch.ones(6).double())
-    noise = share_in_spans(_normal(6, 4, 40, seed=1), base)
+    noise = share_in_spans(_normal(6, 4, 40, seed=1), spans_of(base))
     assert float(noise.mean()) == pytest.approx(0.1, abs=0.02)
 
 
 def test_neuron_gain_has_the_moments_of_all_own_and_other_pairs() -> None:
     base, delta = _normal(30, 10) + 0.5, _normal(30, 10, seed=1)
-    found = neuron_gain(base, delta)
+    own = torch.nn.functional.cosine_similarity(delta, base, dim=1)
+    found = neuron_gain(peers_of(base), delta, own)
     cosines = torch.nn.functional.cosine_similarity(delta[:, None], base[None], dim=2)
     torch.testing.assert_close(found.effect, cosines.diagonal() - cosines.mean(1))
     torch.testing.assert_close(found.spread, cosines.std(1, correction=0))
@@ -135,7 +140,9 @@ def test_neuron_gain_has_the_moments_of_all_own_and_other_pairs() -> None:
 
 def test_neuron_gain_is_calibrated_on_noise_over_correlated_base_weights() -> None:
     base = _normal(2000, 40) + 0.7
-    found = neuron_gain(base, _normal(2000, 40, seed=1))
+    delta = _normal(2000, 40, seed=1)
+    own = torch.nn.functional.cosine_similarity(delta, base, dim=1)
+    found = neuron_gain(peers_of(base), delta, own)
     p_values = 2 * stats.norm.sf((found.effect / found.spread).abs().numpy())
     assert 0.035 <= float((p_values < 0.05).mean()) <= 0.065
 

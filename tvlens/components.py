@@ -104,3 +104,36 @@ def key_columns(
         "rank": [None] * count,
         "part": [c.part for c in components],
     }
+
+
+class Pieces(NamedTuple):
+    """Consecutively numbered heads, kv heads or neurons of one part of a layer.
+
+    Attributes:
+        kind: ``head``, ``kv_head`` or ``neuron``.
+        layer: Block number.
+        part: ``W_O``, ``OV``, ...
+        count: How many, numbered from 0.
+    """
+
+    kind: Kind
+    layer: int | None
+    part: str
+    count: int
+
+
+def columns_of_pieces(
+    pieces: Pieces, *, kv_index: list[int] | None = None
+) -> dict[str, list[object]]:
+    """The key columns of ``pieces``: what ``key_columns`` gives, without a component each."""
+    kind, layer, part, count = pieces
+    stem = f"{'' if layer is None else f'L{layer}'}{_LETTER[kind]}"
+    constants = {"kind": kind, "layer": layer, "expert": None, "rank": None, "part": part}
+    columns: dict[str, list[object]] = {
+        "component": [f"{stem}{index}.{part}" for index in range(count)],
+        "site": [f"{stem}{index}" for index in range(count)],
+        "index": list(range(count)),
+        "kv_index": list(kv_index) if kv_index is not None else [None] * count,
+        **{name: [value] * count for name, value in constants.items()},
+    }
+    return {name: columns[name] for name in KEY_COLUMNS}

@@ -7,6 +7,7 @@ a column that the schema lacks, or a value of another type, is an error rather t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -54,11 +55,11 @@ class Table:
         cls,
         name: str,
         schema: pa.Schema,
-        columns: Mapping[str, Sequence[object]],
+        columns: Mapping[str, Any],
         *,
         order: str = "",
     ) -> "Table":
-        """A table of ``columns``; a schema field that is absent is filled with nulls.
+        """A table of ``columns``, each a list or an array; a field that is absent holds nulls.
 
         Raises:
             StudyError: A column is not in the schema, or lengths or types disagree.

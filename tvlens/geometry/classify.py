@@ -13,7 +13,7 @@ new_write is no evidence for a claim on its own: after every fine-tune most of w
 is unaligned with the base. The headline is therefore a contrast between MLP and attention.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,36 +23,15 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from tvlens.components import Component, key_columns
+from tvlens.components import Component
 from tvlens.errors import StudyError
 from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
-from .decompose import (
-    NEURON_PARTS,
-    WEIGHTS_SCHEMA,
-    Pair,
-    Slice,
-    factors_of_circuit,
-    kv_index_of,
-    layer_of_block,
-    matrices_by_part,
-    read_block,
-    weights_of_block,
-)
-from .evidence import (
-    NO_PEERS,
-    PARTS,
-    Evidence,
-    evidence_frame,
-    head_evidence,
-    joined_evidence,
-    matrix_evidence,
-    neuron_evidence,
-    with_weights,
-)
-from .matrices import Basis, spectral_basis
+from .blocks import Ask, Findings, Progress, findings_of_block, joined_findings
+from .evidence import NO_PEERS, PARTS
 from .nulls import SNR, above_rounding, benjamini_hochberg, sign_flip_test
+from .reading import Pair
 
 Q = 0.05
 """False discovery rate of a labelled part."""
@@ -81,8 +60,13 @@ LABELS_SCHEMA = keyed_schema(
         for name in ("share_new", "share_amplified", "structured_share", "dominance")
     ),
 )
-GATE_COLUMNS = ("delta_norm", "snr", "gain", "kappa")
+WRITES = ("W_O", "W_out")
 LATER_KINDS = ("norm", "bias", "embedding")
+REASON_COLUMNS = (
+    *("kind", "gain", "snr", "delta_norm", "resolved", "winner", "structured_share", "dominance"),
+    *("share_gain", "alignment", "alignment_se", "decided_by"),
+)
+"""What labels and their reasons are made from, beside the counted shares."""
 
 Row = dict[Any, Any]
 """One record of the evidence frame."""
@@ -244,85 +228,24 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     )
     for part, counted in zip(PARTS, np.where(significant, shares, 0.0), strict=True):
         out[f"counted_{part}"] = counted
-    rows = out.to_dict("records")
+    rows = out[[*REASON_COLUMNS, *(f"counted_{part}" for part in PARTS)]].to_dict("records")
     for row in rows:
         row["label"] = _label(row)
         row["label_reason"] = _reason(row)
         row["decided_by"] = _decided_by(row)
-    for name in ("label", "label_reason", "decided_by"):
-        out[name] = [row[name] for row in rows]
-    return out
+    named = ("label", "label_reason", "decided_by")
+    return out.assign(**{name: [row[name] for row in rows] for name in named})
 
 
-def _testable(weight: Slice) -> bool:
-    """Whether there is a change, and a base to hold it against."""
-    return bool(weight.delta.any()) and bool(weight.base.any())
+def adjusted_tests(tests: pd.DataFrame, resolved: pd.Series) -> pd.DataFrame:
+    """The tests of components above the floor, BH within kind, part, statistic and null.
 
-
-def evidence_of_block(
-    pair: Pair, block: Sequence[Component], kappa: pd.Series, *, seed: int
-) -> Evidence:
-    """Evidence for the disjoint components, the heads (OV) and the neurons of one block."""
-    weights = read_block(pair, block)
-    parts, layer, group = matrices_by_part(weights), layer_of_block(weights), kv_index_of(pair)
-    seed = seed + 1000 * (0 if layer is None else layer + 1)  # another draw in every layer
-    bases = {part: spectral_basis(w.base) for part, w in parts.items() if _testable(w)}
-    found: list[Evidence] = []
-    for one, weight in weights.items():
-        if one.kind == "matrix" and one.part in bases:
-            basis = bases[one.part]
-            found.append(matrix_evidence(one, weight.base, weight.delta, basis, seed=seed))
-        else:
-            found.append(_untested([one]))
-    if "W_V" in parts and "W_O" in parts:
-        heads = [Component("head", layer, head, "OV") for head in range(len(group))]
-        value, output = factors_of_circuit(parts, "OV", group)
-        own = kappa.loc[[str(head) for head in heads]].to_numpy(float)
-        found.append(head_evidence(heads, value, output, group, own, seed=seed))
-    for part in NEURON_PARTS:
-        if part in parts:
-            found.append(_neurons(parts[part], layer, part, bases.get(part), seed=seed))
-    return joined_evidence(found)
-
-
-def _untested(components: Sequence[Component]) -> Evidence:
-    return Evidence(evidence_frame(components), pd.DataFrame())
-
-
-def _neurons(
-    weight: Slice, layer: int | None, part: str, basis: Basis | None, *, seed: int
-) -> Evidence:
-    count = weight.base.shape[0] if part == "W_out" else weight.base.shape[1]
-    components = [Component("neuron", layer, index, part) for index in range(count)]
-    if basis is None:
-        return _untested(components)
-    return neuron_evidence(components, weight.base, weight.delta, basis, seed=seed)
-
-
-def _keyed(
-    frame: pd.DataFrame, pair: Pair, kv_of_head: list[int], tied: pd.Series
-) -> dict[str, Any]:
-    """Key columns of the components of a frame."""
-    components = list(frame["component"])
-    kv_index = [kv_of_head[c.index] if c.kind == "head" else None for c in components]
-    labels = [str(component) for component in components]
-    return {
-        **key_columns(components, kv_index=kv_index),
-        "base": [pair.base_name] * len(components),
-        "tuned": [pair.tuned_name] * len(components),
-        "tied": tied.loc[labels].to_list(),
-    }
-
-
-def adjusted_tests(tests: pd.DataFrame, resolved: set[Component]) -> pd.DataFrame:
-    """The tests of components above the floor, BH within kind, part, statistic and null."""
-    tests = tests[[component in resolved for component in tests["component"]]].copy()
-    family = [
-        [c.kind for c in tests["component"]],
-        [c.part or "" for c in tests["component"]],
-        tests["statistic"],
-        tests["null"],
-    ]
+    Args:
+        tests: Rows of evidence.
+        resolved: The components above the floor.
+    """
+    tests = tests[tests["component"].isin(resolved)].copy()
+    family = [tests["kind"], tests["part"].fillna(""), tests["statistic"], tests["null"]]
     p_values = pd.to_numeric(tests["p_value"]).groupby(family)
     tests["q_value"] = p_values.transform(lambda p: benjamini_hochberg(p.to_numpy(float)))
     tests["m"] = p_values.transform("count")
@@ -333,7 +256,7 @@ def _paired_difference(weights: pd.DataFrame) -> pd.Series:
     """G_rel on the write side of W_out minus that of W_O, by layer; absent where one is null."""
     matrices = weights[weights["kind"] == "matrix"]
     by_layer = matrices.pivot_table(index="layer", columns="part", values="g_write")
-    if not {"W_out", "W_O"} <= set(by_layer.columns):
+    if not {*WRITES} <= set(by_layer.columns):
         return pd.Series(dtype=float)
     return (by_layer["W_out"] - by_layer["W_O"]).dropna()
 
@@ -394,11 +317,9 @@ def headline(
     }
 
 
-def _write_matrices(pair: Pair) -> pd.DataFrame:
-    """Rows of W_O and W_out of a control, all that its contrast needs."""
-    blocks = [[c for c in block if c.part in ("W_O", "W_out")] for block in pair.blocks()]
-    found = [weights_of_block(pair, block).to_frame() for block in blocks if block]
-    return pd.concat(found) if found else pd.DataFrame(columns=list(WEIGHTS_SCHEMA.names))
+def _write_matrices(pair: Pair) -> list[list[Component]]:
+    """W_O and W_out of every block, all that the contrast of a control needs."""
+    return [[c for c in block if c.part in WRITES] for block in pair.blocks()]
 
 
 @one_thread()
@@ -412,6 +333,8 @@ def classify(
 ) -> Labels:
     """Label every matrix, head (OV) and neuron of a pair; reads the tensors again, block by block.
 
+    ``decompose_and_classify`` does both at once and takes every base spectrum only once.
+
     Args:
         pair: Base and tuned checkpoint.
         weights: Its table from ``decompose``.
@@ -422,44 +345,119 @@ def classify(
     Raises:
         StudyError: ``weights`` is of another pair.
     """
-    frame = weights.to_frame().set_index("component")
-    blocks = [block for block in pair.blocks() if block]
-    if missing := [c for block in blocks for c in block if str(c) not in frame.index]:
+    frame = weights.to_frame()
+    known = set(frame["component"])
+    if missing := [c for block in pair.blocks() for c in block if str(c) not in known]:
         raise StudyError(
             f"the weights table has no row {str(missing[0])!r} of the pair.",
             hint="Pass decompose(pair) of the same pair.",
         )
-    kappa = frame["kappa"]
-    evidence = joined_evidence([evidence_of_block(pair, b, kappa, seed=seed) for b in blocks])
-    gate = {name: frame[name].astype(float) for name in GATE_COLUMNS}
-    rows = with_q_values(with_weights(evidence.frame, gate))
+    (found,), others = _examined([pair], controls, seed=seed)
+    return labels_of(found, frame, others, classifier=classifier, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """All that geometry finds of a pair.
+
+    Attributes:
+        weights: The table ``weights``.
+        labels: Tests, labels and the headline.
+    """
+
+    weights: Table
+    labels: Labels
+
+
+@one_thread()
+def decompose_and_classify(
+    pairs: Sequence[Pair],
+    *,
+    controls: Sequence[Pair] = (),
+    classifier: Classifier | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Geometry]:
+    """Tables and labels of several fine-tunes in one pass over the blocks of their base.
+
+    The base's singular directions are taken once, so each further fine-tune costs less than the
+    first. Pairs of other bases may be among them; nothing is shared then.
+
+    Args:
+        pairs: Base and each fine-tune.
+        controls: Pairs of the same base with control fine-tunes; the headlines subtract them.
+        classifier: Evidence to labels; ``labelled`` where None.
+        seed: Seed of the one sign-flip draw a matrix and of the headline's flips.
+        progress: Called after every block.
+    """
+    found, others = _examined(pairs, controls, seed=seed, progress=progress)
+    return [
+        Geometry(
+            one.weights,
+            labels_of(one, one.weights.to_frame(), others, classifier=classifier, seed=seed),
+        )
+        for one in found
+    ]
+
+
+def _examined(
+    pairs: Sequence[Pair],
+    controls: Sequence[Pair],
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[list[Findings], list[pd.DataFrame]]:
+    """The findings of the pairs, and the frames of the controls' writing matrices."""
+    plans = [(pair, pair.blocks(), seed) for pair in pairs]
+    plans += [(control, _write_matrices(control), None) for control in controls]
+    parts: list[list[Findings]] = [[] for _ in plans]
+    total = max((len(blocks) for _, blocks, _ in plans), default=0)
+    for number in range(total):
+        wanted = [i for i, plan in enumerate(plans) if len(plan[1]) > number and plan[1][number]]
+        asks = [Ask(plans[i][0], plans[i][1][number], seed=plans[i][2]) for i in wanted]
+        for i, found in zip(wanted, findings_of_block(asks), strict=True):
+            parts[i].append(found)
+        if progress is not None:
+            progress(number + 1, total)
+    joined = [joined_findings(part) for part in parts if part]
+    return joined[: len(pairs)], [one.weights.to_frame() for one in joined[len(pairs) :]]
+
+
+def labels_of(
+    found: Findings,
+    weights: pd.DataFrame,
+    controls: Sequence[pd.DataFrame] = (),
+    *,
+    classifier: Classifier | None = None,
+    seed: int = 0,
+) -> Labels:
+    """The labels of a pair from what was found of all of its components.
+
+    Args:
+        found: Findings with evidence.
+        weights: Frame of the table ``weights``.
+        controls: The same for control fine-tunes.
+        classifier: Evidence to labels; ``labelled`` where None.
+        seed: Seed of the headline's flips.
+    """
+    evidence = found.evidence
+    if evidence is None:
+        raise ValueError("labels need findings with evidence: give Ask a seed.")
+    rows = with_q_values(evidence.frame)
     calls = (classifier or labelled)(rows)
-    resolved = set(rows.loc[rows["resolved"], "component"])
-    tests = adjusted_tests(evidence.tests, resolved)
-    kv_of_head = kv_index_of(pair).tolist()
+    tests = adjusted_tests(evidence.tests, rows.loc[rows["resolved"], "component"])
+    names = {name: weights[name].iloc[0] for name in ("base", "tuned")}
     return Labels(
-        tests=_table("tests", TESTS_SCHEMA, tests, _keyed(tests, pair, kv_of_head, frame["tied"])),
-        labels=_table(
-            "labels", LABELS_SCHEMA, calls, _keyed(calls, pair, kv_of_head, frame["tied"])
-        ),
-        headline=headline(
-            frame.reset_index(), [_write_matrices(control) for control in controls], seed=seed
-        ),
+        tests=_table("tests", TESTS_SCHEMA, tests, names, order="effect"),
+        labels=_table("labels", LABELS_SCHEMA, calls, names, order="structured_share"),
+        headline=headline(weights, controls, seed=seed),
     )
 
 
-def _whole_numbers(column: pd.Series) -> list[int | None]:
-    return [None if pd.isna(value) else int(value) for value in column]
-
-
-def _table(name: str, schema: pa.Schema, frame: pd.DataFrame, keys: dict[str, Any]) -> Table:
-    """The columns of ``schema`` from the frame and its keys."""
-    own = {
-        field.name: _whole_numbers(frame[field.name])
-        if field.type == pa.int32()
-        else frame[field.name].to_list()
-        for field in schema
-        if field.name in frame and field.name not in keys
-    }
-    order = {"labels": "structured_share", "tests": "effect"}[name]
-    return Table.of(name, schema, {**own, **keys}, order=order)
+def _table(
+    name: str, schema: pa.Schema, frame: pd.DataFrame, names: Mapping[str, str], *, order: str
+) -> Table:
+    """The columns of ``schema`` from a frame and the names of its pair."""
+    own = {field.name: frame[field.name].array for field in schema if field.name in frame}
+    both = {column: [value] * len(frame) for column, value in names.items()}
+    return Table.of(name, schema, {**own, **both}, order=order)

@@ -6,9 +6,9 @@ product follows exactly, without a cross term, from the midpoint rule
     delta(V O) = V_mid dO + dV O_mid,        V_mid = V + dV / 2,  O_mid = O + dO / 2
 
 which is 10^3 to 10^5 times more accurate in float32 than V' O' - V O. Both the base circuit and its
-change live in span[V_mid, dV] on the left and span[O_mid', dO'] on the right, so two QR factors
-leave *cores* of at most 2 d_head x 2 d_head that hold every invariant measure; no d_model x d_model
-matrix is formed. QK is the content part W_Q @ W_K' (no rotary phase, no position).
+change live in span[V, dV] on the left and span[O', dO'] on the right, so the triangular factors of
+two QR leave *cores* of at most 2 d_head x 2 d_head that hold every invariant measure; no
+d_model x d_model matrix is formed. QK is the content part W_Q @ W_K' (no rotary phase).
 W_V -> W_V A, W_O -> A^-1 W_O changes neither circuit; single columns of the factors do change.
 """
 
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from .matrices import transposed
+from .changes import Change, Factored, transposed, turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,24 +33,69 @@ class Factor:
     """
 
     base: Float[Tensor, "head a b"]
-    delta: Float[Tensor, "head a b"]
+    delta: Change
     floor: Float[Tensor, "head a b"] | None = None
-
-    @property
-    def middle(self) -> Float[Tensor, "head a b"]:
-        """Halfway between base and tuned, float64."""
-        return self.base.double() + self.delta.double() / 2
 
     @property
     def swapped(self) -> "Factor":
         """The factor with its two sides exchanged."""
         floor = None if self.floor is None else transposed(self.floor)
-        return Factor(transposed(self.base), transposed(self.delta), floor)
+        return Factor(transposed(self.base), turned(self.delta), floor)
 
     def of_heads(self, kv_index: Int[Tensor, " head"]) -> "Factor":
         """The factor that each query head reads, one slice a query head."""
         floor = None if self.floor is None else self.floor[kv_index]
-        return Factor(self.base[kv_index], self.delta[kv_index], floor)
+        return Factor(self.base[kv_index], change_of_heads(self.delta, kv_index), floor)
+
+
+def change_of_heads(change: Change, kv_index: Int[Tensor, " head"]) -> Change:
+    """The change that each query head reads; a side that all heads share stays shared."""
+    if not isinstance(change, Factored):
+        return change[kv_index]
+    sides = (side[kv_index] if side.dim() > 2 else side for side in (change.left, change.right))
+    return Factored(*sides)
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """A factor and its change in an orthonormal basis of their common span, one slice a head.
+
+    Attributes:
+        base: Base weights.
+        delta: Tuning vector.
+        floor: Expected rounding energy of each column, None where there is none.
+    """
+
+    base: Float64[Tensor, "head span d_head"]
+    delta: Float64[Tensor, "head span d_head"]
+    floor: Float64[Tensor, "head d_head"] | None
+
+    @property
+    def middle(self) -> Float64[Tensor, "head span d_head"]:
+        """Halfway between base and tuned."""
+        return self.base + self.delta / 2
+
+    def of_heads(self, kv_index: Int[Tensor, " head"]) -> "Coordinates":
+        """Those that each query head reads, one slice a query head."""
+        floor = None if self.floor is None else self.floor[kv_index]
+        return Coordinates(self.base[kv_index], self.delta[kv_index], floor)
+
+
+def coordinates(factor: Factor) -> Coordinates:
+    """A factor [d_model, d_head] in the span of its columns and its change's.
+
+    The triangular factor of QR holds them, so Q is never formed; of a change in factors only its
+    ``left`` is needed.
+    """
+    base, delta = factor.base.double(), factor.delta
+    floor = None if factor.floor is None else factor.floor.double().sum(1)
+    columns = delta.left.double() if isinstance(delta, Factored) else delta.double()
+    columns = columns.expand(len(base), *columns.shape[-2:])
+    triangle = torch.linalg.qr(torch.cat([base, columns], dim=2), mode="r").R
+    own, others = triangle.split([base.shape[2], columns.shape[2]], dim=2)
+    if isinstance(delta, Factored):
+        others = others @ delta.right.double()
+    return Coordinates(own, others, floor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,35 +122,36 @@ def slices_of_heads(
     return rearrange(matrix, "d_model (head d_head) -> head d_model d_head", head=n_heads)
 
 
+def changes_of_heads(change: Change, part: str, n_heads: int) -> Change:
+    """Cut a change into heads; of one in factors only one side is cut."""
+    if not isinstance(change, Factored):
+        return slices_of_heads(change, part, n_heads)
+    if part == "W_O":
+        return Factored(slices_of_heads(change.left, part, n_heads), change.right)
+    return Factored(change.left, slices_of_heads(change.right, part, n_heads))
+
+
 def kv_index_of_heads(n_heads: int, n_kv_heads: int) -> Int[Tensor, " head"]:
     """The kv head that each query head reads; empty where no head is known."""
     return torch.arange(n_heads) // max(1, n_heads // max(1, n_kv_heads))
 
 
-def _floor_energy(left: Factor, right: Factor) -> Float[Tensor, " head"] | None:
+def _floor_energy(left: Coordinates, right: Coordinates) -> Float64[Tensor, " head"] | None:
     """Expected |V_mid nO + nV O_mid|^2 of independent rounding errors nO, nV."""
     if left.floor is None or right.floor is None:
         return None
-    left_norms = left.middle.square().sum(1)
-    right_norms = right.middle.square().sum(2)
-    from_right = einsum(left_norms, right.floor.double(), "head k, head k right -> head")
-    return from_right + einsum(left.floor.double(), right_norms, "head left k, head k -> head")
+    left_norms, right_norms = (side.middle.square().sum(1) for side in (left, right))
+    from_right = einsum(left_norms, right.floor, "head k, head k -> head")
+    return from_right + einsum(left.floor, right_norms, "head k, head k -> head")
+
+
+def cores_of(left: Coordinates, right: Coordinates) -> CircuitCores:
+    """Cores of the circuits left @ right' of two sides in coordinates."""
+    base = left.base @ transposed(right.base)
+    delta = left.middle @ transposed(right.delta) + left.delta @ transposed(right.middle)
+    return CircuitCores(base, delta, _floor_energy(left, right))
 
 
 def circuit_cores(left: Factor, right: Factor) -> CircuitCores:
     """Cores of the circuits left @ right; ``left`` is [d_model, d_head], ``right`` its reverse."""
-    left_span = torch.cat([left.middle, left.delta.double()], dim=2)
-    right_span = torch.cat([right.middle, right.delta.double()], dim=1)
-    q_left = torch.linalg.qr(left_span).Q
-    q_right = torch.linalg.qr(transposed(right_span)).Q
-
-    def left_core(factor: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head left k"]:
-        return einsum(q_left, factor.double(), "head d left, head d k -> head left k")
-
-    def right_core(factor: Float[Tensor, "head k d_model"]) -> Float[Tensor, "head k right"]:
-        return einsum(factor.double(), q_right, "head k d, head d right -> head k right")
-
-    base = left_core(left.base) @ right_core(right.base)
-    delta = left_core(left.middle) @ right_core(right.delta)
-    delta = delta + left_core(left.delta) @ right_core(right.middle)
-    return CircuitCores(base, delta, _floor_energy(left, right))
+    return cores_of(coordinates(left), coordinates(right.swapped))

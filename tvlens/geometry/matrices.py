@@ -18,15 +18,33 @@ directions i = 1..d in order of their singular value:
 Chance is 0 and a pure gain is 1 for G_rel. The d - r null directions of W are tied: they share
 the mean weight -r/d, whatever order an algorithm returns them in.
 Functions take any number of leading component axes, so all heads of a layer go at once.
+
+Only the shorter side's directions are kept. With that side last, V comes from W' W, and U = W V / S
+is never formed: C = S^-1 V' (W' D) V and |D V|^2 = diag(V' D' D V), so three products of the two
+matrices, as small as their shorter side, hold every measure.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from einops import einsum, rearrange
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+from .changes import (
+    Change,
+    Factored,
+    cross,
+    energies_of_gram,
+    gram,
+    product,
+    singular_energies,
+    transposed,
+    turned,
+)
+
+Side = Literal["read", "write"]
 K_FRACTION = 0.25
 """Share of a side's dimensions called existing in e_*: a convention, the same for every matrix."""
 RANK_TOLERANCE = 1e-5
@@ -37,22 +55,77 @@ nothing smaller."""
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Singular directions, largest first; the columns of null directions are zero.
+    """Singular directions of a base matrix, largest first; those that are null are zero.
 
     Attributes:
-        read: U, directions that the matrix reads.
+        tall: The matrix with its shorter side last.
+        turned: Whether that exchanged its sides, so that the shorter side is the read side.
+        gram: Products of the columns of ``tall``.
         values: Singular values, 0 for null directions.
-        write: V, directions that the matrix writes.
+        short: Directions of the shorter side.
     """
 
-    read: Float[Tensor, "*component d_in direction"]
-    values: Float[Tensor, "*component direction"]
-    write: Float[Tensor, "*component d_out direction"]
+    tall: Float[Tensor, "*component long short"]
+    turned: bool
+    gram: Float64[Tensor, "*component short short"]
+    values: Float64[Tensor, "*component direction"]
+    short: Float64[Tensor, "*component short direction"]
 
     @property
-    def rank(self) -> Float[Tensor, "*component"]:
+    def rank(self) -> Float64[Tensor, "*component"]:
         """Number of directions that are not null."""
         return (self.values > 0).double().sum(-1)
+
+    @property
+    def inverse(self) -> Float64[Tensor, "*component direction"]:
+        """1 / singular value, 0 for null directions."""
+        return torch.where(self.values > 0, 1 / self.values, 0)
+
+    @property
+    def long(self) -> Float64[Tensor, "*component long direction"]:
+        """Directions of the longer side, formed now."""
+        return product(self.tall, self.short) * rearrange(self.inverse, "... a -> ... 1 a")
+
+    @property
+    def read(self) -> Float64[Tensor, "*component d_in direction"]:
+        """U, directions that the matrix reads."""
+        return self.short if self.turned else self.long
+
+    @property
+    def write(self) -> Float64[Tensor, "*component d_out direction"]:
+        """V, directions that the matrix writes."""
+        return self.long if self.turned else self.short
+
+    def coordinates(
+        self, vectors: Float64[Tensor, "*given d k"], side: Side
+    ) -> Float64[Tensor, "*component direction k"]:
+        """The coordinates of a few vectors of one side along its directions."""
+        if (side == "read") == self.turned:
+            return transposed(self.short) @ vectors
+        onto_short = product(transposed(self.tall), vectors)
+        return rearrange(self.inverse, "... a -> ... a 1") * (transposed(self.short) @ onto_short)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A change in the directions of its base.
+
+    Attributes:
+        core: C = U' D V.
+        read: |row|^2 of U' D, one number a direction.
+        write: |column|^2 of D V, one number a direction.
+        total: |D|^2.
+    """
+
+    core: Float64[Tensor, "*component direction other"]
+    read: Float64[Tensor, "*component direction"]
+    write: Float64[Tensor, "*component direction"]
+    total: Float64[Tensor, "*component"]
+
+    @property
+    def channels(self) -> Float64[Tensor, "*component direction"]:
+        """C_ii: how much the change adds to each singular value of the base, to first order."""
+        return self.core.diagonal(dim1=-2, dim2=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,35 +140,77 @@ class EnergySplit:
     new_both: Float[Tensor, "*component"]
 
 
-def transposed(matrix: Float[Tensor, "*component a b"]) -> Float[Tensor, "*component b a"]:
-    """The matrices with their two sides exchanged."""
-    return rearrange(matrix, "... a b -> ... b a")
-
-
 def spectral_basis(matrix: Float[Tensor, "*component d_in d_out"]) -> Basis:
     """Singular directions through the smaller Gram matrix in float64 (4 times faster than SVD)."""
-    matrix = matrix.double()
-    if matrix.shape[-2] < matrix.shape[-1]:
-        swapped = spectral_basis(transposed(matrix))
-        return Basis(swapped.write, swapped.values, swapped.read)
-    energies, vectors = torch.linalg.eigh(einsum(matrix, matrix, "... i a, ... i b -> ... a b"))
-    values, write = energies.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
+    is_wide = matrix.shape[-2] < matrix.shape[-1]
+    tall = transposed(matrix) if is_wide else matrix
+    products = gram(tall)
+    energies, vectors = torch.linalg.eigh(products)
+    values, short = energies.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
     values = torch.where(values > RANK_TOLERANCE * values[..., :1], values, 0)
     kept = rearrange(values > 0, "... direction -> ... 1 direction")
-    divisor = rearrange(values.clamp(min=torch.finfo(torch.float64).tiny), "... a -> ... 1 a")
-    read = einsum(matrix, write, "... i a, ... a direction -> ... i direction") / divisor
-    return Basis(torch.where(kept, read, 0), values, torch.where(kept, write, 0))
+    return Basis(tall, is_wide, products, values, torch.where(kept, short, 0))
 
 
-def singular_energies(
-    matrix: Float[Tensor, "*component d_in d_out"],
-) -> Float[Tensor, "*component direction"]:
-    """Squared singular values, largest first, through the smaller Gram matrix in float64."""
-    matrix = matrix.double()
-    if matrix.shape[-2] < matrix.shape[-1]:
-        matrix = transposed(matrix)
-    gram = einsum(matrix, matrix, "... i a, ... i b -> ... a b")
-    return torch.linalg.eigvalsh(gram).clamp(min=0).flip(-1)
+@dataclass(frozen=True, eq=False)
+class Products:
+    """What the measures of a change need of it, both as small as the shorter side.
+
+    Attributes:
+        cross: W' D, the shorter side last.
+        own: D' D.
+    """
+
+    cross: Float64[Tensor, "*component short short"]
+    own: Float64[Tensor, "*component short short"]
+
+
+def products_of(basis: Basis, delta: Change) -> Products:
+    """The products of a change with its base and with itself."""
+    tall = turned(delta) if basis.turned else delta
+    return Products(cross(basis.tall, tall), gram(tall))
+
+
+def seen(basis: Basis, delta: Change, products: Products | None = None) -> Seen:
+    """A change in the directions of its base; dense ones through ``products_of`` them."""
+    if isinstance(delta, Factored):
+        found = _seen_factors(basis, turned(delta) if basis.turned else delta)
+    else:
+        found = _seen_products(basis, products or products_of(basis, delta))
+    if basis.turned:
+        return Seen(transposed(found.core), found.write, found.read, found.total)
+    return found
+
+
+def _seen_products(basis: Basis, products: Products) -> Seen:
+    short, inverse = basis.short, rearrange(basis.inverse, "... a -> ... a 1")
+    from_long = inverse * (transposed(short) @ products.cross)
+    onto_short = (short * (products.own @ short)).sum(-2).clamp(min=0)
+    total = products.own.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return Seen(from_long @ short, from_long.square().sum(-1), onto_short, total)
+
+
+def _seen_factors(basis: Basis, delta: Factored) -> Seen:
+    """The same through the factors: C = (U' L) (R V)."""
+    left, right = delta.left.double(), delta.right.double()
+    side: Side = "write" if basis.turned else "read"
+    from_long, onto_short = basis.coordinates(left, side), right @ basis.short
+    inner, outer = transposed(left) @ left, right @ transposed(right)
+    return Seen(
+        from_long @ onto_short,
+        ((from_long @ outer) * from_long).sum(-1).clamp(min=0),
+        ((inner @ onto_short) * onto_short).sum(-2).clamp(min=0),
+        (inner * outer).sum((-2, -1)).clamp(min=0),
+    )
+
+
+def delta_energies(
+    delta: Change, products: Products | None = None
+) -> Float64[Tensor, "*component direction"]:
+    """Squared singular values of a change, largest first."""
+    if products is None or isinstance(delta, Factored):
+        return singular_energies(delta)
+    return energies_of_gram(products.own)
 
 
 def effective_rank(
@@ -111,22 +226,14 @@ def stable_rank(energies: Float[Tensor, "*component direction"]) -> Float[Tensor
     return energies.sum(-1) / energies.amax(-1)
 
 
-def energy_split(
-    basis: Basis, delta: Float[Tensor, "*component d_in d_out"], *, k_read: int, k_write: int
-) -> EnergySplit:
-    """Split the energy of ``delta`` over gains and existing and new directions."""
-    delta = delta.double()
-    from_read = einsum(basis.read, delta, "... i u, ... i o -> ... u o")
-    onto_write = einsum(delta, basis.write, "... i o, ... o v -> ... i v")
-    core = einsum(from_read, basis.write, "... u o, ... o v -> ... u v")
-    diagonal = core.diagonal(dim1=-2, dim2=-1)
-    total = delta.square().sum((-2, -1))
+def energy_split(basis: Basis, found: Seen, *, k_read: int, k_write: int) -> EnergySplit:
+    """Split the energy of a change over gains and existing and new directions."""
+    diagonal, total = found.channels, found.total
     base_energy = basis.values.square().sum(-1)
     gain = (diagonal * basis.values).sum(-1) / base_energy
     channel = diagonal - rearrange(gain, "... -> ... 1") * basis.values
-    read_rest = from_read.square().sum(-1) - diagonal.square()
-    write_rest = onto_write.square().sum(-2) - diagonal.square()
-    existing = core[..., :k_read, :k_write].square().sum((-2, -1))
+    read_rest, write_rest = found.read - diagonal.square(), found.write - diagonal.square()
+    existing = found.core[..., :k_read, :k_write].square().sum((-2, -1))
     existing = existing - diagonal[..., : min(k_read, k_write)].square().sum(-1)
     new_write = read_rest[..., :k_read].sum(-1) - existing
     new_read = write_rest[..., :k_write].sum(-1) - existing
@@ -157,14 +264,6 @@ def self_alignment(basis: Basis, dimension: int) -> Float[Tensor, "*component"]:
     return alignment(energies, energies.sum(-1), basis.rank, dimension)
 
 
-def channel_gains(
-    basis: Basis, delta: Float[Tensor, "*component d_in d_out"]
-) -> Float[Tensor, "*component direction"]:
-    """C_ii: how much ``delta`` adds to each singular value of the base, to first order."""
-    onto_write = einsum(delta.double(), basis.write, "... i o, ... o v -> ... i v")
-    return (basis.read * onto_write).sum(-2)
-
-
 @dataclass(frozen=True, eq=False)
 class SideAlignment:
     """G_rel and G_self of both sides of a matrix."""
@@ -175,32 +274,18 @@ class SideAlignment:
     g_self_write: Float[Tensor, "*component"]
 
 
-def side_alignment(
-    basis: Basis, delta: Float[Tensor, "*component d_in d_out"], *, d_read: int, d_write: int
-) -> SideAlignment:
+def side_alignment(basis: Basis, found: Seen, *, d_read: int, d_write: int) -> SideAlignment:
     """Alignment of both sides; ``d_read`` and ``d_write`` are the full dimensions.
 
     They exceed the tensor's own where it is the core of a larger matrix (heads.py).
     """
-    delta = delta.double()
-    total = delta.square().sum((-2, -1))
-    read = einsum(basis.read, delta, "... i u, ... i o -> ... u o").square().sum(-1)
-    write = einsum(delta, basis.write, "... i o, ... o v -> ... i v").square().sum(-2)
     self_read, self_write = self_alignment(basis, d_read), self_alignment(basis, d_write)
     return SideAlignment(
-        g_read=alignment(read, total, basis.rank, d_read) / self_read,
-        g_write=alignment(write, total, basis.rank, d_write) / self_write,
+        g_read=alignment(found.read, found.total, basis.rank, d_read) / self_read,
+        g_write=alignment(found.write, found.total, basis.rank, d_write) / self_write,
         g_self_read=self_read,
         g_self_write=self_write,
     )
-
-
-def gram_of_rows(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "d_model d_model"]:
-    """R' R in float64, a slab of rows at a time: how an embedding is measured without its SVD."""
-    gram = rows.new_zeros((rows.shape[1], rows.shape[1]), dtype=torch.float64)
-    for slab in rows.split(8192):  # 8192 rows of 4096 numbers are 256 MB in float64
-        gram += einsum(slab.double(), slab.double(), "row a, row b -> a b")
-    return gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,19 +298,20 @@ class RowSpace:
     delta_energies: Float[Tensor, " d_model"]
 
 
-def row_space(base: Float[Tensor, "row d_model"], delta: Float[Tensor, "row d_model"]) -> RowSpace:
+def row_space(
+    base_gram: Float64[Tensor, "d_model d_model"], delta_gram: Float64[Tensor, "d_model d_model"]
+) -> RowSpace:
     """Alignment and spectra on the d_model side of a tall matrix, from Grams alone."""
-    delta_gram = gram_of_rows(delta)
-    energies, vectors = torch.linalg.eigh(gram_of_rows(base))
+    energies, vectors = torch.linalg.eigh(base_gram)
     energies, vectors = energies.clamp(min=0).flip(-1), vectors.flip(-1)
     kept = energies > RANK_TOLERANCE**2 * energies[0]
     rank = kept.double().sum()
-    along = einsum(vectors, delta_gram, vectors, "a v, a b, b v -> v") * kept
-    total, d_model = delta_gram.trace(), base.shape[1]
+    along = (vectors * (delta_gram @ vectors)).sum(0) * kept
+    total, d_model = delta_gram.trace(), len(base_gram)
     g_self = alignment(energies * kept, (energies * kept).sum(), rank, d_model)
     return RowSpace(
         g=alignment(along, total, rank, d_model) / g_self,
         g_self=g_self,
         base_energies=energies,
-        delta_energies=torch.linalg.eigvalsh(delta_gram).clamp(min=0).flip(-1),
+        delta_energies=energies_of_gram(delta_gram),
     )

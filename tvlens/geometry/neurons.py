@@ -9,19 +9,26 @@ For a base vector w and its tuning vector d (the tuned vector is w + d):
 
 The cosine is formed from gain and residual: subtracting nearly equal cosines loses all digits at
 deltas of 0.1 %. Every component is one row here: a neuron is its d_model numbers, a head or a
-matrix all of its entries. Inputs may be float32; sums are float64. NaN marks what is undefined.
+matrix all of its entries. The sums of a whole follow from those of its pieces, the residual too:
+
+    |d - g w|^2 = sum_i |d_i - g_i w_i|^2 + (g_i - g)^2 |w_i|^2
+
+so a matrix is read once, at its finest cut. Inputs may be float32; sums are float64. NaN marks
+what is undefined.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-ENTRIES_AT_ONCE = 2**20
-"""Columns upcast to float64 in one step: an embedding of 10^8 entries never exists twice."""
+from .changes import Change, Factored, product, slabs, transposed, turned
+
+ENTRIES_AT_ONCE = 2**16
+"""Entries upcast to float64 in one step: half a MiB, which a core's own cache holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +62,127 @@ class VectorMeasures:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _chunks(
-    base: Float[Tensor, "component entry"], delta: Float[Tensor, "component entry"]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    pairs = zip(base.split(ENTRIES_AT_ONCE, 1), delta.split(ENTRIES_AT_ONCE, 1), strict=True)
-    for some_base, some_delta in pairs:
-        yield some_base.double(), some_delta.double()
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """What the measures of a component are made of, one number a component, float64.
+
+    Attributes:
+        base: |w|^2.
+        delta: |d|^2.
+        inner: <d, w>.
+        residual: |d - gain w|^2.
+        floor: Expected rounding energy, NaN where there is none.
+        equal: Number of entries with d = 0, NaN for factors whose product is not written out.
+        entries: Number of entries.
+    """
+
+    base: Float64[Tensor, " component"]
+    delta: Float64[Tensor, " component"]
+    inner: Float64[Tensor, " component"]
+    residual: Float64[Tensor, " component"]
+    floor: Float64[Tensor, " component"]
+    equal: Float64[Tensor, " component"]
+    entries: Float64[Tensor, " component"]
+
+    @property
+    def gain(self) -> Float64[Tensor, " component"]:
+        """<d, w> / |w|^2."""
+        return _ratio(self.inner, self.base)
+
+    def grouped(self, count: int) -> "Sums":
+        """The sums of ``count`` wholes, each of as many consecutive components."""
+        parts = {
+            field.name: rearrange(
+                getattr(self, field.name), "(group piece) -> group piece", group=count
+            )
+            for field in fields(self)
+        }
+        sums = {name: part.sum(1) for name, part in parts.items()}
+        gain = rearrange(_ratio(sums["inner"], sums["base"]).nan_to_num(), "group -> group 1")
+        own = _ratio(parts["inner"], parts["base"]).nan_to_num()
+        sums["residual"] = (parts["residual"] + (own - gain).square() * parts["base"]).sum(1)
+        return Sums(**sums)
+
+    def measures(self) -> VectorMeasures:
+        """The measures."""
+        gain, base_norm, delta_norm = self.gain, self.base.sqrt(), self.delta.sqrt()
+        residual = _ratio(self.residual.sqrt(), base_norm)
+        return VectorMeasures(
+            base_norm=base_norm,
+            delta_norm=delta_norm,
+            relative_delta=_ratio(delta_norm, base_norm),
+            cos_base_tuned=_ratio(1 + gain, torch.hypot(1 + gain, residual)),
+            gain=gain,
+            residual=residual,
+            kappa=_ratio(self.inner, base_norm * delta_norm).clamp(-1, 1),
+            snr=_ratio(self.delta, self.floor),
+            floor_norm=self.floor.sqrt(),
+        )
+
+    def columns(self) -> dict[str, Tensor]:
+        """The measures and the share of equal entries by their column names."""
+        return {**self.measures().columns(), "equal_fraction": self.equal / self.entries}
+
+
+def joined_sums(parts: Sequence[Sums]) -> Sums:
+    """The sums of the components of several groups, in order."""
+    names = [field.name for field in fields(Sums)]
+    return Sums(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def _ratio(over: Tensor, under: Tensor) -> Tensor:
     return torch.where(under > 0, over / under, torch.nan)
+
+
+def sums_of_rows(
+    base: Float[Tensor, "component entry"],
+    change: Change,
+    floor: Float[Tensor, "component part"] | None = None,
+) -> Sums:
+    """The sums of every row, a few rows at a time."""
+    if isinstance(change, Factored):
+        return _sums_of_factored_rows(base, change, floor)
+    found = torch.empty((7, base.shape[0]), dtype=torch.float64)
+    for start, stop in slabs(base.shape, ENTRIES_AT_ONCE):
+        w, d = base[start:stop].double(), change[start:stop].double()
+        inner, energy = (w * d).sum(1), (w * w).sum(1)
+        gain = rearrange(_ratio(inner, energy).nan_to_num(), "row -> row 1")
+        across = d - gain * w
+        sums = (energy, (d * d).sum(1), inner, (across * across).sum(1))
+        found[:4, start:stop] = torch.stack(sums)
+        found[4, start:stop] = _floor_of_rows(floor, start, stop)
+        found[5, start:stop] = base.shape[1] - torch.count_nonzero(d, dim=1).double()
+    found[6] = base.shape[1]
+    return Sums(*found)
+
+
+def _sums_of_factored_rows(
+    base: Float[Tensor, "component entry"],
+    change: Factored,
+    floor: Float[Tensor, "component part"] | None,
+) -> Sums:
+    """Through the factors: <d, w> from W R', |d|^2 from R R'."""
+    left, right = change.left.double(), change.right.double()
+    delta = ((left @ (right @ transposed(right))) * left).sum(1).clamp(min=0)
+    inner = (product(base, transposed(right)) * left).sum(1)
+    energy = torch.cat(
+        [base[i:j].double().square().sum(1) for i, j in slabs(base.shape, ENTRIES_AT_ONCE)]
+    )
+    gain = _ratio(inner, energy).nan_to_num()
+    entries = torch.full_like(energy, base.shape[1])
+    unchanged = (left == 0).all(1) | (right == 0).all()
+    floors = torch.full_like(energy, torch.nan)
+    if floor is not None:
+        floors = floor.double().sum(1)
+    residual = (delta - gain * inner).clamp(min=0)
+    equal = torch.where(unchanged, entries, torch.nan)
+    return Sums(energy, delta, inner, residual, floors, equal, entries)
+
+
+def _floor_of_rows(
+    floor: Float[Tensor, "component part"] | None, start: int, stop: int
+) -> Float64[Tensor, " row"] | float:
+    return torch.nan if floor is None else floor[start:stop].double().sum(1)
 
 
 def vector_measures(
@@ -73,34 +191,17 @@ def vector_measures(
     floor_energy: Float[Tensor, " component"] | None = None,
 ) -> VectorMeasures:
     """The basic measures of every row; ``floor_energy`` is the expected rounding energy."""
-    zeros = base.new_zeros(base.shape[0], dtype=torch.float64)
-    base_energy, delta_energy, inner, residual_energy = (zeros.clone() for _ in range(4))
-    for some_base, some_delta in _chunks(base, delta):
-        base_energy += some_base.square().sum(1)
-        delta_energy += some_delta.square().sum(1)
-        inner += (some_base * some_delta).sum(1)
-    gain = _ratio(inner, base_energy)
-    for some_base, some_delta in _chunks(base, delta):
-        along = rearrange(gain.nan_to_num(), "component -> component 1") * some_base
-        residual_energy += (some_delta - along).square().sum(1)
-    base_norm, delta_norm = base_energy.sqrt(), delta_energy.sqrt()
-    residual = _ratio(residual_energy.sqrt(), base_norm)
-    floor = zeros + torch.nan if floor_energy is None else floor_energy.double()
-    return VectorMeasures(
-        base_norm=base_norm,
-        delta_norm=delta_norm,
-        relative_delta=_ratio(delta_norm, base_norm),
-        cos_base_tuned=_ratio(1 + gain, torch.hypot(1 + gain, residual)),
-        gain=gain,
-        residual=residual,
-        kappa=_ratio(inner, base_norm * delta_norm).clamp(-1, 1),
-        snr=_ratio(delta_energy, floor),
-        floor_norm=floor.sqrt(),
-    )
+    floor = None if floor_energy is None else rearrange(floor_energy, "component -> component 1")
+    return sums_of_rows(base, delta, floor).measures()
 
 
 def rows_of_neurons(
     matrix: Float[Tensor, "d_in d_out"], part: str
 ) -> Float[Tensor, "neuron d_model"]:
     """One row a neuron: W_out already is; a column of W_gate and W_in belongs to a neuron."""
-    return matrix if part == "W_out" else rearrange(matrix, "d_model neuron -> neuron d_model")
+    return matrix if part == "W_out" else transposed(matrix)
+
+
+def change_of_neurons(change: Change, part: str) -> Change:
+    """A change with one row a neuron."""
+    return change if part == "W_out" else turned(change)

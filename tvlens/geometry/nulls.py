@@ -16,17 +16,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import einsum, reduce
-from jaxtyping import Bool, Float, Int
+from einops import einsum, rearrange, reduce
+from jaxtyping import Bool, Float, Float64, Int
 from scipy import stats
 from torch import Tensor
 
-from .matrices import transposed
+from .changes import Change, Factored, energy, gram, product, slabs, transposed, written_rows
+from .heads import Factor, change_of_heads
 
 SNR = 4.0
 """Least energy over rounding energy: at 4 the rounding holds a fifth of the observed energy."""
 EDGE_MARGIN = 1.02
 """Over the sign-flip edge: three times its spread (0.5 to 0.8 %) between draws."""
+HEADS_AT_ONCE = 2**22
+"""Entries of heads written out in one step: 32 MiB in float64."""
 EXACT_LAYERS = 14
 """Up to 2^14 sign patterns are enumerated; beyond, they are drawn."""
 SIGN_DRAWS = 20_000
@@ -40,29 +43,49 @@ def above_rounding(
     return (delta_norm > 0) & (np.isnan(snr) | (snr >= SNR))
 
 
-def with_random_signs(
-    delta: Float[Tensor, "*component a b"], *, seed: int
-) -> Float[Tensor, "*component a b"]:
-    """The entries of ``delta`` with signs drawn anew."""
+def random_signs(shape: tuple[int, ...], *, seed: int) -> Int[Tensor, "*shape"]:
+    """1 and -1 with equal chance."""
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, delta.shape, generator=generator, dtype=torch.int8)
-    return delta * (2 * signs - 1).to(delta)
+    return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
 
-def noise_edge(delta: Float[Tensor, "*component a b"], *, seed: int) -> Float[Tensor, "*component"]:
+def noise_edge(delta: Change, *, seed: int) -> Float[Tensor, "*component"]:
     """Largest singular value that entries of these magnitudes reach without structure.
 
     The larger of the iid edge |D| / sqrt(mn) (sqrt m + sqrt n) and one sign-flip draw, plus 2 %.
+    Components go a few at a time, so that of a change in factors no more is written out.
     """
-    delta = delta.double()
-    rows, columns = delta.shape[-2:]
-    norm = delta.square().sum((-2, -1)).sqrt()
-    iid = norm * (rows**0.5 + columns**0.5) / (rows * columns) ** 0.5
-    flipped = with_random_signs(delta, seed=seed)
-    if rows < columns:
-        flipped = transposed(flipped)
-    gram = einsum(flipped, flipped, "... i a, ... i b -> ... a b")
-    return EDGE_MARGIN * torch.maximum(iid, torch.linalg.eigvalsh(gram)[..., -1].sqrt())
+    signs = random_signs(tuple(delta.shape), seed=seed)
+    if signs.dim() == 2:
+        return _edge_of(written_rows(delta, 0, delta.shape[0]), signs)
+    heads = torch.arange(len(signs))
+    step = max(1, HEADS_AT_ONCE // (signs.shape[1] * signs.shape[2]))
+    parts = [change_of_heads(delta, some) for some in heads.split(step)]
+    edges = [
+        _edge_of(written_rows(part, 0, part.shape[-2]), own)
+        for part, own in zip(parts, signs.split(step), strict=True)
+    ]
+    return torch.cat(edges)
+
+
+def _edge_of(
+    delta: Float64[Tensor, "*component a b"], signs: Int[Tensor, "*component a b"]
+) -> Float64[Tensor, "*component"]:
+    flipped = delta * signs
+    products = gram(transposed(flipped) if flipped.shape[-2] < flipped.shape[-1] else flipped)
+    largest = torch.linalg.eigvalsh(products)[..., -1]
+    return edge(delta.square().sum((-2, -1)), largest, (delta.shape[-2], delta.shape[-1]))
+
+
+def edge(
+    total: Float64[Tensor, "*component"],
+    flipped: Float64[Tensor, "*component"],
+    shape: tuple[int, int],
+) -> Float64[Tensor, "*component"]:
+    """The edge from the energy of a change and the largest one after the signs were drawn."""
+    rows, columns = shape
+    iid = total.sqrt() * (rows**0.5 + columns**0.5) / (rows * columns) ** 0.5
+    return EDGE_MARGIN * torch.maximum(iid, flipped.clamp(min=0).sqrt())
 
 
 def benjamini_hochberg(p_values: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
@@ -139,21 +162,66 @@ class NeuronGain:
     spread: Float[Tensor, " neuron"]
 
 
-def _unit(rows: Float[Tensor, "neuron d_model"]) -> Float[Tensor, "neuron d_model"]:
+@dataclass(frozen=True, eq=False)
+class Peers:
+    """The directions of all neurons of a layer: what one of them is compared with.
+
+    Attributes:
+        centre: Their mean.
+        covariance: Their covariance.
+    """
+
+    centre: Float64[Tensor, " d_model"]
+    covariance: Float64[Tensor, "d_model d_model"]
+
+
+def _unit(rows: Float[Tensor, "neuron d_model"]) -> Float64[Tensor, "neuron d_model"]:
     return torch.nn.functional.normalize(rows.double(), dim=1, eps=1e-300)
 
 
-def neuron_gain(
-    base: Float[Tensor, "neuron d_model"], delta: Float[Tensor, "neuron d_model"]
-) -> NeuronGain:
-    """Own against all others, in closed form: exact mean and variance over the layer's neurons."""
-    direction, change = _unit(base), _unit(delta)
-    centre = reduce(direction, "neuron d_model -> d_model", "mean")
-    centred = direction - centre
-    covariance = einsum(centred, centred, "neuron a, neuron b -> a b") / len(base)
-    variance = einsum(change @ covariance, change, "neuron a, neuron a -> neuron")
-    own = einsum(change, direction, "neuron a, neuron a -> neuron")
-    return NeuronGain(own - change @ centre, variance.clamp(min=0).sqrt())
+def peers_of(base: Float[Tensor, "neuron d_model"]) -> Peers:
+    """Mean and covariance of the directions of all rows."""
+    centre = base.new_zeros(base.shape[1]).double()
+    covariance = base.new_zeros((base.shape[1], base.shape[1])).double()
+    for start, stop in slabs(base.shape):
+        centre += _unit(base[start:stop]).sum(0) / len(base)
+    for start, stop in slabs(base.shape):
+        centred = _unit(base[start:stop]) - centre
+        covariance += transposed(centred) @ centred / len(base)
+    return Peers(centre, covariance)
+
+
+def neuron_gain(peers: Peers, change: Change, cosine: Float64[Tensor, " neuron"]) -> NeuronGain:
+    """Own against all others, in closed form: exact mean and variance over the layer's neurons.
+
+    Args:
+        peers: ``peers_of`` the base.
+        change: Changes, one row a neuron.
+        cosine: Of each neuron's change with its own base weights, 0 for an unchanged neuron.
+    """
+    length, variance = _length_and_variance(peers, change)
+    centre = rearrange(peers.centre, "d_model -> d_model 1")
+    inverse = torch.where(length > 0, 1 / length, 0)
+    mean = rearrange(product(change, centre), "neuron 1 -> neuron") * inverse
+    return NeuronGain(cosine - mean, (variance.clamp(min=0).sqrt() * inverse))
+
+
+def _length_and_variance(
+    peers: Peers, change: Change
+) -> tuple[Float64[Tensor, " neuron"], Float64[Tensor, " neuron"]]:
+    """|d| and d' Cov d of every row d."""
+    if isinstance(change, Factored):
+        left, right = change.left.double(), change.right.double()
+        forms = (right @ transposed(right), right @ peers.covariance @ transposed(right))
+        energy, variance = (((left @ form) * left).sum(1) for form in forms)
+        return energy.clamp(min=0).sqrt(), variance
+    parts = []
+    for start, stop in slabs(change.shape):
+        rows = change[start:stop].double()
+        variance = ((rows @ peers.covariance) * rows).sum(1)
+        parts.append(torch.stack([rows.square().sum(1).sqrt(), variance]))
+    length, variance = torch.cat(parts, dim=1)
+    return length, variance
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,38 +235,61 @@ class FactorSwap:
     z: Float[Tensor, "head other_head"]
 
 
-def factor_swap(
-    left_base: Float[Tensor, "head d_model d_head"],
-    left_delta: Float[Tensor, "head d_model d_head"],
-    right_base: Float[Tensor, "head d_head d_model"],
-    right_delta: Float[Tensor, "head d_head d_model"],
-) -> FactorSwap:
+def factor_swap(left: Factor, right: Factor) -> FactorSwap:
     """Swap the factors' changes between heads: (<dO_h, V_g'V_g O_g> + <dV_h, V_g O_g O_g'>) / sd.
 
     Comparing whole circuits instead is wrong: the change of a circuit contains its own base
     factors, so under pure noise its own spread is 2.7 times that of the others.
     """
-    left, right = left_base.double(), right_base.double()
-    left_gram = einsum(left, left, "head d k, head d l -> head k l")
-    right_gram = einsum(right, right, "head k d, head l d -> head k l")
-    on_right, on_left = left_gram @ right, left @ right_gram
-    inner = einsum(right_delta.double(), on_right, "head k d, other k d -> head other")
-    inner = inner + einsum(left_delta.double(), on_left, "head d k, other d k -> head other")
-    right_variance = reduce(right_delta.double().square(), "head k d -> head 1", "mean")
-    left_variance = reduce(left_delta.double().square(), "head d k -> head 1", "mean")
-    variance = right_variance * reduce(on_right.square(), "head k d -> 1 head", "sum")
-    variance = variance + left_variance * reduce(on_left.square(), "head d k -> 1 head", "sum")
+    first, second = left.base.double(), right.base.double()
+    on_right = transposed(first) @ first @ second
+    on_left = first @ (second @ transposed(second))
+    inner = inner_of_heads(right.delta, on_right) + inner_of_heads(left.delta, on_left)
+    variance = _mean_square(right.delta) * reduce(on_right.square(), "head k d -> 1 head", "sum")
+    variance = variance + _mean_square(left.delta) * reduce(
+        on_left.square(), "head d k -> 1 head", "sum"
+    )
     return FactorSwap(torch.where(variance > 0, inner / variance.sqrt(), 0))
 
 
+def _mean_square(change: Change) -> Float64[Tensor, "head 1"]:
+    return rearrange(energy(change), "head -> head 1") / (change.shape[-2] * change.shape[-1])
+
+
+def inner_of_heads(
+    change: Change, others: Float64[Tensor, "head a b"]
+) -> Float64[Tensor, "head other_head"]:
+    """<change of head h, matrix of head g>."""
+    if not isinstance(change, Factored):
+        return einsum(change.double(), others, "head a b, other a b -> head other")
+    left, right = change.left.double(), change.right.double()
+    if right.dim() == 2:
+        return einsum(left, others @ transposed(right), "head a r, other a r -> head other")
+    return einsum(right, transposed(left) @ others, "head r b, other r b -> head other")
+
+
 def share_in_spans(
-    delta: Float[Tensor, "head d_head d_model"], base: Float[Tensor, "head d_head d_model"]
-) -> Float[Tensor, "head other_head"]:
-    """Share of each head's change that lies in the row space of each head's base weights."""
-    span = torch.linalg.qr(transposed(base.double())).Q
-    inside = einsum(delta.double(), span, "head k d, other d r -> head other k r")
-    total = reduce(delta.double().square(), "head k d -> head 1", "sum")
-    return reduce(inside.square(), "head other k r -> head other", "sum") / total
+    change: Change, spans: Float64[Tensor, "head d_model d_head"]
+) -> Float64[Tensor, "head other_head"]:
+    """Share of each head's change [d_head, d_model] in the span of each head's base weights."""
+    if isinstance(change, Factored):
+        left, onto = change.left.double(), change.right.double() @ spans
+        inner, outer = transposed(left) @ left, onto @ transposed(onto)
+        inside = einsum(inner, outer, "head r q, other r q -> head other")
+    else:
+        parts = [
+            einsum(change.double(), some, "head k d, other d r -> head other k r")
+            .square()
+            .sum((2, 3))
+            for some in spans.split(max(1, HEADS_AT_ONCE // max(1, len(spans) * spans[0].numel())))
+        ]
+        inside = torch.cat(parts, dim=1)
+    return inside / rearrange(energy(change), "head -> head 1")
+
+
+def spans_of(base: Float[Tensor, "head d_head d_model"]) -> Float64[Tensor, "head d_model span"]:
+    """Orthonormal bases of each head's row space."""
+    return torch.linalg.qr(transposed(base.double())).Q
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A matched pair of checkpoints, read one component at a time."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -29,6 +30,8 @@ from .sources.folder import Source
 from .vocabulary import RowMatch
 
 VOCABULARY_PARTS = ("W_E", "W_U")
+SLAB = 1 << 22
+"""Entries of a vocabulary matrix that are read at once: 16 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +128,40 @@ class Pair:
             self.layout.is_shared(component),
         )
 
+    def slabs(self, component: Component) -> Iterator[Weight]:
+        """The component in pieces of some of its tokens, in order; others come as one piece.
+
+        Memory is one piece, however large the vocabulary is.
+
+        Raises:
+            KeyError: The pair has no such component.
+            CheckpointError: A file cannot be read, or holds NaN or Inf.
+        """
+        if not self._is_separable(self.layout.places[component]):
+            yield self.read(component)
+            return
+        step = max(1, SLAB // self.layout.d_model)
+        for start in range(0, len(self.rows), step):
+            yield self._narrowed(start, start + step).read(component)
+
+    def _is_separable(self, place: Place) -> bool:
+        """Whether each token's share of a component can be read without the others'."""
+        factors = self.adapter.factors.get(place.tensor) if self.adapter else None
+        # DoRA's lengths are norms over the input side, which is the vocabulary in W_E
+        whole = place.part == "W_E" and factors is not None and factors.magnitude is not None
+        return place.part in VOCABULARY_PARTS and not whole
+
+    def _narrowed(self, start: int, stop: int) -> "Pair":
+        """The pair with a vocabulary of some of its matched rows."""
+        rows = replace(
+            self.rows, base=self.rows.base[start:stop], tuned=self.rows.tuned[start:stop]
+        )
+        return replace(self, rows=rows, layout=replace(self.layout, d_vocab=len(rows)))
+
     def stored_weight(self, component: Component) -> Float[Tensor, "..."]:
         """The base's weight alone, float32, canonical orientation, the values as stored."""
-        return self._weight(self.base, self.base_tensors, self.layout.places[component])
+        place = self.layout.places[component]
+        return self._weight(self.base, self.base_tensors, place).contiguous()
 
     def change(self, component: Component) -> tuple[Float[Tensor, "..."], Delta]:
         """The base's stored weight and the difference alone, without floors; see ``read``."""
@@ -145,19 +179,22 @@ class Pair:
     def base_weight(self, component: Component) -> Float[Tensor, "..."]:
         """The base's weight alone, float32, canonical."""
         place = self.layout.places[component]
-        return _effective(self._weight(self.base, self.base_tensors, place), place)
+        return _effective(self.stored_weight(component), place)
 
     def tuned_weight(self, component: Component) -> Float[Tensor, "..."]:
         """The tuned model's weight alone, float32, canonical; an adapter's is base + delta."""
         place = self.layout.places[component]
         if self.adapter is None:
-            return _effective(self._weight(self.tuned, self.tuned_tensors, place), place)
-        stored = self._weight(self.base, self.base_tensors, place)
+            tuned = self._weight(self.tuned, self.tuned_tensors, place).contiguous()
+            return _effective(tuned, place)
+        stored = self.stored_weight(component)
         return _effective(stored + self._difference(place, stored)[0].dense(), place)
 
     def _weight(self, source: Source, names: dict[str, str], place: Place) -> Float[Tensor, "..."]:
-        stored = self._stored(source, self._stored_name(names, place), place)
-        return self.layout.canonical(stored, place).contiguous()
+        """Float32 in canonical orientation: where nothing is copied, the mapped file itself."""
+        return self.layout.canonical(
+            self._stored(source, self._stored_name(names, place), place), place
+        )
 
     def _stored(self, source: Source, name: str, place: Place) -> Float[Tensor, "..."]:
         if place.part in VOCABULARY_PARTS:
@@ -209,19 +246,23 @@ class Pair:
     def _with_rows(self, place: Place, rows: Rows) -> Float[Tensor, "..."]:
         """The base's embedding with the rows that an adapter stores."""
         stored = self._stored(self.base, self._stored_name(self.base_tensors, place), place)
-        whole = stored.clone()
-        whole[list(rows.numbers)] = self.tuned.read(rows.stored).float()
-        return self.layout.canonical(whole, place).contiguous()
+        whole, numbers = stored.clone(), torch.tensor(rows.numbers)
+        places = torch.searchsorted(self.rows.base, numbers).clamp(max=len(self.rows) - 1)
+        here = self.rows.base[places] == numbers
+        whole[places[here]] = self.tuned.read(rows.stored).float()[here]
+        return self.layout.canonical(whole, place)
 
     def _factored(self, factors: Factors, place: Place, start: Float[Tensor, "..."]) -> Delta:
         """What factors add to a weight: the part of a fused tensor, LoRA or DoRA."""
         whole = low_rank(self.tuned, factors)
-        right = self.layout.output_part(whole.right, place).contiguous()
-        change = LowRank(whole.left, right)
+        left, right = whole.left, self.layout.output_part(whole.right, place).contiguous()
+        left = left[self.rows.base] if place.part == "W_E" else left
+        right = right[:, self.rows.base] if place.part == "W_U" else right
+        change = LowRank(left, right)
         if factors.magnitude is None:
             return change
-        length = self.tuned.read(factors.magnitude).float()
-        return dora(start, change, self.layout.output_part(length, place))
+        length = self.layout.output_part(self.tuned.read(factors.magnitude).float(), place)
+        return dora(start, change, length[self.rows.base] if place.part == "W_U" else length)
 
     def _floor_of(
         self, place: Place, base: Float[Tensor, "..."], delta: Delta
@@ -235,10 +276,10 @@ class Pair:
         if isinstance(delta, Dora):
             lengths = adapter.factors[name].magnitude
             return _length_energy(base + delta.dense(), self._coarsest(place, lengths))
-        if isinstance(delta, Dense) and name in adapter.rows:
-            coarsest = self._coarsest(place, adapter.rows[name].stored)
-            energy = rounding_energy(base + delta.tensor, coarsest)
-            return torch.where(delta.tensor != 0, energy, SMALLEST_ENERGY)
+        if isinstance(delta, Dense | Absent) and name in adapter.rows:
+            coarsest, change = self._coarsest(place, adapter.rows[name].stored), delta.dense()
+            energy = rounding_energy(base + change, coarsest)
+            return torch.where(change != 0, energy, SMALLEST_ENERGY)
         return None
 
     def _coarsest(self, place: Place, stored: str | None) -> str:

@@ -33,8 +33,10 @@ PRECISIONS = {
     "float16": Precision(10, -14),
     "bfloat16": Precision(7, -126),
 }
-MANTISSA, EXPONENT_MASK, BIAS = 23, 0xFF, 127
-"""Layout of a float32: stored mantissa bits, mask and offset of the exponent above them."""
+EXPONENT_BITS, BIAS = 0x7F80_0000, 127
+"""Layout of a float32: where its exponent is stored, and that of 1."""
+LARGEST_STEP = 2.0**63.5
+"""Its square, 2**127, is still a float32."""
 ARITHMETIC = "float32"
 """Differences are taken in float32, so nothing is known more finely than that."""
 SMALLEST_ENERGY = torch.finfo(torch.float32).tiny
@@ -73,16 +75,14 @@ def spacing(weights: Float[Tensor, "..."], dtype: str) -> Float[Tensor, "..."]:
 def rounding_energy(weights: Float32[Tensor, "..."], dtype: str) -> Float32[Tensor, "..."]:
     """Expected squared rounding error per entry, ``ulp**2 / 12``.
 
-    The same as ``uniform_energy(spacing(weights, dtype))``, by integer arithmetic on the bits:
-    several times faster, and every parameter of a model passes through here.
+    The same as ``uniform_energy(spacing(weights, dtype))``: the exponent's bits alone are a power
+    of two. Many times faster, and every parameter of a model passes through here.
     """
-    precision = PRECISIONS[dtype]
-    bits = weights.contiguous().view(torch.int32)
-    exponent = ((bits >> MANTISSA) & EXPONENT_MASK) - BIAS
-    doubled = 2 * (exponent.clamp(min=precision.min_exponent) - precision.mantissa_bits)
-    doubled = doubled.clamp(min=1 - BIAS, max=BIAS)  # what a normal float32 can hold
-    squared = ((doubled + BIAS) << MANTISSA).view(torch.float32)
-    return (squared / 12).clamp(min=SMALLEST_ENERGY)
+    mantissa_bits, min_exponent = PRECISIONS[dtype]
+    lowest = min_exponent - mantissa_bits
+    powers = (weights.contiguous().view(torch.int32) & EXPONENT_BITS).view(torch.float32)
+    step = powers.mul_(2.0**-mantissa_bits).clamp_(2.0 ** max(lowest, 1 - BIAS), LARGEST_STEP)
+    return step.square_().div_(12).clamp_(min=SMALLEST_ENERGY)
 
 
 def uniform_energy(step: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -69,6 +69,7 @@ class Source:
     rounding: dict[str, Any] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _opened: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -95,8 +96,7 @@ class Source:
         if info.pickled:
             return self._mapped(info.file, name).contiguous().clone()
         try:
-            with safe_open(self.folder / info.file, framework="pt") as file:
-                return file.get_tensor(name)
+            return self._file(info.file).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.folder / info.file, error) from error
 
@@ -110,8 +110,7 @@ class Source:
         if info.pickled:
             return self._mapped(info.file, name)[start:stop].contiguous().clone()
         try:
-            with safe_open(self.folder / info.file, framework="pt") as file:
-                return file.get_slice(name)[start:stop]
+            return self._file(info.file).get_slice(name)[start:stop]
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.folder / info.file, error) from error
 
@@ -123,6 +122,12 @@ class Source:
             with (self.folder / name).open("rb") as file:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
         return digests
+
+    def _file(self, name: str) -> Any:
+        """A safetensors file, opened once: its header is read again at every opening."""
+        if name not in self._opened:
+            self._opened[name] = safe_open(self.folder / name, framework="pt")
+        return self._opened[name]
 
     def _mapped(self, file: str, name: str) -> Shaped[Tensor, "..."]:
         """A pickled tensor, still in the file."""

@@ -1,0 +1,368 @@
+"""One pass over the blocks of one or several pairs that share a base.
+
+A matrix is read, measured and dropped before the next one is read; the four matrices of an
+attention layer are held together, because circuits need two of them. What belongs to the base
+alone, its singular directions above all, is worked out once for all pairs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tvlens.components import KNOWN_PARTS, Component, Pieces, columns_of_pieces, key_columns
+from tvlens.tables import Table, concatenated
+
+from .changes import Change, Factored
+from .evidence import GATE_COLUMNS, Evidence, Keys, joined_evidence, untested
+from .head_evidence import HeadChanges, head_evidence
+from .heads import Coordinates, coordinates, cores_of, slices_of_heads
+from .matrices import Basis, Products, Seen, products_of, seen, spectral_basis
+from .matrix_evidence import MatrixChange, matrix_evidence
+from .measures import (
+    HEAD_PARTS,
+    KV_PARTS,
+    NEURON_PARTS,
+    SIDED_COLUMNS,
+    Columns,
+    Spectra,
+    Writer,
+    circuit_columns,
+    pieces_of,
+    placed_columns,
+    spectral_columns,
+    vocabulary,
+)
+from .neuron_evidence import NeuronChanges, neuron_evidence
+from .neurons import Sums, change_of_neurons, rows_of_neurons
+from .nulls import Peers, peers_of
+from .reading import Pair, Slice, factor_of_heads, kv_index_of, slice_of
+
+Progress = Callable[[int, int], None]
+"""Called as ``progress(blocks done, blocks in all)``."""
+Circuit = tuple[str, str, str]
+"""A circuit and the parts of its left and right factor."""
+CIRCUITS: tuple[Circuit, ...] = (("OV", "W_V", "W_O"), ("QK", "W_Q", "W_K"))
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What is to be found in one block of one pair.
+
+    Attributes:
+        pair: Base and tuned checkpoint.
+        block: The components of interest.
+        spectra: Whose singular values.
+        seed: Seed of the null models, None where no evidence is wanted; it needs both spectra.
+    """
+
+    pair: Pair
+    block: Sequence[Component]
+    spectra: Spectra = "both"
+    seed: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What a pass found of one pair.
+
+    Attributes:
+        weights: Rows of the table ``weights``.
+        evidence: Evidence about the same components, None where none was asked for.
+    """
+
+    weights: Table
+    evidence: Evidence | None
+
+
+def joined_findings(parts: Sequence[Findings]) -> Findings:
+    """The findings of several blocks, in order."""
+    weights = concatenated("weights", [part.weights for part in parts], order="relative_delta")
+    evidence = [part.evidence for part in parts if part.evidence is not None]
+    return Findings(weights, joined_evidence(evidence) if evidence else None)
+
+
+@dataclass(frozen=True, eq=False)
+class BaseMatrix:
+    """What several fine-tunes share of one matrix, each worked out when it is first needed.
+
+    Attributes:
+        base: Base weights.
+        part: Which matrix it is.
+        n_heads: Heads that it is cut into, 0 for none.
+    """
+
+    base: Float[Tensor, "d_in d_out"]
+    part: str
+    n_heads: int
+
+    @cached_property
+    def basis(self) -> Basis:
+        """Its singular directions."""
+        return spectral_basis(self.base)
+
+    @cached_property
+    def heads(self) -> Basis:
+        """Those of each head's slice."""
+        return spectral_basis(slices_of_heads(self.base, self.part, self.n_heads))
+
+    @cached_property
+    def peers(self) -> Peers:
+        """The directions of its neurons."""
+        return peers_of(rows_of_neurons(self.base, self.part))
+
+
+Place = tuple[int, int]
+"""Where rows stand in their block: disjoint components, slices of matrices, circuits, neurons."""
+WHOLE, SLICES, CIRCUIT, NEURONS = range(4)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One block of one pair while it is measured.
+
+    Attributes:
+        writer: Makes rows.
+        ask: What is to be found.
+        layer: The layer of its matrices, None for embeddings and the final norm.
+        kv_index: The kv head that each query head reads.
+        circuits: Those that the attention computes.
+        rows: Tables by their place.
+        evidence: The same of evidence.
+    """
+
+    writer: Writer
+    ask: Ask
+    layer: int | None
+    kv_index: Int[Tensor, " head"]
+    circuits: Sequence[Circuit]
+    rows: dict[Place, Table] = field(default_factory=dict)
+    evidence: dict[Place, Evidence] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """Another draw in every layer."""
+        return (self.ask.seed or 0) + 1000 * (0 if self.layer is None else self.layer + 1)
+
+    def place_of(self, component: Component) -> Place:
+        """Where the row of a disjoint component stands."""
+        return (WHOLE, list(self.ask.block).index(component))
+
+    def n_heads(self, part: str) -> int:
+        """Heads that a matrix is cut into, 0 for none."""
+        if part not in HEAD_PARTS or not len(self.kv_index):
+            return 0
+        return int(self.kv_index.max()) + 1 if part in KV_PARTS else len(self.kv_index)
+
+    def add(self, place: Place, keys: Keys, columns: Columns, weight: Slice | None) -> Keys:
+        """Keep rows, and return what evidence says of which components it is about."""
+        self.rows[place] = self.writer.table(keys, columns, weight)
+        tied = [weight is not None and weight.tied] * len(keys["component"])
+        return {**keys, "tied": tied, **{name: columns[name] for name in GATE_COLUMNS}}
+
+    def found(self) -> Findings:
+        """All rows in the order of the table."""
+        tables = [self.rows[place] for place in sorted(self.rows)]
+        parts = [self.evidence[place] for place in sorted(self.evidence)]
+        weights = concatenated("weights", tables, order="relative_delta")
+        return Findings(weights, joined_evidence(parts) if parts else None)
+
+
+def findings_of_block(asks: Sequence[Ask]) -> list[Findings]:
+    """The findings in the same block of several pairs; what belongs to one base is shared."""
+    states = [_started(ask) for ask in asks]
+    components = dict.fromkeys(component for ask in asks for component in ask.block)
+    for group in _groups(list(components)):
+        kept: dict[Component, BaseMatrix] = {}
+        for state in states:
+            _measure_group([c for c in group if c in state.ask.block], kept, state)
+    return [state.found() for state in states]
+
+
+def _started(ask: Ask) -> _Block:
+    pair = ask.pair
+    layer = next((c.layer for c in ask.block if c.kind == "matrix"), None)
+    # queries and keys that are normalised before they meet are no bilinear form
+    circuits = CIRCUITS[:1] if pair.layout.qk_norm else CIRCUITS
+    writer = Writer(pair.base_name, pair.tuned_name)
+    return _Block(writer, ask, layer, kv_index_of(pair), circuits)
+
+
+def _groups(block: Sequence[Component]) -> Iterator[Sequence[Component]]:
+    """Components that are in memory together."""
+    attention = [c for c in block if c.kind == "matrix" and c.part in HEAD_PARTS]
+    if attention:
+        yield attention
+    yield from ([component] for component in block if component not in attention)
+
+
+def _measure_group(
+    group: Sequence[Component], kept: dict[Component, BaseMatrix], state: _Block
+) -> None:
+    attention: dict[str, Slice] = {}
+    for component in group:
+        if component.kind == "embedding":
+            _measure_embedding(component, state)
+            continue
+        weight, part = slice_of(state.ask.pair.read(component)), component.part or ""
+        if component.kind != "matrix":
+            _keep_untested(
+                component, _whole_columns(pieces_of(weight, part), weight), weight, state
+            )
+            continue
+        base = _base_matrix(kept, component, weight, state.n_heads(part))
+        _measure_matrix(component, base, weight, state)
+        if base.n_heads:
+            attention[part] = weight
+    for number, circuit in enumerate(state.circuits):
+        if {*circuit[1:]} <= attention.keys():
+            _measure_circuit(circuit, number, attention, state)
+
+
+def _base_matrix(
+    kept: dict[Component, BaseMatrix], component: Component, weight: Slice, n_heads: int
+) -> BaseMatrix:
+    """What is known of the base already, if it is the same base."""
+    found = kept.get(component)
+    if found is None or not torch.equal(found.base, weight.base):
+        found = kept[component] = BaseMatrix(weight.base, component.part or "", n_heads)
+    return found
+
+
+def _whole_columns(pieces: Sums, weight: Slice) -> Columns:
+    return {**pieces.grouped(1).columns(), "equal_fraction": [weight.equal_fraction]}
+
+
+def _keep_untested(component: Component, columns: Columns, weight: Slice, state: _Block) -> None:
+    place = state.place_of(component)
+    keys = state.add(place, key_columns([component]), _oriented(component, columns), weight)
+    if state.ask.seed is not None:
+        state.evidence[place] = untested(keys)
+
+
+def _oriented(component: Component, columns: Columns) -> Columns:
+    """Without what means nothing where the orientation is unknown."""
+    if component.part in KNOWN_PARTS:
+        return columns
+    return {name: values for name, values in columns.items() if name not in SIDED_COLUMNS}
+
+
+def _measure_embedding(component: Component, state: _Block) -> None:
+    slabs = state.ask.pair.slabs(component)
+    found = vocabulary(slabs, component.part or "", state.ask.spectra)
+    _keep_untested(component, found.columns, found.weight, state)
+
+
+def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state: _Block) -> None:
+    """A matrix's row, and those of its heads or neurons, with the evidence about them."""
+    pieces, spectral = pieces_of(weight, base.part), _spectral(base, weight.change, state)
+    columns = {**_whole_columns(pieces, weight), **spectral.columns}
+    place, whole = state.place_of(component), pieces.grouped(1)
+    keys = state.add(place, key_columns([component]), _oriented(component, columns), weight)
+    testable = bool(whole.delta > 0) and bool(whole.base > 0)
+    if state.ask.seed is not None:
+        state.evidence[place] = untested(keys)
+        if testable and spectral.found is not None:
+            one = MatrixChange(
+                base.base, weight.change, base.basis, spectral.found, spectral.products, base.part
+            )
+            left = float(whole.residual / whole.delta)
+            state.evidence[place] = matrix_evidence(keys, one, left, seed=state.seed)
+    if base.n_heads:
+        _measure_heads(base, weight, pieces, state)
+    if base.part in NEURON_PARTS:
+        _measure_neurons(base, weight, pieces, state, testable=testable)
+
+
+@dataclass(frozen=True, eq=False)
+class _Spectral:
+    columns: Columns
+    found: Seen | None = None
+    products: Products | None = None
+
+
+def _spectral(base: BaseMatrix, change: Change, state: _Block) -> _Spectral:
+    """The measures of a matrix that its singular values are needed for."""
+    spectra = state.ask.spectra
+    if spectra == "none":
+        return _Spectral({})
+    if spectra == "delta":
+        return _Spectral(spectral_columns(change))
+    products = None if isinstance(change, Factored) else products_of(base.basis, change)
+    found = seen(base.basis, change, products)
+    columns = spectral_columns(change, products, basis=base.basis)
+    shape = (base.base.shape[0], base.base.shape[1])
+    columns |= placed_columns(base.basis, found, base.part, shape=shape)
+    return _Spectral(columns, found, products)
+
+
+def _measure_heads(base: BaseMatrix, weight: Slice, pieces: Sums, state: _Block) -> None:
+    """Rows of the slices of one attention matrix."""
+    columns: Columns = {**pieces.grouped(base.n_heads).columns()}
+    if state.ask.spectra != "none":
+        change = factor_of_heads(weight, base.part, base.n_heads).delta
+        columns |= _head_spectra(base, change, state.ask.spectra)
+    of_kv = base.part in KV_PARTS
+    pieces_cut = Pieces("kv_head" if of_kv else "head", state.layer, base.part, base.n_heads)
+    kv_index = list(range(base.n_heads)) if of_kv else state.kv_index.tolist()
+    keys = columns_of_pieces(pieces_cut, kv_index=kv_index)
+    state.add((SLICES, HEAD_PARTS.index(base.part)), keys, columns, weight)
+
+
+def _head_spectra(base: BaseMatrix, change: Change, spectra: Spectra) -> Columns:
+    if spectra == "delta":
+        return spectral_columns(change)
+    products = None if isinstance(change, Factored) else products_of(base.heads, change)
+    found = seen(base.heads, change, products)
+    shape = (change.shape[-2], change.shape[-1])
+    columns = spectral_columns(change, products, basis=base.heads)
+    return columns | placed_columns(base.heads, found, base.part, shape=shape)
+
+
+def _measure_circuit(
+    circuit: Circuit, number: int, parts: Mapping[str, Slice], state: _Block
+) -> None:
+    """The rows of OV or QK, and the evidence about OV."""
+    name, first, second = circuit
+    left, right = (_side_of_circuit(parts[part], part, state) for part in (first, second))
+    d_model, d_head = parts[first].base.shape[0], left.base.shape[2]
+    columns = circuit_columns(
+        cores_of(left, right), name, d_model=d_model, d_head=d_head, spectra=state.ask.spectra
+    )
+    heads = Pieces("head", state.layer, name, len(state.kv_index))
+    keys = columns_of_pieces(heads, kv_index=state.kv_index.tolist())
+    keys = state.add((CIRCUIT, number), keys, columns, None)
+    if state.ask.seed is not None and name == "OV":
+        value = factor_of_heads(parts[first], first, state.n_heads(first)).of_heads(state.kv_index)
+        output = factor_of_heads(parts[second], second, state.n_heads(second))
+        ov = HeadChanges(value, output, left, right, state.kv_index, columns["kappa"])
+        state.evidence[CIRCUIT, number] = head_evidence(keys, ov, seed=state.seed)
+
+
+def _side_of_circuit(weight: Slice, part: str, state: _Block) -> Coordinates:
+    """One factor of a circuit in coordinates, one slice a query head."""
+    factor = factor_of_heads(weight, part, state.n_heads(part))
+    found = coordinates(factor.swapped if part == "W_O" else factor)
+    return found.of_heads(state.kv_index) if part in KV_PARTS else found
+
+
+def _measure_neurons(
+    base: BaseMatrix, weight: Slice, pieces: Sums, state: _Block, *, testable: bool
+) -> None:
+    place = (NEURONS, NEURON_PARTS.index(base.part))
+    neurons = Pieces("neuron", state.layer, base.part, len(pieces.base))
+    keys = state.add(place, columns_of_pieces(neurons), {**pieces.columns()}, weight)
+    if state.ask.seed is None:
+        return
+    if not testable:
+        state.evidence[place] = untested(keys)
+        return
+    rows, changes = (
+        rows_of_neurons(base.base, base.part),
+        change_of_neurons(weight.change, base.part),
+    )
+    found = NeuronChanges(rows, changes, pieces, base.basis, base.peers, base.part)
+    state.evidence[place] = neuron_evidence(keys, found, seed=state.seed)

@@ -1,0 +1,202 @@
+"""Evidence about whole matrices: gain against the isotropic null, structure by spikes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from einops import einsum
+from jaxtyping import Float, Float64
+from scipy import stats
+from torch import Tensor
+
+from tvlens.components import KNOWN_PARTS
+
+from .changes import Change, Remainder, product, transposed
+from .evidence import (
+    GAIN_COSINE,
+    GAIN_Z,
+    STRUCTURED,
+    Z95,
+    Evidence,
+    Keys,
+    evidence_frame,
+    placed,
+    residual_side,
+    statistic_rows,
+)
+from .matrices import Basis, Products, Seen, alignment, products_of, self_alignment
+from .nulls import cosine_spread, unit_alignment_spread
+from .spikes import Spikes, spikes_above_edge
+
+CANCELS = 1e-4
+"""Share of the energy left by a gain below which its Gram is taken anew, not by subtraction."""
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixChange:
+    """A matrix, its change, and what has been measured of the two.
+
+    Attributes:
+        base: Base weights.
+        change: Tuning vector.
+        basis: ``spectral_basis(base)``.
+        found: ``seen(basis, change)``.
+        products: ``products_of(basis, change)``, None where they have not been taken.
+        part: Which matrix it is.
+    """
+
+    base: Float[Tensor, "d_in d_out"]
+    change: Change
+    basis: Basis
+    found: Seen
+    products: Products | None
+    part: str
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixStructure:
+    """The structured rest of a matrix's change.
+
+    Attributes:
+        share: Share of the change's energy in spikes that are no gains.
+        aligned: Their energy-weighted G_rel on the residual side, NaN where that is unknown.
+        error: Its standard error at chance.
+        spikes: Their number.
+    """
+
+    share: float
+    aligned: float
+    error: float
+    spikes: int
+
+
+def relative_alignment(
+    coordinates: Float64[Tensor, "direction vector"],
+    total: Float64[Tensor, " vector"],
+    basis: Basis,
+    d_model: int,
+) -> Float64[Tensor, " vector"]:
+    """G_rel of vectors of energy ``total`` from their coordinates along one side of ``basis``."""
+    energies = transposed(coordinates).square()
+    rank = basis.rank.expand(len(energies))
+    return alignment(energies, total, rank, d_model) / self_alignment(basis, d_model)
+
+
+def _gain_cosines(spikes: Spikes, base: Float[Tensor, "d_in d_out"]) -> Float64[Tensor, " spike"]:
+    """rho_j = u'Wv / sqrt(|W'u| |Wv|): 1 where a spike scales a direction of W."""
+    from_read = product(transposed(base), spikes.read)
+    onto_write = product(base, spikes.write)
+    through = einsum(from_read, spikes.write, "d_out spike, d_out spike -> spike")
+    size = (from_read.norm(dim=0) * onto_write.norm(dim=0)).sqrt()
+    return through / size.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _spikes(one: MatrixChange, gain: float, left: float, *, seed: int) -> Spikes:
+    """Spikes of the change less its global gain, of which the share ``left`` remains."""
+    rest = Remainder(one.base, one.change, torch.full((1, 1), gain, dtype=torch.float64))
+    total = float(one.found.total) * left
+    found = one.products or products_of(one.basis, one.change)
+    grams = None
+    if left > CANCELS:
+        both = found.cross + transposed(found.cross)
+        grams = found.own - gain * both + gain**2 * one.basis.gram
+    return spikes_above_edge(rest, total, seed=seed, products=grams)
+
+
+def matrix_structure(one: MatrixChange, gain: float, left: float, *, seed: int) -> MatrixStructure:
+    """Spikes of the change less its global gain that are no gains of base directions."""
+    if left <= 0:
+        return MatrixStructure(0.0, np.nan, np.nan, 0)
+    spikes = _spikes(one, gain, left, seed=seed)
+    plain = _gain_cosines(spikes, one.base).abs() <= GAIN_COSINE
+    shares = spikes.shares[plain]
+    if not len(shares):
+        return MatrixStructure(0.0, np.nan, np.nan, 0)
+    if one.part not in KNOWN_PARTS:  # which side would be the residual stream?
+        return MatrixStructure(float(shares.sum()), np.nan, np.nan, len(shares))
+    side = residual_side(one.part)
+    vectors = (spikes.write if side == "write" else spikes.read)[:, plain]
+    weight, d_model = shares / shares.sum(), len(vectors)
+    coordinates = one.basis.coordinates(vectors, side)
+    relative = relative_alignment(coordinates, vectors.square().sum(0), one.basis, d_model)
+    spread = unit_alignment_spread(d_model) / abs(float(self_alignment(one.basis, d_model)))
+    error = float(weight.square().sum().sqrt()) * spread
+    return MatrixStructure(
+        float(shares.sum()), float((weight * relative).sum()), error, len(shares)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixGain:
+    """The part of a matrix's change that scales the base or its directions.
+
+    Attributes:
+        gain: <D, W> / |W|^2.
+        kappa: Cosine of D and W.
+        scale: Share in gains of single directions, beyond the global one, less chance.
+        scale_spread: Its standard deviation under isotropic noise.
+    """
+
+    gain: float
+    kappa: float
+    scale: float
+    scale_spread: float
+
+    @property
+    def share(self) -> float:
+        """Share of the energy in gains."""
+        return self.kappa**2 + max(0.0, self.scale)
+
+
+def matrix_gain(one: MatrixChange) -> MatrixGain:
+    """Global and single gains of a matrix; chance is r / (m n) +- sqrt(2 r) / (m n)."""
+    channels, total, values = one.found.channels, one.found.total, one.basis.values
+    inner, energy = (channels * values).sum(), values.square().sum()
+    kappa = float(inner / (energy * total).sqrt())
+    rank, size = float(one.basis.rank), one.base.numel()
+    scale = float(channels.square().sum() / total) - kappa**2 - rank / size
+    return MatrixGain(float(inner / energy), kappa, scale, (2 * rank) ** 0.5 / size)
+
+
+def matrix_evidence(keys: Keys, one: MatrixChange, left: float, *, seed: int) -> Evidence:
+    """Gain against the isotropic null with an effect floor; structure by spikes above the edge.
+
+    Args:
+        keys: The component's.
+        one: Its base and change.
+        left: Share of the change's energy that its global gain leaves.
+        seed: Seed of the one draw of signs.
+    """
+    own, spread = matrix_gain(one), cosine_spread(*one.base.shape)
+    p_kappa = 2 * stats.norm.sf(abs(own.kappa) / spread)
+    p_scale = stats.norm.sf(own.scale / own.scale_spread)
+    limit = stats.norm.sf(GAIN_Z)
+    rest = matrix_structure(one, own.gain, left, seed=seed)
+    share = rest.share * (1 - own.kappa**2)
+    where = placed(*(np.array([v]) for v in (share, rest.aligned, rest.error)), one.part)
+    frame = evidence_frame(
+        keys,
+        share_gain=own.share,
+        sure_gain=bool(p_kappa < 2 * limit or p_scale < limit),
+        **where,
+        **{f"sure_{name}": rest.spikes > 0 for name in STRUCTURED},
+        alignment=rest.aligned,
+        alignment_se=rest.error,
+        spikes=rest.spikes,
+        decided_by="isotropic null with an effect floor; sign-flip edge",
+    )
+    tests = [
+        statistic_rows(keys, "kappa", side="both", null="isotropic", effect=[own.kappa],
+                  half_interval=Z95 * spread, p_value=p_kappa),
+        statistic_rows(keys, "e_scale", side="both", null="isotropic", effect=[own.scale],
+                  half_interval=Z95 * own.scale_spread, p_value=p_scale),
+    ]  # fmt: skip
+    if not np.isnan(rest.aligned):
+        z = rest.aligned / rest.error
+        tests.append(
+            statistic_rows(keys, "g_rel_of_spikes", side=residual_side(one.part), null="isotropic",
+                      effect=[rest.aligned], half_interval=Z95 * rest.error,
+                      p_value=2 * stats.norm.sf(abs(z)), k=rest.spikes)
+        )  # fmt: skip
+    return Evidence(frame, pd.concat(tests, ignore_index=True))

@@ -1,0 +1,262 @@
+"""The columns of the table ``weights``: the measures of a component as rows of a table."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from tvlens.components import (
+    READING_PARTS,
+    WRITING_PARTS,
+)
+from tvlens.tables import Table, keyed_schema
+
+from .changes import Change, energies_of_gram, gram, transposed, turned
+from .heads import CircuitCores
+from .matrices import (
+    K_FRACTION,
+    Basis,
+    EnergySplit,
+    Products,
+    Seen,
+    delta_energies,
+    effective_rank,
+    energy_split,
+    row_space,
+    side_alignment,
+    spectral_basis,
+    stable_rank,
+)
+from .neurons import Sums, joined_sums, sums_of_rows, vector_measures
+from .reading import Slice, Weight, slice_of
+
+BASIC_COLUMNS = (
+    "base_norm",
+    "delta_norm",
+    "relative_delta",
+    "cos_base_tuned",
+    "gain",
+    "residual",
+    "kappa",
+    "snr",
+    "floor_norm",
+    "equal_fraction",
+)
+SPLIT_COLUMNS = (
+    "e_global",
+    "e_scale",
+    "e_within",
+    "e_reroute",
+    "e_new_read",
+    "e_new_write",
+    "e_new_both",
+)
+SPECTRAL_COLUMNS = (
+    "g_write",
+    "g_read",
+    "effective_rank_delta",
+    "effective_rank_base",
+    "stable_rank_delta",
+    "stable_rank_base",
+)
+WEIGHTS_SCHEMA = keyed_schema(
+    *((name, pa.float64()) for name in BASIC_COLUMNS),
+    ("base_dtype", pa.string()),
+    ("tuned_dtype", pa.string()),
+    *((name, pa.float64()) for name in SPLIT_COLUMNS),
+    ("k_read", pa.int32()),
+    ("k_write", pa.int32()),
+    *((name, pa.float64()) for name in SPECTRAL_COLUMNS),
+    ("intruders", pa.int32()),
+    ("g_self_write", pa.float64()),
+    ("g_self_read", pa.float64()),
+)
+SIDED_COLUMNS = (
+    *("e_reroute", "e_new_read", "e_new_write", "k_read", "k_write"),
+    *("g_write", "g_read", "g_self_write", "g_self_read"),
+)
+"""Columns that mean nothing where it is unknown which side of a matrix is its input."""
+KV_PARTS = ("W_K", "W_V")
+HEAD_PARTS = ("W_Q", "W_K", "W_V", "W_O")
+NEURON_PARTS = ("W_gate", "W_in", "W_out")
+
+Spectra = Literal["both", "delta", "none"]
+"""Whose singular values are taken: of base and tuning vector, which places the one in the other;
+of the tuning vector alone; of neither."""
+Columns = dict[str, Sequence[object] | Tensor]
+
+
+def named_split(split: EnergySplit, part: str) -> Columns:
+    """The parts of an energy split by their column names (module docstring)."""
+    columns: Columns = {"e_global": split.whole, "e_scale": split.scale, "e_within": split.existing}
+    if part == "OV":
+        return {**columns, "e_new_read": split.new_read, "e_new_write": split.new_write}
+    if part == "QK":
+        return {**columns, "e_new_read": split.new_read + split.new_write}
+    columns["e_new_both"] = split.new_both
+    if part in WRITING_PARTS:
+        return {**columns, "e_reroute": split.new_read, "e_new_write": split.new_write}
+    return {**columns, "e_reroute": split.new_write, "e_new_read": split.new_read}
+
+
+def pieces_of(weight: Slice, part: str) -> Sums:
+    """The sums of a weight at its finest cut: neurons, single columns of heads, rows."""
+    base, change, floor = weight.base, weight.change, weight.floor
+    if base.dim() != 2:
+        flat = [w if w is None else _flat(w) for w in (base, change, floor)]
+        return sums_of_rows(flat[0], flat[1], flat[2])
+    if part in (*NEURON_PARTS, *HEAD_PARTS) and part not in WRITING_PARTS:
+        floor = None if floor is None else transposed(floor)
+        return sums_of_rows(transposed(base), turned(change), floor)
+    return sums_of_rows(base, change, floor)
+
+
+def _flat(tensor: Float[Tensor, "..."]) -> Float[Tensor, "1 entry"]:
+    return rearrange(tensor.flatten(), "entry -> 1 entry")
+
+
+def spectral_columns(
+    delta: Change, products: Products | None = None, *, basis: Basis | None = None
+) -> Columns:
+    """The ranks of a tuning vector and, where it is known, of its base."""
+    columns = _ranks("delta", delta_energies(delta, products))
+    return columns if basis is None else columns | _ranks("base", basis.values.square())
+
+
+def placed_columns(basis: Basis, found: Seen, part: str, *, shape: tuple[int, int]) -> Columns:
+    """Where a tuning vector lies in its base; ``shape`` is that of the whole matrix."""
+    sides = side_alignment(basis, found, d_read=shape[0], d_write=shape[1])
+    rank = int(basis.rank.amin())
+    k_read, k_write = (max(1, min(int(K_FRACTION * d), rank)) for d in shape)
+    split = energy_split(basis, found, k_read=k_read, k_write=k_write)
+    count = basis.values.shape[:-1].numel()
+    ks: Columns = {"k_read": [k_read] * count, "k_write": [k_write] * count}
+    return {**vars(sides), **named_split(split, part), **ks}
+
+
+def circuit_columns(
+    cores: CircuitCores, part: str, *, d_model: int, d_head: int, spectra: Spectra
+) -> Columns:
+    """All measures of OV or QK from their cores."""
+    flat = [rearrange(core, "head a b -> head (a b)") for core in (cores.base, cores.delta)]
+    columns: Columns = {**vector_measures(flat[0], flat[1], cores.floor_energy).columns()}
+    if spectra == "none":
+        return columns
+    if spectra == "delta":
+        return {**columns, **spectral_columns(cores.delta)}
+    corner = min(d_head, *cores.base.shape[1:])  # the base comes first in its spans
+    basis = spectral_basis(cores.base[:, :corner, :corner])
+    columns |= spectral_columns(cores.delta, basis=basis)
+    found = _seen_in_corner(basis, cores.delta)
+    columns |= vars(side_alignment(basis, found, d_read=d_model, d_write=d_model))
+    if d_head >= d_model:  # every direction exists already: nothing can be new
+        return columns
+    split = energy_split(basis, found, k_read=d_head, k_write=d_head)
+    ks = [d_head] * cores.base.shape[0]
+    return {**columns, **named_split(split, part), "k_read": ks, "k_write": ks}
+
+
+def _seen_in_corner(basis: Basis, core: Float[Tensor, "head left right"]) -> Seen:
+    """A change of which the base's own spans hold only the first rows and columns."""
+    size = basis.values.shape[-1]
+    from_read = transposed(basis.read) @ core[:, :size]
+    onto_write = core[:, :, :size] @ basis.write
+    inside = from_read[:, :, :size] @ basis.write
+    total = core.square().sum((1, 2))
+    return Seen(inside, from_read.square().sum(2), onto_write.square().sum(1), total)
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """An embedding, measured a few tokens at a time.
+
+    Attributes:
+        columns: Its measures.
+        weight: Its first piece, which knows the dtypes.
+    """
+
+    columns: Columns
+    weight: Slice
+
+
+def vocabulary(slabs: Iterable[Weight], part: str, spectra: Spectra) -> Vocabulary:
+    """The measures of an embedding from its pieces; memory is one piece and two d_model Grams."""
+    sums: list[Sums] = []
+    grams: list[Tensor] = []
+    first, equal = None, 0.0
+    for weight in map(slice_of, slabs):
+        first = first or weight
+        base, change = weight.base, weight.change
+        if part == "W_U":
+            base, change = transposed(base), turned(change)
+        sums.append(sums_of_rows(base, change, _token_rows(weight.floor, part)).grouped(1))
+        equal += weight.equal_fraction * base.numel()
+        for index, made in enumerate(_grams(base, change, spectra)):
+            grams = grams if len(grams) > index else [*grams, torch.zeros_like(made)]
+            grams[index] += made
+    whole = joined_sums(sums).grouped(1)
+    columns: Columns = {**whole.columns(), "equal_fraction": [equal / float(whole.entries)]}
+    return Vocabulary(columns | _gram_columns(grams, part), first)
+
+
+def _token_rows(floor: Tensor | None, part: str) -> Tensor | None:
+    return transposed(floor) if floor is not None and part == "W_U" else floor
+
+
+def _grams(base: Tensor, change: Change, spectra: Spectra) -> list[Tensor]:
+    """The Gram of the change, and that of the base where it is asked for."""
+    if spectra == "none":
+        return []
+    return [gram(change)] if spectra == "delta" else [gram(change), gram(base)]
+
+
+def _gram_columns(grams: Sequence[Tensor], part: str) -> Columns:
+    if len(grams) < 2:
+        return {} if not grams else _ranks("delta", energies_of_gram(grams[0]))
+    side = "read" if part in READING_PARTS else "write"
+    space = row_space(grams[1], grams[0])
+    sides: Columns = {f"g_{side}": [float(space.g)], f"g_self_{side}": [float(space.g_self)]}
+    ranks = _ranks("delta", space.delta_energies) | _ranks("base", space.base_energies)
+    return sides | ranks
+
+
+def _ranks(of: str, energies: Float[Tensor, "*component direction"]) -> Columns:
+    return {
+        f"effective_rank_{of}": effective_rank(energies),
+        f"stable_rank_{of}": stable_rank(energies),
+    }
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Turns measures into rows of the weights table of one pair.
+
+    Attributes:
+        base: The base's name.
+        tuned: The tuned model's name.
+    """
+
+    base: str
+    tuned: str
+
+    def table(
+        self, keys: Mapping[str, Sequence[object]], columns: Columns, weight: Slice | None
+    ) -> Table:
+        """Rows of components that were all cut from ``weight`` (None: from several)."""
+        count = len(keys["component"])
+        values: dict[str, Any] = {
+            name: torch.atleast_1d(column).numpy() if isinstance(column, Tensor) else column
+            for name, column in columns.items()
+        }
+        if weight is not None:
+            values["base_dtype"] = [weight.dtypes[0]] * count
+            values["tuned_dtype"] = [weight.dtypes[1]] * count
+        tied = [weight is not None and weight.tied] * count
+        both = {"base": [self.base] * count, "tuned": [self.tuned] * count, "tied": tied}
+        all_columns = {**keys, **both, **values}
+        return Table.of("weights", WEIGHTS_SCHEMA, all_columns, order="relative_delta")

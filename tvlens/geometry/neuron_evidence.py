@@ -1,0 +1,137 @@
+"""Evidence about neurons: gain against the layer's other neurons, structure that they share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from einops import rearrange
+from jaxtyping import Float, Float64
+from scipy import stats
+from torch import Tensor
+
+from .changes import Change, Remainder, slabs, transposed
+from .evidence import (
+    STRUCTURED,
+    Z95,
+    Evidence,
+    Keys,
+    evidence_frame,
+    placed,
+    residual_side,
+    statistic_rows,
+)
+from .matrices import Basis, self_alignment
+from .matrix_evidence import relative_alignment
+from .neurons import Sums
+from .nulls import Peers, neuron_gain, unit_alignment_spread
+from .spikes import spikes_above_edge
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronChanges:
+    """The neurons of one matrix, one row each, and what has been measured of them.
+
+    Attributes:
+        base: Base weights.
+        change: Tuning vector.
+        sums: ``sums_of_rows(base, change)``.
+        basis: ``spectral_basis`` of the matrix that the neurons are cut from.
+        peers: ``peers_of(base)``.
+        part: Which matrix it is.
+    """
+
+    base: Float[Tensor, "neuron d_model"]
+    change: Change
+    sums: Sums
+    basis: Basis
+    peers: Peers
+    part: str
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronStructure:
+    """How much of each neuron's change lies in directions that the layer's changes share.
+
+    Attributes:
+        share: Share of the change's energy in the common spikes, less chance.
+        p_value: Of that share, against an isotropic rest.
+        aligned: G_rel of the part of the change that lies there, NaN where nothing does.
+        spikes: Number of common spikes.
+    """
+
+    share: Float64[Tensor, " neuron"]
+    p_value: Float[np.ndarray, " neuron"]
+    aligned: Float64[Tensor, " neuron"]
+    spikes: int
+
+
+def neuron_structure(neurons: NeuronChanges, *, seed: int) -> NeuronStructure:
+    """Spikes of the layer's changes less their own gains, and each neuron's share.
+
+    A single changed neuron has none: one vector carries no evidence of structure.
+    """
+    sums, d_model = neurons.sums, neurons.base.shape[1]
+    nothing = torch.zeros_like(sums.delta)
+    left = float(sums.residual.sum())
+    if left <= 0:
+        return NeuronStructure(nothing, np.ones(len(nothing)), nothing + torch.nan, 0)
+    gain = rearrange(sums.gain.nan_to_num(), "neuron -> neuron 1")
+    spikes = spikes_above_edge(Remainder(neurons.base, neurons.change, gain), left, seed=seed)
+    inside, rank = spikes.read * spikes.values, len(spikes.values)
+    found, chance = inside.square().sum(1), rank / d_model
+    share = (found / sums.delta - chance) / (1 - chance)
+    of_rest = (found / sums.residual).nan_to_num().clamp(max=1).numpy()
+    p_value = np.ones(len(nothing))
+    if rank:
+        p_value = stats.beta.sf(of_rest, rank / 2, (d_model - rank) / 2)
+    coordinates = neurons.basis.coordinates(spikes.write, residual_side(neurons.part))
+    aligned = _alignments(inside, coordinates, neurons.basis, d_model)
+    return NeuronStructure(share.clamp(min=0).nan_to_num(), p_value, aligned, rank)
+
+
+def _alignments(
+    inside: Float64[Tensor, "neuron spike"],
+    coordinates: Float64[Tensor, "direction spike"],
+    basis: Basis,
+    d_model: int,
+) -> Float64[Tensor, " neuron"]:
+    """G_rel of mixtures of spikes, some neurons at a time."""
+    parts = [
+        relative_alignment(
+            coordinates @ transposed(inside[i:j]), inside[i:j].square().sum(1), basis, d_model
+        )
+        for i, j in slabs((len(inside), len(coordinates)))
+    ]
+    return torch.cat(parts)
+
+
+def neuron_evidence(keys: Keys, neurons: NeuronChanges, *, seed: int) -> Evidence:
+    """Gain against the other neurons of the layer; structure as the share in common spikes."""
+    d_model, part = neurons.base.shape[1], neurons.part
+    kappa = neurons.sums.measures().kappa.nan_to_num()
+    shared = neuron_structure(neurons, seed=seed)
+    swap = neuron_gain(neurons.peers, neurons.change, kappa)
+    p_gain = 2 * stats.norm.sf((swap.effect / swap.spread).abs().nan_to_num().numpy())
+    aligned = shared.aligned.numpy()
+    spread = unit_alignment_spread(d_model) / abs(float(self_alignment(neurons.basis, d_model)))
+    error = np.where(np.isnan(aligned), np.nan, spread)
+    frame = evidence_frame(
+        keys,
+        share_gain=kappa.square(),
+        p_gain=p_gain,
+        **placed(shared.share.numpy(), aligned, error, part),
+        **{f"p_{name}": shared.p_value for name in STRUCTURED},
+        alignment=aligned,
+        alignment_se=error,
+        spikes=shared.spikes,
+        decided_by="own versus other neurons of the layer; sign-flip edge",
+    )
+    tests = [
+        statistic_rows(keys, "gain", side="both", null="own_versus_other",
+                       effect=swap.effect, half_interval=Z95 * swap.spread.numpy(),
+                       p_value=p_gain),
+        statistic_rows(keys, "structured_share", side=residual_side(part), null="isotropic",
+                       effect=shared.share, p_value=shared.p_value, k=shared.spikes),
+    ]  # fmt: skip
+    return Evidence(frame, pd.concat(tests, ignore_index=True))
