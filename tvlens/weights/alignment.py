@@ -412,7 +412,8 @@ def _pair_basis(base: Sides, tuned: Sides, freedom: Freedom) -> Float64[Tensor, 
     read = _overlaps(reads[0], reads[1], _weight(base.read))
     write = _overlaps(writes[0], writes[1], _weight(base.write))
     if freedom.qk_norm:
-        factors = torch.where((read.cosine + write.cosine.conj()).real < 0, -1.0, 1.0) + 0j
+        opposite = (read.cosine + write.cosine.conj()).real < 0
+        factors = torch.where(opposite, -1.0, 1.0).to(read.shared.dtype)
     else:
         factors = _scalars(read, write, freedom.roundoff)
     real, imaginary = torch.diag(factors.real), torch.diag(factors.imag)
