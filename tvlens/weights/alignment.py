@@ -173,8 +173,8 @@ def _nearest_factors(
         for wanted, found in zip(
             base[part].split(COLUMNS, 1), moved.split(COLUMNS, 1), strict=True
         ):
-            sides = (rearrange(x.double(), "d column -> column d") for x in (wanted, found))
-            rows = rows.plus(_overlaps(*sides, weight))
+            first, second = (rearrange(x.double(), "d n -> n d") for x in (wanted, found))
+            rows = rows.plus(_overlaps(first, second, weight))
     return _nearest_scalars(_overlaps(gain[0], gain[1], _weight(gain[0])), rows)
 
 
@@ -199,9 +199,9 @@ def _neuron_factors(
     if freedom.neuron == "none":
         return torch.ones(reads[0].shape[1], dtype=torch.float64)
     writes = base["W_out"].double(), order.along_first(tuned["W_out"].double())
-    read = _overlaps(*reads, _weight(reads[0]))
-    turned = (rearrange(x, "neuron d -> d neuron") for x in writes)
-    factors = _scalars(read, _overlaps(*turned, _weight(writes[0])), freedom.roundoff)
+    first, second = (rearrange(x, "neuron d -> d neuron") for x in writes)
+    read = _overlaps(reads[0], reads[1], _weight(reads[0]))
+    factors = _scalars(read, _overlaps(first, second, _weight(first)), freedom.roundoff)
     return factors.abs() if freedom.neuron == "positive" else factors
 
 
@@ -235,8 +235,8 @@ class Overlaps(NamedTuple):
 
 def _overlaps(base: Tensor, tuned: Tensor, weight: Tensor) -> Overlaps:
     """Of the vectors [entry, unit]."""
-    squares = (weight * x.abs().square().sum(0) for x in (base, tuned))
-    return Overlaps(*squares, weight * (tuned.conj() * base).sum(0))
+    own, theirs = (weight * x.abs().square().sum(0) for x in (base, tuned))
+    return Overlaps(own, theirs, weight * (tuned.conj() * base).sum(0))
 
 
 def _scalars(read: Overlaps, write: Overlaps, roundoff: float) -> Tensor:
@@ -259,7 +259,7 @@ def _nearest_scalars(read: Overlaps, write: Overlaps) -> Tensor:
         square = found.abs().square()
         lengths = square * read.tuned, write.tuned / square
         slope = found.conj() * read.shared - write.shared.conj() / found.conj()
-        step = (slope - lengths[0] + lengths[1]) / sum(lengths).clamp(min=TINY)
+        step = (slope - lengths[0] + lengths[1]) / (lengths[0] + lengths[1]).clamp(min=TINY)
         found = found * torch.exp(step / step.abs().clamp(min=1))
     return found
 
@@ -320,11 +320,11 @@ class _HeadSides(NamedTuple):
 
 def _head_sides(parts: Parts, freedom: Freedom) -> _HeadSides:
     width = freedom.sizes.d_head
-    read = (
-        rearrange(parts[part].double(), "d (head a) -> head d a", a=width)
-        for part in ("W_Q", "W_K", "W_V")
+    query, key, value = (
+        rearrange(parts[part].double(), "d (head a) -> head d a", a=width) for part in ATTENTION
     )
-    return _HeadSides(*read, rearrange(parts["W_O"].double(), "(head a) d -> head d a", a=width))
+    output = rearrange(parts["W_O"].double(), "(head a) d -> head d a", a=width)
+    return _HeadSides(query, key, value, output)
 
 
 def _key_basis(base: Sides, tuned: Sides, freedom: Freedom) -> Float64[Tensor, "width width"]:
@@ -332,11 +332,11 @@ def _key_basis(base: Sides, tuned: Sides, freedom: Freedom) -> Float64[Tensor, "
     rotary, width = freedom.rotary, base.read.shape[1]
     matrix = torch.eye(width, dtype=torch.float64)
     if rotary:
-        turning = (side.part(0, rotary) for side in (base, tuned))
-        matrix[:rotary, :rotary] = _pair_basis(*turning, freedom)
+        own, theirs = (side.part(0, rotary) for side in (base, tuned))
+        matrix[:rotary, :rotary] = _pair_basis(own, theirs, freedom)
     if rotary < width and not freedom.qk_norm:
-        rest = (side.part(rotary, width) for side in (base, tuned))
-        matrix[rotary:, rotary:] = _free_basis(*rest, freedom.roundoff)
+        own, theirs = (side.part(rotary, width) for side in (base, tuned))
+        matrix[rotary:, rotary:] = _free_basis(own, theirs, freedom.roundoff)
     return matrix
 
 

@@ -200,17 +200,17 @@ class Removed(NamedTuple):
 def removed(pair: Pair) -> Removed:
     """What was removed from a canonical pair."""
     axes = [moves.axes for moves in (pair.moves or {}).values()]
-    counts = [
+    neurons, heads = (
         sum(_renumbered(found[name].order) for found in axes if name in found)
         for name in ("neuron", "query")
-    ]
+    )
     sentence = (
         f"--canonical: the weights of {pair.tuned_name} are measured in the coordinates of "
-        f"{pair.base_name} ({counts[0]:,} neurons and {counts[1]:,} heads renumbered; lengths of "
+        f"{pair.base_name} ({neurons:,} neurons and {heads:,} heads renumbered; lengths of "
         "neurons, bases of heads and shares of norm gains settled). What runs the models uses them "
         "as they are stored."
     )
-    return Removed(*counts, sentence)
+    return Removed(neurons, heads, sentence)
 
 
 def freedom_of(pair: Pair) -> Freedom:
@@ -284,8 +284,8 @@ def _fixed(pair: Pair, equal: set[str]) -> Iterator[Residual]:
             floor = rounding_energy(tuned, coarsest_dtype(*dtypes))
             allowed = HALF_SPACING * floor * float(dtypes[0] != dtypes[1])
             rounding = bool((left <= allowed).all())
-            squares = (float(x.sum(dtype=torch.float64)) for x in (left, base.square()))
-            yield Residual(component, *squares, rounding)
+            energy, length = (float(x.sum(dtype=torch.float64)) for x in (left, base.square()))
+            yield Residual(component, energy, length, rounding)
 
 
 def _block(
@@ -315,10 +315,10 @@ def _residuals(
     found.clear |= moves.names(max(NAMED[0] * roundoff, NAMED[1]))
     for component in block:
         part = str(component.part)
-        sides = (base.get(part), tuned.get(part))
-        if sides[0] is None or sides[1] is None:
-            sides = pair.base_weight(component), pair.tuned_weight(component)
-        yield _residual(pair, component, moves, *sides, roundoff)
+        known = part in base
+        own = base[part] if known else pair.base_weight(component)
+        theirs = tuned[part] if known else pair.tuned_weight(component)
+        yield _residual(pair, component, moves, own, theirs, roundoff)
 
 
 def _residual(
