@@ -55,6 +55,10 @@ Names = Annotated[list[str] | None, typer.Option("--tuned-name", help="A name pe
 Parent = Annotated[str | None, typer.Option(help="Lies between base and the fine-tunes.")]
 Parents = Annotated[list[str] | None, typer.Option(help="Rank these and BASE as its parent.")]
 Controls = Annotated[list[str] | None, typer.Option("--control", help="A control fine-tune.")]
+Canonical = Annotated[
+    bool,
+    typer.Option("--canonical", help="Weights in the base's coordinates: order, scale, basis."),
+]
 CheckExact = Annotated[int | None, typer.Option(min=1, help="Components checked exactly.")]
 CheckSeconds = Annotated[float, typer.Option(min=1.0, help="Time for exact checks.")]
 Chat = Annotated[Literal["auto", "on", "off"], typer.Option(help="Apply the chat template.")]
@@ -98,6 +102,7 @@ def compare(
     metric: MetricName = None,
     parent: Parent = None,
     control: Controls = None,
+    canonical: Canonical = False,
     tuned_name: Names = None,
     check_exact: CheckExact = None,
     check_seconds: CheckSeconds = 60.0,
@@ -121,6 +126,7 @@ def compare(
         tuned_names=tuple(tuned_name or ()),
         parent=parent,
         controls=tuple(control or ()),
+        canonical=canonical,
         prompts=prompts,
         metric=metric,
         check_exact=check_exact,
@@ -141,6 +147,7 @@ def decompose(
     out: Out,
     parent: Parent = None,
     control: Controls = None,
+    canonical: Canonical = False,
     tuned_name: Names = None,
     seed: Seed = 0,
     json: Json = False,
@@ -158,6 +165,7 @@ def decompose(
         tuned_names=tuple(tuned_name or ()),
         parent=parent,
         controls=tuple(control or ()),
+        canonical=canonical,
         stages=("decompose",),
         seed=seed,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,18 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _ROWS_AT_ONCE = 16
 """Prompts of one forward pass; a large vocabulary's logits set the memory."""
 _SHAPE = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp", "d_vocab")
+
+
+class LogitDifference(NamedTuple):
+    """How far apart the logits of two models are.
+
+    Attributes:
+        difference: Largest absolute difference.
+        size: Largest absolute logit of the base.
+    """
+
+    difference: float
+    size: float
 
 
 class HookedPair:
@@ -101,6 +113,20 @@ class HookedPair:
             with torch.no_grad():
                 parts.append(reading.value(reading.logits(model)))
         return torch.cat(parts)
+
+    def largest_logit_difference(self, batch: Batch) -> "LogitDifference":
+        """How far the two models' logits are apart at any token of ``batch``."""
+        difference = size = 0.0
+        for rows in batch.chunks(_ROWS_AT_ONCE):
+            places = torch.arange(rows.ids.shape[1]).expand(len(rows), -1)
+            with torch.no_grad():
+                base, tuned = (
+                    model.logits_at(rows.ids, rows.mask, places)[rows.mask.bool()]
+                    for model in (self.base, self.tuned)
+                )
+            difference = max(difference, float((tuned - base).abs().max()))
+            size = max(size, float(base.abs().max()))
+        return LogitDifference(difference, size)
 
     def _require_same_shape(self) -> None:
         for name in _SHAPE:

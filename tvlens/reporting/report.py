@@ -131,7 +131,8 @@ def _same_function(found: object) -> str:
     if not isinstance(found, dict) or found.get("value") is None:
         return ""
     if not found["value"]:
-        return "The two compute different functions."
+        reason = f": {found['reason']}" if found.get("reason") else ""
+        return f"No change of coordinates makes the weights of the two equal{reason}."
     by = ", ".join(str(b) for b in found.get("by") or ())
     return "The two compute the same function" + (f", up to {by}." if by else ".")
 

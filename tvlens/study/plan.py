@@ -44,6 +44,8 @@ class StudyPlan(BaseModel):
         controls: Specifications of control fine-tunes: classified beside each fine-tune.
         prompts: Prompt file, ``demo:NAME``, or None for the shipped neutral texts.
         metric: Metric name or ``package.module:function``; None chooses by the prompts.
+        canonical: Measure the weights in the base's coordinates (``weights.gauge``); what runs
+            the models stays as stored.
         stages: Which stages to run.
         evaluate: Held-out text files to measure, by domain name.
         check_exact: Components in the exact sample; None plans it from ``check_seconds`` and
@@ -64,6 +66,7 @@ class StudyPlan(BaseModel):
     controls: tuple[str, ...] = ()
     prompts: str | None = None
     metric: str | None = None
+    canonical: bool = False
     stages: tuple[Stage, ...] = ("decompose", "attribute")
     evaluate: dict[str, str] = {}
     chat: Literal["auto", "on", "off"] = "auto"
@@ -127,6 +130,7 @@ class StudyPlan(BaseModel):
         given = {"--parent": self.parent, "--prompts": self.prompts, "--metric": self.metric}
         for flag, value in given.items():
             words += [flag, value] if value else []
+        words += ["--canonical"] if self.canonical else []
         return " ".join([*words, "--seed", str(self.seed), "--out", "DIR"])
 
     def save(self, folder: Path) -> Path:

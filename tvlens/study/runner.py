@@ -85,6 +85,7 @@ def compare(
     out: Path | str | None = None,
     metric: str | None = None,
     controls: Sequence[str] = (),
+    canonical: bool = False,
     force: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -98,6 +99,7 @@ def compare(
         out: The study folder; a new temporary one where None.
         metric: Metric name or ``package.module:function``; None chooses by the prompts.
         controls: Specifications of control fine-tunes.
+        canonical: Measure the weights in the base's coordinates.
         force: Replace another study in ``out``.
         seed: Seed of every random draw.
         progress: Called with one line at the start of each stage.
@@ -117,6 +119,7 @@ def compare(
         controls=tuple(controls),
         prompts=asked,
         metric=metric,
+        canonical=canonical,
         seed=seed,
     )
     return run_study(plan, folder, force=force, progress=progress)
@@ -156,7 +159,7 @@ class _Run:
         from tvlens.attribution.joins import size_and_effect
 
         study = Study(self.folder)
-        if not {"weights", "attribution"} <= set(study.tables):
+        if not {"weights", "attribution"} <= set(study.tables) or self._renumbered():
             return
         parts = [
             size_and_effect(
@@ -167,6 +170,11 @@ class _Run:
             for pair in self.pairs
         ]
         concatenated("joins", parts).save(self.folder)
+
+    def _renumbered(self) -> bool:
+        """Whether a site of ``weights`` and one of ``attribution`` are not the same unit."""
+        found = [facts.get("canonical", {}) for facts in self.facts.values()]
+        return self.plan.canonical and any(any(counts.values()) for counts in found)
 
     def _outputs(self, name: str) -> "Iterator[tuple[str, stages.StageOutput]]":
         """What a stage makes of each pair, then of all pairs together."""

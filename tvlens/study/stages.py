@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from tvlens.errors import UnsupportedFormatError
+from tvlens.errors import StudyError, UnsupportedFormatError
 from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
+from tvlens.weights.gauge import refuse_canonical
 from tvlens.weights.matching import load_pair
 
 from .plan import WHOLE_WAY, StudyPlan, name_of
@@ -79,16 +80,25 @@ def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     """Measure and classify every component of the tuning vector."""
     from tvlens.geometry.classify import classify
     from tvlens.geometry.decompose import decompose
+    from tvlens.weights.gauge import canonical, removed
 
-    weights = decompose(pair)
-    say(f"classify: {pair.tuned_name}")
     start = pair.base.name if pair.base.name.startswith("demo:") else pair.base.folder
     controls = tuple(
         load_pair(start, spec, names=(pair.base_name, name_of(spec))) for spec in plan.controls
     )
-    labels = classify(pair, weights, controls=controls, seed=plan.seed)
-    facts = {"headline": labels.headline}
-    return StageOutput((weights, labels.tests, labels.labels), facts)
+    facts: dict[str, Any] = {}
+    warnings: tuple[str, ...] = ()
+    if plan.canonical:
+        say(f"finding the base's coordinates for {pair.tuned_name}")
+        pair, *controls = (canonical(found) for found in (pair, *controls))
+        found = removed(pair)
+        facts["canonical"] = {"neurons": found.neurons, "heads": found.heads}
+        warnings = (found.sentence,)
+    weights = decompose(pair)
+    say(f"classify: {pair.tuned_name}")
+    labels = classify(pair, weights, controls=tuple(controls), seed=plan.seed)
+    facts["headline"] = labels.headline
+    return StageOutput((weights, labels.tests, labels.labels), facts, warnings)
 
 
 def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
@@ -103,7 +113,25 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
     with one_thread(only_if=hooked.base.d_model < WIDE):
         made = _attributed(plan, hooked, asked, batch, metric, say)
-    return replace(made, warnings=(*hooked.warnings, *made.warnings))
+        copied = _copy_facts(pair, hooked, batch)
+    return replace(
+        made,
+        facts={**made.facts, **copied.facts},
+        warnings=(*hooked.warnings, *made.warnings, *copied.warnings),
+    )
+
+
+def _copy_facts(pair: "Pair", hooked: "HookedPair", batch: "Batch") -> StageOutput:
+    """Of models whose weights say that they compute the same: how far their logits are apart."""
+    if not pair.load_report.same_function.value or pair.load_report.identical:
+        return StageOutput(())
+    found = hooked.largest_logit_difference(batch)
+    sentence = (
+        f"{pair.tuned_name} computes the same function as {pair.base_name}: on the prompts their "
+        f"logits differ by {found.difference:.2g} at most, of logits up to {found.size:.2g}."
+    )
+    facts = {"same_function": {"logit_difference": found.difference, "logit_size": found.size}}
+    return StageOutput((), facts, (sentence,))
 
 
 def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
@@ -175,13 +203,22 @@ def check_inputs(plan: StudyPlan) -> None:
     """Find what a later stage would refuse, before any time is spent.
 
     Raises:
-        TvlensError: A prompt file, the metric, a held-out file or a control cannot be used.
+        TvlensError: A prompt file, the metric, a held-out file or a control cannot be used, or two
+            options exclude each other.
     """
+    if plan.canonical and plan.parent is not None:
+        raise StudyError(
+            "--canonical and --parent exclude each other: each step would be measured in the "
+            "coordinates of its own start, and their sum would mean nothing.",
+            hint="Leave --canonical out, or compare the models two by two.",
+        )
     from tvlens.models.metrics import resolve_metric
     from tvlens.models.prompts import load_prompts, load_texts
 
     for spec in plan.controls:
-        load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False)
+        control = load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False)
+        if plan.canonical:
+            refuse_canonical(control)
     if {"attribute", "graft"} & set(plan.stages):
         resolve_metric(plan.metric, load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines))
     for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
@@ -193,7 +230,10 @@ def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
 
     Raises:
         UnsupportedFormatError: Attribution was asked for a family without a table.
+        TvlensError: The weights cannot be measured in the base's coordinates.
     """
+    for pair in pairs if plan.canonical else ():
+        refuse_canonical(pair)
     for pair in pairs if {"attribute", "graft"} & set(plan.stages) else ():
         if not pair.layout.listed:
             kind = pair.base.config.get("model_type")

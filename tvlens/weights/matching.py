@@ -20,6 +20,7 @@ from .configs import config_differences
 from .contents import equal_fraction, measure_new_rows, non_finite_tensors, settle_identity
 from .draft import Draft
 from .fitting import account_for_adapter, fit_adapter
+from .gauge import same_function, same_function_warning
 from .inmemory import refuse_other_beneath, warn_of_memory
 from .layout import Layout, has_table, layout_of, unlisted_layout
 from .lineage import likeness
@@ -94,6 +95,9 @@ def load_pair(
     )
     if scan:
         _warn_of_stranger(draft, pair)
+        draft.report.same_function = same_function(pair)
+        if sentence := same_function_warning(pair):
+            draft.warn(sentence)
     return pair
 
 

@@ -1,7 +1,7 @@
 """A matched pair of checkpoints, read one component at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
@@ -16,6 +16,7 @@ from .contents import chosen_rows, first_non_finite, non_finite
 from .delta import Absent, Delta, Dense, Dora, LowRank, added, dora
 from .families.table import Place
 from .layout import Layout
+from .moves import Moves
 from .precision import (
     SMALLEST_ENERGY,
     coarsest_dtype,
@@ -83,6 +84,8 @@ class Pair:
         rows: Which embedding rows of the two belong together. W_E has a row and W_U a column for
             each matched pair, in this order; rows without a counterpart are in ``rows.new`` and
             ``rows.gone`` and in no component.
+        moves: How each block of the tuned model is brought into the base's coordinates when it is
+            read (``gauge.canonical``), None where it is read as it is stored.
     """
 
     base: Source
@@ -95,6 +98,7 @@ class Pair:
     tuned_tensors: dict[str, str] = field(repr=False)
     adapter: Adapter | None = field(default=None, repr=False)
     rows: RowMatch = field(kw_only=True, repr=False)
+    moves: Mapping[int | None, Moves] | None = field(default=None, kw_only=True, repr=False)
 
     @property
     def components(self) -> list[Component]:
@@ -114,8 +118,8 @@ class Pair:
         """
         place = self.layout.places[component]
         stored = self._weight(self.base, self.base_tensors, place)
-        delta, tuned_dtype = self._difference(place, stored)
-        floor = self._floor_of(place, stored, delta)
+        delta, tuned_dtype = self._difference(component, stored)
+        floor = self._floor_of(component, stored, delta)
         name = self._stored_name(self.base_tensors, place)
         return Weight(
             component,
@@ -166,7 +170,7 @@ class Pair:
     def change(self, component: Component) -> tuple[Float[Tensor, "..."], Delta]:
         """The base's stored weight and the difference alone, without floors; see ``read``."""
         stored = self.stored_weight(component)
-        return stored, self._difference(self.layout.places[component], stored)[0]
+        return stored, self._difference(component, stored)[0]
 
     def compare(self, prompts: Any = None, **options: Any) -> Any:
         """The whole study of this pair: ``tvlens.compare(pair, prompts, **options)``.
@@ -185,10 +189,26 @@ class Pair:
         """The tuned model's weight alone, float32, canonical; an adapter's is base + delta."""
         place = self.layout.places[component]
         if self.adapter is None:
-            tuned = self._weight(self.tuned, self.tuned_tensors, place).contiguous()
-            return _effective(tuned, place)
+            return _effective(self._tuned(component).contiguous(), place)
         stored = self.stored_weight(component)
-        return _effective(stored + self._difference(place, stored)[0].dense(), place)
+        return _effective(stored + self._difference(component, stored)[0].dense(), place)
+
+    def rounding(
+        self, component: Component, base: Float[Tensor, "..."], tuned: Float[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        """Expected rounding energy of effective weights of two full checkpoints, as stored."""
+        place = self.layout.places[component]
+        return self._floor(place, base - place.centre, tuned - place.centre)
+
+    def _tuned(self, component: Component) -> Float[Tensor, "..."]:
+        """What a full tuned checkpoint stores, moved into the base's coordinates if asked for."""
+        place = self.layout.places[component]
+        stored = self._weight(self.tuned, self.tuned_tensors, place)
+        if self.moves is None:
+            return stored
+        moves = self.moves.get(component.layer, Moves())
+        effective = stored.double() + place.centre
+        return (moves.moved(place.part, effective) - place.centre).float()
 
     def _weight(self, source: Source, names: dict[str, str], place: Place) -> Float[Tensor, "..."]:
         """Float32 in canonical orientation: where nothing is copied, the mapped file itself."""
@@ -213,12 +233,12 @@ class Pair:
             return names[self.layout.embedding_tensor]
         return names[place.tensor]
 
-    def _difference(self, place: Place, base: Float[Tensor, "..."]) -> tuple[Delta, str]:
+    def _difference(self, component: Component, base: Float[Tensor, "..."]) -> tuple[Delta, str]:
         """Tuned minus base and the dtype it was stored in."""
+        place = self.layout.places[component]
         if self.adapter is None:
             name = self._stored_name(self.tuned_tensors, place)
-            tuned = self._weight(self.tuned, self.tuned_tensors, place)
-            return Dense(tuned - base), self.tuned.tensors[name].dtype
+            return Dense(self._tuned(component) - base), self.tuned.tensors[name].dtype
         return self._adapted(self.adapter, place, base)
 
     def _adapted(
@@ -265,10 +285,16 @@ class Pair:
         return dora(start, change, length[self.rows.base] if place.part == "W_U" else length)
 
     def _floor_of(
-        self, place: Place, base: Float[Tensor, "..."], delta: Delta
+        self, component: Component, base: Float[Tensor, "..."], delta: Delta
     ) -> Float[Tensor, "..."] | None:
         """The rounding energy of what was stored rounded, None of what stores a difference."""
+        place = self.layout.places[component]
         adapter, name = self.adapter, place.tensor
+        if self.moves is not None:
+            stored = self._weight(self.tuned, self.tuned_tensors, place)
+            moves = self.moves.get(component.layer, Moves())
+            energy = moves.energy(place.part, self._floor(place, base, stored))
+            return energy.float().clamp(min=SMALLEST_ENERGY)
         if isinstance(delta, Dense) and (adapter is None or name in adapter.replaced):
             return self._floor(place, base, base + delta.tensor)
         if adapter is None:

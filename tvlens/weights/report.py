@@ -58,6 +58,29 @@ class ConfigDifference:
     effect: Effect
 
 
+@dataclass(frozen=True)
+class SameFunction:
+    """Whether two models with different weights compute the same.
+
+    Attributes:
+        value: True where a change of coordinates makes the weights equal up to rounding, False
+            where none that tvlens knows does, None where it was not judged.
+        by: What the change consists of: permutation, gain, scale, rotation; empty for none.
+        residual: |aligned tuned - base| / |base| over the tensors that were compared: all that
+            differ, or those of the first block that shows that the models are different.
+        reason: Why it is not so or was not judged; empty where it is so.
+    """
+
+    value: bool | None
+    by: tuple[str, ...] = ()
+    residual: float | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of load_report.json."""
+        return {**asdict(self), "by": list(self.by)}
+
+
 @dataclass
 class LoadReport:
     """The account of a pair.
@@ -69,6 +92,7 @@ class LoadReport:
         vocabulary: How embedding rows were matched, None for an adapter; ``sentence`` says it.
         identical: No weight and no function-changing config entry differs; None if the
             contents were not read.
+        same_function: Whether the models compute the same, as far as their weights tell.
     """
 
     tensors: list[TensorMatch] = field(default_factory=list)
@@ -76,6 +100,9 @@ class LoadReport:
     warnings: list[str] = field(default_factory=list)
     vocabulary: dict[str, Any] | None = None
     identical: bool | None = None
+    same_function: SameFunction = field(
+        default_factory=lambda: SameFunction(None, reason="the contents were not read")
+    )
 
     @property
     def refused(self) -> list[TensorMatch]:
@@ -98,11 +125,7 @@ class LoadReport:
             "warnings": list(self.warnings),
             "vocabulary": self.vocabulary,
             "identical": self.identical,
-            "same_function": {
-                "value": True if self.identical else None,
-                "by": [],
-                "residual": 0.0 if self.identical else None,
-            },
+            "same_function": self.same_function.to_dict(),
         }
 
 
