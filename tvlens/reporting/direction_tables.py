@@ -1,6 +1,7 @@
 """Directions by name, the paper's candidate readings, and fine-tunes against each other."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,9 +91,11 @@ def readings_table(frame: pd.DataFrame) -> DataTable | None:
     best = matrices["reading"] == "sa_cos_mean"  # its rule is the number of directions there are
     keys = ["part", "side", "reading"]
     means = matrices[wanted | best].groupby(keys)[["value", "noise", "corrected"]].mean()
-    sides = means.reset_index().drop_duplicates("part").set_index("part")["side"]
+    cells = {(row.part, row.reading): _cells(row) for row in rows_of(means.reset_index())}
+    sides = dict(zip(matrices["part"], matrices["side"], strict=True))
+    absent = (NOTHING, NOTHING, NOTHING)
     rows = [
-        (part, sides[part], *(c for r in READINGS for c in _cells(means, (part, sides[part], r))))
+        (part, sides[part], *(c for r in READINGS for c in cells.get((part, r), absent)))
         for part in PARTS
         if part in sides
     ]
@@ -114,11 +117,8 @@ def readings_table(frame: pd.DataFrame) -> DataTable | None:
     )
 
 
-def _cells(means: pd.DataFrame, key: tuple[str, str, str]) -> tuple[str, str, str]:
-    if key not in means.index:
-        return NOTHING, NOTHING, NOTHING
-    value, noise, corrected = means.loc[key].tolist()
-    return f"{value:.2f}", f"{noise:.2f}", _two_digits(corrected)
+def _cells(row: Any) -> tuple[str, str, str]:
+    return f"{row.value:.2f}", f"{row.noise:.2f}", _two_digits(row.corrected)
 
 
 def _two_digits(value: float) -> str:
