@@ -22,6 +22,19 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "weights": (*_KEYS, "base_norm", "delta_norm", "relative_delta", "gain", "residual", "snr"),
     "labels": (*_KEYS, "label", "label_reason", "decided_by", "share_new", "share_amplified"),
     "tests": (*_KEYS, "statistic", "null", "effect", "p_value", "q_value", "m"),
+    "directions": (
+        *(*_KEYS, "label", "share", "promoted", "suppressed", "top_z", "random_z"),
+        *("random_z_99", "p_value", "q_value", "stands_out"),
+    ),
+    "readings": (
+        *(*_KEYS, "side", "reading", "rule"),
+        *("value", "chance", "corrected", "noise", "noise_corrected"),
+    ),
+    "overlap": (
+        *(*_KEYS, "other", "relation", "norm_a", "norm_b", "inner", "cosine", "cosine_floor_sd"),
+        *("cosine_ceiling", "overlap", "overlap_floor", "overlap_ceiling"),
+        *("rank_a", "rank_b", "shared"),
+    ),
     "lineage": (
         *("base", "parent", "tuned", "level", "kind", "part", "tensors", "norm_first"),
         *("norm_second", "norm_whole", "cosine_steps", "share_first", "share_second"),
@@ -58,6 +71,8 @@ _MADE_BY = {
     "weights": "decompose",
     "tests": "decompose",
     "labels": "decompose",
+    "directions": "decompose",
+    "readings": "decompose",
     "prompts": "attribute",
     "attribution": "attribute",
     "fidelity": "attribute",

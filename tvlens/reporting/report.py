@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from .circuitsvis import bundle
 from .datatable import described
+from .direction_tables import overlap_table
 from .folder import StudyFolder
 from .sections import ModelPart, model_part
 from .study_tables import config_table, evaluation_table, lineage_table, load_tables
@@ -63,6 +64,7 @@ def page_of(study: StudyFolder, *, tooltips: bool = True) -> str:
                 _load_part(study.title(name), report) for name, report in study.load_reports.items()
             ],
             lineage=lineage_table(study.table("lineage")),
+            overlap=overlap_table(study),
             evaluation=evaluation_table(evaluation),
             missing={name: study.missing(name) for name in ("load_report", "evaluation")},
             reproduce=_reproduce(study),

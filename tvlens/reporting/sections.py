@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from .answer import Statement, answer
 from .datatable import DataTable
+from .direction_tables import directions_table, readings_table
 from .effect_tables import fidelity_tables, ranking_tables
 from .figures import HeatMap, Scatter, heat_map
 from .folder import StudyFolder
@@ -25,6 +26,8 @@ class ModelPart:
         size_maps: Heat maps of relative change.
         label_table: Labels by kind.
         scatter: Neurons by gain and residual.
+        directions: What is written, by name.
+        readings: The paper's candidate readings.
         ranking_tables: Estimate beside exact.
         score_maps: Heat maps of scores.
         fidelity: The checks.
@@ -41,6 +44,8 @@ class ModelPart:
     size_maps: list[HeatMap]
     label_table: DataTable | None
     scatter: Scatter | None
+    directions: DataTable | None
+    readings: DataTable | None
     ranking_tables: list[DataTable]
     score_maps: list[HeatMap]
     fidelity: list[DataTable]
@@ -55,7 +60,7 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
     slug = f"m{place}"
     weights = study.table("weights", tuned)
     tokens, note = token_texts(study, tuned, slug)
-    names = ("weights", "labels", "attribution", "fidelity", "curves", "prompts")
+    names = ("weights", "labels", "directions", "readings", "attribution", "fidelity", "curves")
     return ModelPart(
         slug=slug,
         name=study.title(tuned),
@@ -64,11 +69,13 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         size_maps=[heat_map(grid, tooltips=tooltips) for grid in size_grids(weights, slug)],
         label_table=label_table(study, tuned),
         scatter=neuron_scatter(study, tuned, slug, tooltips=tooltips),
+        directions=directions_table(study.table("directions", tuned)),
+        readings=readings_table(study.table("readings", tuned)),
         ranking_tables=ranking_tables(study, tuned),
         score_maps=[heat_map(grid, tooltips=tooltips) for grid in score_grids(study, tuned, slug)],
         fidelity=fidelity_tables(study.table("fidelity", tuned)),
         grafts=graft_tables(study, tuned),
         tokens=tokens,
-        missing={name: study.missing(name) for name in names},
+        missing={name: study.missing(name) for name in (*names, "prompts")},
         notes={"tokens": note},
     )

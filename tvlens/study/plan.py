@@ -42,6 +42,8 @@ class StudyPlan(BaseModel):
         parent: The model between base and fine-tunes (base -> instruct -> domain): the study
             then holds both steps and the whole way.
         controls: Specifications of control fine-tunes: classified beside each fine-tune.
+        replicates: Name of a fine-tune to that of another run of its recipe (other seed), which is
+            a fine-tune of the study too: the ceiling of what two fine-tunes can have in common.
         prompts: Prompt file, ``demo:NAME``, or None for the shipped neutral texts.
         metric: Metric name or ``package.module:function``; None chooses by the prompts.
         canonical: Measure the weights in the base's coordinates (``weights.gauge``); what runs
@@ -64,6 +66,7 @@ class StudyPlan(BaseModel):
     tuned_names: tuple[str, ...] = ()
     parent: str | None = None
     controls: tuple[str, ...] = ()
+    replicates: dict[str, str] = {}
     prompts: str | None = None
     metric: str | None = None
     canonical: bool = False

@@ -20,9 +20,11 @@ from tvlens.weights.sources.memory import MemorySource
 
 from . import stages
 from .plan import WHOLE_WAY, StudyPlan
-from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json
+from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json, write_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tvlens.models.prompts import PromptSet
     from tvlens.weights.matching import Pair
     from tvlens.weights.sources.folder import Source
@@ -143,6 +145,7 @@ class _Run:
             self.say(f"{name}: kept")
             return
         made: dict[str, list[Table]] = {}
+        vectors: dict[str, "dict[str, Tensor]"] = {}
         with self.timed(name):
             for tuned_name, output in self._outputs(name):
                 self.warnings += output.warnings
@@ -150,8 +153,12 @@ class _Run:
                 self._fix_sample(output.facts)
                 for table in output.tables:
                     made.setdefault(table.name, []).append(table)
+                for file_name, named in output.vectors.items():
+                    vectors.setdefault(file_name, {}).update(named)
             for table_name, parts in made.items():
                 concatenated(table_name, parts, order=ORDERS.get(table_name, "")).save(self.folder)
+            for file_name, named in vectors.items():
+                write_tensors(self.folder / f"{file_name}.safetensors", named)
         self.write_manifest()
 
     def join(self) -> None:

@@ -1,6 +1,6 @@
 """The stages of a study: each takes a plan and a pair and returns tables.
 
-    decompose   Pair -> weights, tests, labels
+    decompose   Pair -> weights, tests, labels, directions, readings; all pairs -> lineage, overlap
     attribute   HookedPair, prompts, metric -> prompts, attribution, fidelity, findings, roles
     graft       base, tuning vector, prompts, metric -> curves, grafts
     evaluate    models, held-out texts -> evaluation
@@ -21,6 +21,7 @@ from tvlens.threads import one_thread
 from tvlens.weights.gauge import refuse_canonical
 from tvlens.weights.matching import load_pair
 
+from .directions import check_replicates, overlap_tables, written_directions
 from .plan import WHOLE_WAY, StudyPlan, name_of
 
 if TYPE_CHECKING:
@@ -69,11 +70,13 @@ class StageOutput:
         tables: To be written whole.
         facts: Small JSON values for the manifest.
         warnings: Sentences for the person who reads the result.
+        vectors: Tensors that a table names, by the table's name, to be written beside it.
     """
 
     tables: tuple[Table, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    vectors: Mapping[str, Mapping[str, "Tensor"]] = field(default_factory=dict)
 
 
 def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
@@ -98,7 +101,14 @@ def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     say(f"classify: {pair.tuned_name}")
     labels = classify(pair, weights, controls=tuple(controls), seed=plan.seed)
     facts["headline"] = labels.headline
-    return StageOutput((weights, labels.tests, labels.labels), facts, warnings)
+    say(f"directions: {pair.tuned_name}")
+    written = written_directions(pair, labels.labels, seed=plan.seed)
+    return StageOutput(
+        (weights, labels.tests, labels.labels, written.directions, written.readings),
+        facts,
+        warnings,
+        vectors={"directions": written.vectors},
+    )
 
 
 def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
@@ -215,6 +225,7 @@ def check_inputs(plan: StudyPlan) -> None:
     from tvlens.models.metrics import resolve_metric
     from tvlens.models.prompts import load_prompts, load_texts
 
+    check_replicates(plan)
     for spec in plan.controls:
         control = load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False)
         if plan.canonical:
@@ -382,6 +393,12 @@ def lineage_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> St
     return StageOutput((concatenated("lineage", tables),), warnings=tuple(filter(None, warnings)))
 
 
+def decompose_together(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> StageOutput:
+    """What the weights of several fine-tunes say together: lineage and overlap."""
+    lineage = lineage_stage(plan, pairs, say)
+    return replace(lineage, tables=(*lineage.tables, *overlap_tables(plan, pairs, say)))
+
+
 def evaluate_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> StageOutput:
     """Held-out loss per domain of the base, the fine-tunes and the controls, each model once."""
     from tvlens.evaluation.losses import losses_table
@@ -420,7 +437,7 @@ STAGES: dict[str, Callable[[StudyPlan, "Pair", Progress], StageOutput]] = {
 }
 """What a stage does with one pair after the other."""
 TOGETHER: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], StageOutput]] = {
-    "decompose": lineage_stage,
+    "decompose": decompose_together,
     "evaluate": evaluate_stage,
 }
 """What a stage does with all pairs of the study together, after that."""

@@ -16,12 +16,16 @@ from .plan import StudyPlan
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from torch import Tensor
 
 ORDERS = {
     "weights": "relative_delta",
     "attribution": "score",
     "labels": "structured_share",
     "tests": "effect",
+    "directions": "strength",
+    "readings": "corrected",
+    "overlap": "cosine",
 }
 """The column that ``Table.top`` ranks by, per table."""
 
@@ -32,7 +36,10 @@ TABLES = (
     "weights",
     "tests",
     "labels",
+    "directions",
+    "readings",
     "lineage",
+    "overlap",
     "prompts",
     "attribution",
     "fidelity",
@@ -48,6 +55,7 @@ STUDY_FILES = (
     MANIFEST,
     "load_report.json",
     "report.html",
+    "directions.safetensors",
     *(f"{name}.parquet" for name in TABLES),
 )
 """What a study writes, and so all that ``--force`` may remove."""
@@ -103,6 +111,25 @@ class Study:
     def labels(self) -> Table:
         """One label a component."""
         return self.table("labels")
+
+    @property
+    def directions(self) -> Table:
+        """What each tuning vector writes, direction by direction, with its tokens."""
+        return self.table("directions")
+
+    @property
+    def direction_vectors(self) -> dict[str, "Tensor"]:
+        """Unit vectors by ``NAME.write`` and ``NAME.read``, NAME from ``directions.vector``.
+
+        Raises:
+            StudyError: The stage that makes them has not run.
+        """
+        from safetensors.torch import load_file
+
+        path = self.folder / "directions.safetensors"
+        if not path.is_file():
+            raise StudyError(f"{self.folder} holds no directions.safetensors.")
+        return load_file(path)
 
     @property
     def attribution(self) -> Table:
@@ -173,6 +200,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+    partial.replace(path)
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write ``tensors`` whole or not at all."""
+    from safetensors.torch import save
+
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(save(dict(tensors), metadata={"format": "pt"}))
     partial.replace(path)
 
 
