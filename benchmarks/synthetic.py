@@ -241,7 +241,9 @@ def _slabs(
     name: str, size: tuple[int, ...], dtype: str, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Base and tuned numbers of a tensor, flat, a slab at a time."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+    generator = torch.Generator().manual_seed(
+        zlib.crc32(f"{seed} {name}".encode())
+    )  # 32 bits count
     centre = 1.0 if len(size) == 1 else 0.0  # gains of norms
     stored = getattr(torch, dtype)
     for start in range(0, prod(size), SLAB):
