@@ -10,7 +10,7 @@ without tvlens.
     plain             one pass: read, sha256 of the stored bytes, sum of the squared delta
     basic             tvlens, every matrix, head and neuron, no spectra
     basic_scanned     the same after the look for NaN that `tvlens decompose` takes first
-    spectra           ``basic`` and the singular spectrum of every matrix's delta
+    spectra           the same and the singular spectrum of every matrix's and embedding's delta
     full              tvlens, all of ``decompose``
     modeldelta        norms, cosine and singular spectrum of every matrix's delta
     host              both models loaded with TransformerLens in float32, its default
@@ -24,7 +24,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,14 @@ def plain(base: str, tuned: str) -> Work:
     return work
 
 
-def basic(base: str, tuned: str, *, scan: bool = False) -> Work:
+def basic(base: str, tuned: str, *, scan: bool = False, singular: str = "none") -> Work:
     """Table of every component without spectra, from the folders on."""
     from tvlens.geometry import decompose
     from tvlens.weights.matching import load_pair
 
     if "spectra" not in inspect.signature(decompose).parameters:
-        raise SystemExit("this tvlens has no decompose(pair, spectra=False) yet.")
-    return lambda: len(decompose(load_pair(base, tuned, scan=scan), spectra=False))
+        raise SystemExit('this tvlens has no decompose(pair, spectra="none").')
+    return lambda: len(decompose(load_pair(base, tuned, scan=scan), spectra=singular))
 
 
 def basic_scanned(base: str, tuned: str) -> Work:
@@ -68,27 +68,7 @@ def basic_scanned(base: str, tuned: str) -> Work:
 
 def spectra(base: str, tuned: str) -> Work:
     """What modeldelta gives, heads and neurons besides."""
-    from tvlens.geometry.matrices import singular_energies
-    from tvlens.threads import one_thread
-    from tvlens.weights.matching import load_pair
-
-    table = basic(base, tuned)
-
-    @one_thread()
-    def work() -> list[int]:
-        pair = load_pair(base, tuned, scan=False)
-        values = sum(singular_energies(delta).numel() for delta in _matrices(pair))
-        return [table(), values]
-
-    return work
-
-
-def _matrices(pair: Any) -> Iterator[Any]:
-    """The tuning vector of every matrix and embedding."""
-    for block in pair.blocks():
-        for component in block:
-            if component.kind in ("matrix", "embedding"):
-                yield pair.change(component)[1].dense()
+    return basic(base, tuned, singular="delta")
 
 
 def full(base: str, tuned: str) -> Work:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.synthetic import PRESETS, SLAB, SPREAD, pair_at, write_pair
+from benchmarks.synthetic import CHANGE, PRESETS, SLAB, SPREAD, pair_at, write_pair
 
 TINY = PRESETS["tiny"]
 
@@ -36,7 +36,7 @@ def test_a_pair_loads_with_the_change_that_was_written(
         assert weight.base_dtype == dtype
         assert float(weight.base.std()) == pytest.approx(SPREAD, rel=0.05)
         relative = float(weight.dense_delta().norm() / weight.base.norm())
-        assert relative == pytest.approx(0.01, rel=0.05)
+        assert relative == pytest.approx(CHANGE, rel=0.08)  # bfloat16 rounds it by 5 %
     assert max(sum(w.base.numel() for w in map(pair.read, b)) for b in pair.blocks()) == (
         shape.largest_block
     )
