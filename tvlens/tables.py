@@ -130,11 +130,15 @@ class Table:
 
 
 def concatenated(name: str, tables: Sequence[Table], *, order: str = "") -> Table:
-    """The rows of ``tables``, in order, as one table.
+    """The rows of ``tables``, in order, as one table of one chunk a column.
+
+    Thousands of small chunks that live on while tensors come and go would break up the heap, so
+    that it never shrinks: 100 MB a layer on a model of 30 layers.
 
     Raises:
         StudyError: There is no table to take the schema from.
     """
     if not tables:
         raise StudyError(f"table {name!r} has no part to be made from.")
-    return Table(name, pa.concat_tables([table.data for table in tables]), order)
+    joined = pa.concat_tables([table.data for table in tables])
+    return Table(name, joined.combine_chunks(), order)
