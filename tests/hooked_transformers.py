@@ -47,7 +47,9 @@ def hooked_transformer(model: nn.Module, *, folded: bool = False) -> Any:
     """The HookedTransformer with the weights of a transformers model."""
     family = model.config.model_type.replace("gpt_", "")
     made = host().HookedTransformer(_config(family, model.config), move_to_device=False).eval()
-    weights = _gpt2(model) if family == "gpt2" else _neox(model) if family == "neox" else _rms(model)
+    weights = (
+        _gpt2(model) if family == "gpt2" else _neox(model) if family == "neox" else _rms(model)
+    )
     how = {} if folded else UNPROCESSED
     made.load_and_process_state_dict({k: v.detach().clone() for k, v in weights.items()}, **how)
     return made

@@ -1,6 +1,7 @@
 """Where a hooked pair's weights live, and the base model at other weights.
 
-A *site* is a place of the host that has weights: a linear map, a norm, an embedding. A (a head, a neuron, a matrix) is a set of slices of sites. ``WeightPath`` writes
+A *site* is a place of the host that has weights: a linear map, a norm, an embedding. A component
+(a head, a neuron, a matrix) is a set of slices of sites. ``WeightPath`` writes
 
     theta(s) = (1 - s) base + s tuned
 

@@ -61,4 +61,6 @@ def _renamed_norms(bridge: Any) -> dict[str, str]:
     if not str(getattr(first, "name", "")).startswith("post_"):
         return {}
     layers = range(bridge.cfg.n_layers)
-    return {f"blocks.{i}.{new}": f"blocks.{i}.{old}" for i in layers for new, old in POST_NORMS.items()}
+    return {
+        f"blocks.{i}.{new}": f"blocks.{i}.{old}" for i in layers for new, old in POST_NORMS.items()
+    }

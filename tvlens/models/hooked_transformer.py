@@ -1,4 +1,4 @@
-"""HookedTransformer of TransformerLens 3.9: its own modules, weights as W_Q [head, d_model, d_head].
+"""HookedTransformer of TransformerLens 3.9: modules of its own, W_Q as [head, d_model, d_head].
 
 Its hook points lie inside its attention and MLP, not around each map, so inputs and outputs of
 maps are found at the edges of those modules. No class of it is imported: 4.x has none.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tvlens.errors import HostError
 from tvlens.weights.families.hooked_transformer import POST_NORM
 
-from .hosts import Host, Kept, Norm, row_means, norm_of, submodule
+from .hosts import Host, Kept, Norm, norm_of, row_means, submodule
 from .passages import Passage
 
 QKV = ("query_input", "key_input", "value_input")
@@ -81,6 +81,7 @@ def hooked_transformer_host(model: Any) -> Host:
         norm,
         _passages(model),
         not_raw=_processing(model),
+        training_differs=bool(getattr(model.cfg, "use_logn_attn", False)),  # it has no dropout
         reload=f'Reload it raw: {name}.from_pretrained_no_processing("{model.cfg.model_name}").',
     )
 
@@ -104,9 +105,7 @@ def _kept(model: Any, site: str) -> Mapping[str, Kept]:
     return found
 
 
-def _parameters(
-    module: nn.Module | None, names: Mapping[str, tuple[str, str]]
-) -> dict[str, Kept]:
+def _parameters(module: nn.Module | None, names: Mapping[str, tuple[str, str]]) -> dict[str, Kept]:
     """Those of the parameters that a module has, grouped ones by their own name."""
     known = {} if module is None else module._parameters
     found = {}
@@ -162,7 +161,9 @@ def _of_block(model: Any, block: str) -> dict[str, str | Passage]:
     found[f"{block}attn.o.hook_out"] = Passage(attention, "out")
     for role in ("gate", "in") if model.cfg.gated_mlp else ("in",):
         found[f"{block}mlp.{role}.hook_in"] = Passage(mlp, "in")
-    pre = {"gate": "hook_pre", "in": "hook_pre_linear"} if model.cfg.gated_mlp else {"in": "hook_pre"}
+    pre = (
+        {"gate": "hook_pre", "in": "hook_pre_linear"} if model.cfg.gated_mlp else {"in": "hook_pre"}
+    )
     found |= {f"{block}mlp.{role}.hook_out": f"{block}mlp.{own}" for role, own in pre.items()}
     found[f"{block}mlp.out.hook_out"] = Passage(mlp, "out")
     return found | _of_norms(model, block, attention)

@@ -99,6 +99,7 @@ class Host:
             one of its own hooks, or the edge of a module.
         not_raw: Why its weights are not those of a checkpoint, empty where they are.
         reload: How to load it so that they are.
+        training_differs: It computes something else in training mode (dropout).
     """
 
     logits: Callable[[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]], Tensor]
@@ -107,6 +108,7 @@ class Host:
     passages: Mapping[str, str | Passage] = field(default_factory=dict)
     not_raw: str = ""
     reload: str = ""
+    training_differs: bool = True
 
     def require_raw(self) -> None:
         """Refuse weights that were changed while they were loaded.

@@ -234,7 +234,9 @@ class LensModel:
         entered = False
         try:
             with ExitStack() as stack:
-                stack.enter_context(self.model.hooks(fwd_hooks=self._own(fwd), bwd_hooks=self._own(bwd)))
+                stack.enter_context(
+                    self.model.hooks(fwd_hooks=self._own(fwd), bwd_hooks=self._own(bwd))
+                )
                 stack.enter_context(hooked_passages(passages, *there))
                 entered = True
                 yield self
@@ -289,7 +291,7 @@ class LensModel:
         Raises:
             HostError: Some module is in training mode.
         """
-        if any(module.training for module in self._running_modules()):
+        if self.host.training_differs and any(m.training for m in self._running_modules()):
             raise HostError("the model is in training mode.", hint="Call model.eval() first.")
 
     def _running_modules(self) -> Iterator[torch.nn.Module]:

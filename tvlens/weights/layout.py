@@ -13,7 +13,18 @@ from torch import Tensor
 from tvlens.components import Component
 from tvlens.errors import CheckpointError, UnsupportedFormatError
 
-from .families import gemma, gpt2, hooked_transformer, llama, mistral, neox, olmo2, phi3, qwen2, qwen3
+from .families import (
+    gemma,
+    gpt2,
+    hooked_transformer,
+    llama,
+    mistral,
+    neox,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from .families.table import Family, Place, Shape
 from .families.unlisted import Tensors, unlisted_family
 from .families.windows import Windows
@@ -146,6 +157,7 @@ class Layout:
             "b_V": (kv_heads,),
             "b_gate": (self.d_mlp,),
             "b_in": (self.d_mlp,),
+            "b_U": (self.d_vocab,),
             "q_norm.w": (self.d_head if per_head else heads,),
             "k_norm.w": (self.d_head if per_head else kv_heads,),
         }

@@ -151,8 +151,9 @@ def _of_own_weights(model: Any) -> MemorySource:
 
     Its ``live`` tensors may have heads as an axis of their own.
     """
+    weights = live_weights(model)
     config = hooked_transformer.config_of(model.cfg)
-    layout, weights = layout_of(config), live_weights(model)
+    layout = layout_of(config)
     live: dict[str, Tensor] = {}
     tensors: dict[str, TensorInfo] = {}
     for component, place in layout.places.items():
