@@ -62,9 +62,9 @@ def _config(family: str, config: Any) -> Any:
         "d_model": config.hidden_size,
         "d_head": getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads,
-        "d_mlp": 24,
+        "d_mlp": getattr(config, "intermediate_size", 24),
         "d_vocab": config.vocab_size,
-        "n_ctx": 32,
+        "n_ctx": config.max_position_embeddings,
         "act_fn": {"gpt2": "gelu_new", "neox": "gelu"}.get(family, "silu"),
         "normalization_type": "RMS" if family in RMS else "LN",
         "eps": 1e-5 if family not in RMS else config.rms_norm_eps,

@@ -393,3 +393,26 @@ def test_models_of_another_make_are_refused(how, said):
         setattr(made.cfg, name, value)
     with pytest.raises(HostError, match=said):
         LensModel.wrap(made)
+
+
+def test_the_pages_lines_run():
+    import re
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tvlens.demo.models import demo_folder
+
+    page = (Path(__file__).parent.parent / "docs" / "hookedtransformer.md").read_text("utf-8")
+    names = {}
+    for name, demo in (("base", "base"), ("tuned", "med")):
+        model = AutoModelForCausalLM.from_pretrained(demo_folder(demo), dtype=torch.float32)
+        names[name] = hooked.hooked_transformer(model)
+        names[name].tokenizer = AutoTokenizer.from_pretrained(demo_folder(demo))
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "hookedtransformer.md", "exec"), names)
+    assert len(names["weights"].to_frame())
+    frame = names["scores"].to_frame()
+    assert frame.loc[frame["kind"] == "matrix", "score"].abs().max() > 1e-2
+    assert (frame["status"] == "ok").all()
+    assert len(names["passing"].to_frame())

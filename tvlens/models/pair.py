@@ -71,19 +71,24 @@ class HookedPair:
     @classmethod
     def of(
         cls,
-        base: LensModel,
-        tuned: LensModel,
+        base: Any,
+        tuned: Any,
         *,
         tokenizer: Any = None,
         names: tuple[str, str] = ("base", "tuned"),
     ) -> "HookedPair":
-        """A pair of models that the caller made.
+        """A pair of models that the caller made: LensModel, TransformerBridge, HookedTransformer.
 
         Raises:
             IncomparableModelsError: Their shapes differ.
+            HostError: One is no hooked model.
         """
         pair = cls.__new__(cls)
-        pair.base, pair.tuned, pair.tokenizer = base, tuned, tokenizer
+        pair.base, pair.tuned = (
+            model if isinstance(model, LensModel) else LensModel.wrap(model)
+            for model in (base, tuned)
+        )
+        pair.tokenizer = tokenizer
         pair.base_name, pair.tuned_name = names
         pair.warnings = ()
         pair._require_same_shape()
