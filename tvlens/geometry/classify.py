@@ -25,6 +25,7 @@ from scipy import stats
 
 from tvlens.components import Component, key_columns
 from tvlens.errors import StudyError
+from tvlens.memory import release_freed
 from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
@@ -397,7 +398,10 @@ def headline(
 def _write_matrices(pair: Pair) -> pd.DataFrame:
     """Rows of W_O and W_out of a control, all that its contrast needs."""
     blocks = [[c for c in block if c.part in ("W_O", "W_out")] for block in pair.blocks()]
-    found = [weights_of_block(pair, block).to_frame() for block in blocks if block]
+    found = []
+    for block in filter(None, blocks):
+        found.append(weights_of_block(pair, block).to_frame())
+        release_freed()
     return pd.concat(found) if found else pd.DataFrame(columns=list(WEIGHTS_SCHEMA.names))
 
 
@@ -430,7 +434,11 @@ def classify(
             hint="Pass decompose(pair) of the same pair.",
         )
     kappa = frame["kappa"]
-    evidence = joined_evidence([evidence_of_block(pair, b, kappa, seed=seed) for b in blocks])
+    found = []
+    for block in blocks:
+        found.append(evidence_of_block(pair, block, kappa, seed=seed))
+        release_freed()
+    evidence = joined_evidence(found)
     gate = {name: frame[name].astype(float) for name in GATE_COLUMNS}
     rows = with_q_values(with_weights(evidence.frame, gate))
     calls = (classifier or labelled)(rows)

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tvlens.components import KNOWN_PARTS, READING_PARTS, WRITING_PARTS, Component, key_columns
+from tvlens.memory import release_freed
 from tvlens.tables import Table, concatenated, keyed_schema
 from tvlens.threads import one_thread
 
@@ -444,9 +445,9 @@ def kv_index_of(pair: Pair) -> Int[Tensor, " head"]:
     return kv_index_of_heads(pair.layout.n_heads, pair.layout.n_kv_heads)
 
 
-def _circuits(pair: Pair) -> dict[str, tuple[str, str]]:
-    """The circuits of a pair's heads and the factors each needs (module docstring)."""
-    bilinear = {} if pair.layout.qk_norm else {"QK": ("W_Q", "W_K")}
+def circuits_of(layout: Layout) -> dict[str, tuple[str, str]]:
+    """The circuits of a model's heads and the factors each needs (module docstring)."""
+    bilinear = {} if layout.qk_norm else {"QK": ("W_Q", "W_K")}
     return {"OV": ("W_V", "W_O"), **bilinear}
 
 
@@ -459,7 +460,7 @@ def weights_of_block(pair: Pair, block: Sequence[Component]) -> Table:
     for part in HEAD_PARTS:
         if part in parts:
             tables.append(_factor_table(writer, layer, part, parts[part], kv_index))
-    for circuit, needed in _circuits(pair).items():
+    for circuit, needed in circuits_of(pair.layout).items():
         if all(part in parts for part in needed):
             tables.append(_circuit_table(writer, layer, circuit, parts, kv_index))
     for part in NEURON_PARTS:
@@ -475,6 +476,7 @@ def decompose(pair: Pair, progress: Progress | None = None) -> Table:
     tables: list[Table] = []
     for done, block in enumerate(blocks, start=1):
         tables.append(weights_of_block(pair, block))
+        release_freed()
         if progress is not None:
             progress(done, len(blocks))
     return concatenated("weights", tables, order="relative_delta")
