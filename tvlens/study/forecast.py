@@ -22,7 +22,7 @@ from .row_counts import (
     evaluation_rows,
     graft_rows,
     label_rows,
-    test_rows,
+    tested_rows,
     weight_rows,
 )
 
@@ -112,7 +112,7 @@ def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecas
             every + controls * 4 * files,
             work.classify_work(pair, controls),
             peaks.classify_peak(pair),
-            {"tests": test_rows(pair), "labels": label_rows(pair)},
+            {"tests": tested_rows(pair), "labels": label_rows(pair)},
         ),
     }
     wanted = ("match", *(("decompose", "classify") if "decompose" in plan.stages else ()))

@@ -108,7 +108,7 @@ def label_rows(pair: Pair) -> Rows:
     return _summed(found)
 
 
-def test_rows(pair: Pair) -> Rows:
+def tested_rows(pair: Pair) -> Rows:
     """At most this many rows of ``tests``: all components above the rounding floor, with spikes."""
     layout, labels = pair.layout, label_rows(pair).by
     peers = layout.n_heads - layout.n_heads // max(1, layout.n_kv_heads)

@@ -36,23 +36,25 @@ from .row_counts import (
     graft_sizes,
     label_rows,
     matrix_parts,
-    test_rows,
+    tested_rows,
     weight_rows,
 )
 
 Work = Mapping[str, float]
 """Amounts by operation."""
 
-READING = 4.0
+READING = 2.5
 """A weight read with its difference and rounding energy, in passes of ``entry``."""
-SCANNING = 2.0
+SCANNING = 1.0
 """Looking for NaN and comparing, of base and tuned together."""
 VALUES_ONLY = 0.4
 """An eigenvalue problem without vectors, as a share of one with them."""
 QR_SLOWNESS = 6.0
 """Multiplications of a QR of narrow matrices, in those of a matrix product of equal count."""
-CALLS_OF_A_COMPONENT, CALLS_OF_A_BLOCK = 300, 3_000
+CALLS_OF_A_COMPONENT, CALLS_OF_A_BLOCK = 600, 6_000
 """Small operations of the measures of one component, and of the heads' and neurons' tables."""
+CALLS_OF_A_TENSOR, CALLS_OF_TWO_TOKENIZERS = 300, 60_000
+"""Small operations of matching: opening a file for each tensor, reading two vocabularies."""
 CALLS_OF_A_HOOKED_BLOCK = 650
 """Small operations of one block in a forward pass of the host."""
 CALLS_OF_A_START = 1_400_000
@@ -123,7 +125,12 @@ def _tuned_names(pair: Pair, name: str) -> list[str]:
 
 def matching_work(pair: Pair) -> dict[str, float]:
     """Two passes over all numbers (finite? equal?) and one of hashing."""
-    return {"hash": sum(stored_bytes(pair)), "entry": SCANNING * entries(pair, pair.components)}
+    tensors = len(pair.base.tensors) + len(pair.tuned.tensors)
+    return {
+        "hash": sum(stored_bytes(pair)),
+        "entry": SCANNING * entries(pair, pair.components),
+        "call": CALLS_OF_A_TENSOR * tensors + CALLS_OF_TWO_TOKENIZERS,
+    }
 
 
 def decompose_work(pair: Pair) -> dict[str, float]:
@@ -135,7 +142,7 @@ def decompose_work(pair: Pair) -> dict[str, float]:
 def classify_work(pair: Pair, controls: int = 0) -> dict[str, float]:
     """Every block's evidence and labels, and the writing matrices of each control."""
     blocks = [_classified_block(pair, block) for block in pair.blocks() if block]
-    rows = {"label": label_rows(pair).at_most, "row": test_rows(pair).at_most}
+    rows = {"label": label_rows(pair).at_most, "row": tested_rows(pair).at_most}
     writing = [
         _decomposed_block(pair, [c for c in block if c.part in ("W_O", "W_out")])
         for block in pair.blocks()
