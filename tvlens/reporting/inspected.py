@@ -30,8 +30,9 @@ def inspection_view(found: Mapping[str, Any]) -> RenderableType:
         _tables(found),
         Text(),
         Text(
-            "Seconds come from rates measured now and hold while a core is free; the wider end "
-            "adds a slow disk and, for attribution, integrals that need more nodes.",
+            "Times are counts of operations at rates measured just now, of a core that nothing "
+            "else uses. The far end adds a slow disk and, for attribution, integrals that need "
+            "more nodes.",
             style="dim",
         ),
     )
@@ -155,7 +156,7 @@ def ranking_view(ranking: Mapping[str, Any]) -> RenderableType:
     return Padding(Group(table, *lines), (1, 0, 0, 0))
 
 
-def amount(count: float) -> str:
+def amount(count: float | int) -> str:
     """Bytes in decimal units: ``404 MB``, ``141 GB``."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if count >= size:
@@ -163,7 +164,7 @@ def amount(count: float) -> str:
     return f"{_short(count / 1e3)} kB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """A time in the unit that people would use: ``0.3 s``, ``40 s``, ``12 min``, ``5 h``."""
     for size, unit, least in UNITS:
         if seconds >= least * size:
@@ -171,6 +172,6 @@ def duration(seconds: float) -> str:
     return f"{_short(seconds)} s"
 
 
-def _short(number: float) -> str:
+def _short(number: float | int) -> str:
     """Two figures, whole above ten."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"

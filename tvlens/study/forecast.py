@@ -27,7 +27,7 @@ from .row_counts import (
 )
 
 UNCERTAINTY = 2.0
-"""Expected seconds are right within this factor, on a machine that has a core to spare."""
+"""Expected seconds are right within this factor, on a core that nothing else uses."""
 DISK, SLOW_DISK = 1e9, 0.15e9
 """Bytes a second that a local disk gives, and a network disk."""
 
@@ -92,7 +92,7 @@ class Prompted:
 
 def seconds_of(work_done: work.Work, rates: Rates) -> float:
     """What an amount of work takes on one machine."""
-    return sum(amount * rates[operation] for operation, amount in work_done.items())
+    return math.fsum(amount * rates[operation] for operation, amount in work_done.items())
 
 
 def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecast]:
@@ -193,7 +193,7 @@ def _checking(plan: StudyPlan, asked: Asked, one: work.Passes, batch: Batch, rat
     series, nodes = len(asked.activation_series), NODE_COUNTS[0]
 
     def cost(prompts: int) -> Cost:
-        passes = work.exact_sample(one, batch, prompts=prompts, series=series)
+        passes = work.exact_sample(one, batch, prompts=prompts)
         whole, patched = (seconds_of(done, rates) for done in passes)
         return Cost(whole, patched, series)
 

@@ -23,8 +23,8 @@ inspected as fast as the demo. The shape of what ``inspection`` gives is stable:
         cannot_run          instead of all these: why the stage would be refused
     seconds             {expected, low, high} of all stages
 
-Seconds are counts of operations times rates measured on the spot; they hold for a machine with a
-core to spare. ``low`` and ``high`` are a factor of 2 away; ``high`` also holds the most nodes an
+Seconds are counts of operations times rates measured on the spot, of a core that nothing else
+uses. ``low`` and ``high`` are a factor of 2 away; ``high`` also holds the most nodes an
 integral may need, and a slow disk.
 """
 

@@ -1,8 +1,8 @@
 """What each operation of ``work`` costs here and now, in seconds a unit.
 
-Each rate is the least of a few runs of a few milliseconds, so that it is the machine's own and not
-that of what else happens to run: on a busy machine everything takes longer by as much as it has
-to share.
+Each rate is the least of a few runs of a few milliseconds. What runs on one thread is timed by the
+processor's clock and so on a core of its own, whatever else happens to run; what runs on several,
+or on an accelerator, by the wall's.
 """
 
 import hashlib
@@ -31,20 +31,18 @@ _EIGEN_SIZE = 256
 _PRODUCT_SIZE = 512
 
 
-def measured_rates(
-    device: str = "cpu", *, wide: bool = True, clock: Clock = time.perf_counter
-) -> dict[str, float]:
+def measured_rates(device: str = "cpu", *, wide: bool = True) -> dict[str, float]:
     """The rates of this machine, in about half a second.
 
     Args:
         device: Where the models run.
         wide: The models are wide enough to run on all threads; else on one.
-        clock: Seconds so far; ``time.process_time`` leaves out what others use of the machine.
     """
+    alone = torch.device(device).type == "cpu" and (not wide or torch.get_num_threads() == 1)
     with one_thread():
-        rates = {name: rate(clock) for name, rate in ON_ONE_THREAD.items()}
-    with one_thread(only_if=not wide):
-        rates["forward"] = _forward_rate(device, clock)
+        rates = {name: rate(time.process_time) for name, rate in ON_ONE_THREAD.items()}
+    with one_thread(only_if=alone):
+        rates["forward"] = _forward_rate(device, time.process_time if alone else time.perf_counter)
     return rates
 
 

@@ -40,7 +40,7 @@ from .row_counts import (
     weight_rows,
 )
 
-Work = Mapping[str, float]
+Work = Mapping[str, float | int]
 """Amounts by operation."""
 
 READING = 2.5
@@ -53,6 +53,10 @@ QR_SLOWNESS = 6.0
 """Multiplications of a QR of narrow matrices, in those of a matrix product of equal count."""
 CALLS_OF_A_COMPONENT, CALLS_OF_A_BLOCK = 600, 6_000
 """Small operations of the measures of one component, and of the heads' and neurons' tables."""
+CALLS_OF_A_TEST = 2_500
+"""Small operations of one matrix's evidence, most of them in frames of one row."""
+EVIDENCE = 2.0
+"""What is tested, joined and sorted of a component, with its label, in labels."""
 CALLS_OF_A_TENSOR, CALLS_OF_TWO_TOKENIZERS = 300, 60_000
 """Small operations of matching: opening a file for each tensor, reading two vocabularies."""
 CALLS_OF_A_HOOKED_BLOCK = 650
@@ -65,16 +69,16 @@ LATER_ROWS = 4.0
 """What is joined, ranked and compared of an attribution row, in rows put into a table."""
 
 
-def added(*parts: Work) -> dict[str, float]:
+def added(*parts: Work) -> Work:
     """The sum of several pieces of work."""
-    total: dict[str, float] = {}
+    total: dict[str, float | int] = {}
     for part in parts:
         for operation, amount in part.items():
             total[operation] = total.get(operation, 0.0) + amount
     return total
 
 
-def times(factor: float, work: Work) -> dict[str, float]:
+def times(factor: float | int, work: Work) -> Work:
     """The same work ``factor`` times."""
     return {operation: factor * amount for operation, amount in work.items()}
 
@@ -123,7 +127,7 @@ def _tuned_names(pair: Pair, name: str) -> list[str]:
     return [stored for stored in found if stored]
 
 
-def matching_work(pair: Pair) -> dict[str, float]:
+def matching_work(pair: Pair) -> Work:
     """Two passes over all numbers (finite? equal?) and one of hashing."""
     tensors = len(pair.base.tensors) + len(pair.tuned.tensors)
     return {
@@ -133,16 +137,16 @@ def matching_work(pair: Pair) -> dict[str, float]:
     }
 
 
-def decompose_work(pair: Pair) -> dict[str, float]:
+def decompose_work(pair: Pair) -> Work:
     """Every block's measures; see ``geometry.decompose`` for what they are."""
     blocks = [_decomposed_block(pair, block) for block in pair.blocks() if block]
     return added(*blocks, {"row": weight_rows(pair).at_most})
 
 
-def classify_work(pair: Pair, controls: int = 0) -> dict[str, float]:
+def classify_work(pair: Pair, controls: int = 0) -> Work:
     """Every block's evidence and labels, and the writing matrices of each control."""
     blocks = [_classified_block(pair, block) for block in pair.blocks() if block]
-    rows = {"label": label_rows(pair).at_most, "row": tested_rows(pair).at_most}
+    rows = {"label": EVIDENCE * label_rows(pair).at_most, "row": tested_rows(pair).at_most}
     writing = [
         _decomposed_block(pair, [c for c in block if c.part in ("W_O", "W_out")])
         for block in pair.blocks()
@@ -155,9 +159,9 @@ def _eigen(size: int, *, values_only: float = 0.0, whole: float = 1.0) -> float:
     return (whole + VALUES_ONLY * values_only) * size**3 * (1 + 200 / max(1, size))
 
 
-def _measured(short: int, long: int) -> dict[str, float]:
+def _measured(short: int, long: int) -> Work:
     """All spectral measures of a matrix: eight products of Gram's size, two spectra."""
-    return {"product": 16 * short**2 * long, "eigen": _eigen(short, values_only=1)}
+    return {"product": 16 * short**2 * long, "eigen": _eigen(short, values_only=1.0)}
 
 
 def _sides(pair: Pair, component: Component) -> tuple[int, int]:
@@ -165,7 +169,7 @@ def _sides(pair: Pair, component: Component) -> tuple[int, int]:
     return short, long
 
 
-def _decomposed_block(pair: Pair, block: Sequence[Component]) -> dict[str, float]:
+def _decomposed_block(pair: Pair, block: Sequence[Component]) -> Work:
     layout, parts = pair.layout, matrix_parts(block)
     works = [_decomposed(pair, component) for component in block]
     head = times(layout.n_heads, _measured(*sorted((layout.d_head, layout.d_model))))
@@ -177,21 +181,20 @@ def _decomposed_block(pair: Pair, block: Sequence[Component]) -> dict[str, float
     return added(*works, {"call": calls})
 
 
-def _decomposed(pair: Pair, component: Component) -> dict[str, float]:
+def _decomposed(pair: Pair, component: Component) -> Work:
     """Reading, the vector measures whole and cut finer, and the spectra of one component."""
     size = math.prod(pair.layout.shape(component))
     if component.kind == "matrix":
-        work: Work = _measured(*_sides(pair, component))
-        return added(work, {"entry": (READING + 2) * size})
+        return added(_measured(*_sides(pair, component)), {"entry": (READING + 2) * size})
     if component.kind == "embedding":
         short, long = _sides(pair, component)
         products = 4 * short**2 * long + 6 * short**3
-        spectra = _eigen(short, values_only=1)
+        spectra = _eigen(short, values_only=1.0)
         return {"product": products, "eigen": spectra, "entry": (READING + 1) * size}
     return {"entry": (READING + 1) * size}
 
 
-def _circuit(layout: Layout) -> dict[str, float]:
+def _circuit(layout: Layout) -> Work:
     """OV or QK of every head: two QR of twice its width, and the measures of the core."""
     width, d_model = layout.d_head, layout.d_model
     core = min(2 * width, d_model)
@@ -200,37 +203,37 @@ def _circuit(layout: Layout) -> dict[str, float]:
     return times(layout.n_heads, one)
 
 
-def _classified_block(pair: Pair, block: Sequence[Component]) -> dict[str, float]:
+def _classified_block(pair: Pair, block: Sequence[Component]) -> Work:
     layout, parts = pair.layout, matrix_parts(block)
     works = [_evidence(pair, component) for component in block]
     if parts >= {"W_V", "W_O"}:
         heads, width, d_model = layout.n_heads, layout.d_head, layout.d_model
         swapped = (2 * heads**2 * width * d_model * (2 + width)) + heads * _spikes(width, d_model)
-        spectra = 2 * heads * _eigen(min(width, d_model), values_only=1)
+        spectra = 2 * heads * _eigen(min(width, d_model), values_only=1.0)
         works.append({"product": swapped, "eigen": spectra})
-    calls = CALLS_OF_A_COMPONENT * len(block) + CALLS_OF_A_BLOCK * bool(parts)
+    calls = CALLS_OF_A_TEST * len(parts) + CALLS_OF_A_BLOCK * bool(parts)
     return added(*works, {"call": calls})
 
 
 def _spikes(width: int, d_model: int) -> float:
     """Both factors' spikes, and how far they leave the head's own directions."""
-    return 2 * (6 + 4 * QR_SLOWNESS + 2) * width**2 * d_model
+    return 2.0 * (6 + 4 * QR_SLOWNESS + 2) * width**2 * d_model
 
 
-def _evidence(pair: Pair, component: Component) -> dict[str, float]:
+def _evidence(pair: Pair, component: Component) -> Work:
     """Gains, spikes and their edge of a matrix; those of its rows as neurons."""
     size = math.prod(pair.layout.shape(component))
-    read: dict[str, float] = {"entry": READING * size}
+    read = {"entry": READING * size}
     if component.kind != "matrix":
         return read
     short, long = _sides(pair, component)
-    whole = {"product": 12 * short**2 * long, "eigen": _eigen(short, whole=2, values_only=1)}
+    whole = {"product": 12 * short**2 * long, "eigen": _eigen(short, whole=2.0, values_only=1.0)}
     if component.part not in NEURON_PARTS:
         return added(read, whole, {"entry": 3 * size})
     return added(
         read,
         whole,
-        {"product": 12 * short**2 * long, "eigen": _eigen(short, values_only=1)},
+        {"product": 12 * short**2 * long, "eigen": _eigen(short, values_only=1.0)},
         {"entry": 5 * size},
     )
 
@@ -253,9 +256,9 @@ class Passes:
     chunks: int
     blocks: int
 
-    def calls(self, blocks: float, chunks: float) -> dict[str, float]:
-        """What it takes to start ``blocks`` hooked blocks in each of some batches."""
-        return {"call": CALLS_OF_A_HOOKED_BLOCK * blocks * self.blocks * chunks}
+    def calls(self, passes: float, batches: int) -> Work:
+        """What it takes to start the blocks of ``passes`` hooked passes over some batches."""
+        return {"call": CALLS_OF_A_HOOKED_BLOCK * passes * self.blocks * batches}
 
 
 def passes_of(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int) -> Passes:
@@ -281,30 +284,30 @@ def passes_of(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int) -> Pass
     )
 
 
-def first_order_activations(one: Passes, prompts: int) -> dict[str, float]:
+def first_order_activations(one: Passes, prompts: int) -> Work:
     """A whole pass of the donor, forward and backward of the receiver, 16 prompts at a time."""
     batches = math.ceil(prompts / 16)
-    return added(times(3, one.work), one.whole_logits, one.calls(4, batches))
+    return added(times(3, one.work), one.whole_logits, one.calls(4.0, batches))
 
 
-def weight_node(one: Passes) -> dict[str, float]:
+def weight_node(one: Passes) -> Work:
     """One node of a path: forward, backward, a product a site, and moving the weights."""
     moved = {"entry": PASSES_OF_AN_ACTIVATION * 8 * one.parameters}
     return added(times(3, one.work), times(one.chunks, moved), one.calls(3.8, one.chunks))
 
 
-def exact_sample(one: Passes, batch: Batch, *, prompts: int, series: int) -> tuple[Work, Work]:
+def exact_sample(one: Passes, batch: Batch, *, prompts: int) -> tuple[Work, Work]:
     """A whole and a patched pass over the prompts of the exact sample."""
     share = min(1.0, prompts / max(1, len(batch)))
-    some = max(1.0, share * one.chunks)
-    whole = added(times(share, one.work), one.calls(1, some))
+    some = max(1, math.ceil(share * one.chunks))
+    whole = added(times(share, one.work), one.calls(1.0, some))
     patched = added(times(share / 2, one.work), one.calls(0.5, some))
     return whole, patched
 
 
 def attribute_work(
     pair: Pair, one: Passes, asked: Asked, *, nodes: Sequence[int] = NODE_COUNTS[:1]
-) -> dict[str, float]:
+) -> Work:
     """All estimates and their tables; the exact sample is planned by time, see ``forecast``.
 
     Args:
@@ -317,15 +320,15 @@ def attribute_work(
     series = len(asked.activation_series)
     estimates = times(series, first_order_activations(one, asked.prompts))
     integral = times(2 + sum(nodes), weight_node(one))
-    ends = times(2 * 4 + 3, added(one.work, one.calls(1, math.ceil(asked.prompts / 16))))
+    ends = times(2 * 4 + 3, added(one.work, one.calls(1.0, math.ceil(asked.prompts / 16))))
     tables = attribution_tables(pair, asked, joined=True)
     rows = {"row": (1 + LATER_ROWS) * tables["attribution"].at_least}
     return added(loading, estimates, integral, ends, rows)
 
 
-def graft_work(pair: Pair, one: Passes) -> dict[str, float]:
+def graft_work(pair: Pair, one: Passes) -> Work:
     """Scores by gates, then a gated pass for every set; a gate doubles the products."""
-    gated = added(times(2, one.work), one.calls(2, one.chunks))
+    gated = added(times(2, one.work), one.calls(2.0, one.chunks))
     scores = times(NODE_COUNTS[0] * 2, gated)
     sizes = graft_sizes(candidates(pair))
     sets = 2 * (sizes + SETS_OF_A_SIZE / 2 * (sizes + 1))
@@ -335,11 +338,11 @@ def graft_work(pair: Pair, one: Passes) -> dict[str, float]:
 
 def evaluate_work(
     pair: Pair, texts: Sequence[Batch], metric: Metric, *, models: int, d_vocab: int
-) -> dict[str, float]:
+) -> Work:
     """A forward pass of every model over every text."""
     found = []
     for batch in texts:
         one = passes_of(pair, batch, metric, d_vocab=d_vocab)
-        found.append(added(one.work, one.calls(1, math.ceil(len(batch) / 16))))
+        found.append(added(one.work, one.calls(1.0, math.ceil(len(batch) / 16))))
     loading = {"entry": SCANNING * entries(pair, pair.components), "call": CALLS_OF_A_START / 2}
     return times(models, added(loading, *found))
