@@ -117,7 +117,7 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     from tvlens.models.pair import HookedPair
     from tvlens.models.prompts import load_prompts, tokenised
 
-    hooked = HookedPair(pair, device=_device(plan))
+    hooked = HookedPair(pair, device=chosen_device(plan))
     asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
     metric = resolve_metric(plan.metric, asked)
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
@@ -158,7 +158,7 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     metric = resolve_metric(plan.metric, asked)
     common = common_tokens_of(pair)
     batch = tokenised(asked, tokenizer_in(common.folders), chat=plan.chat)
-    lens = LensModel.load(pair.base.folder, rows=common.size, device=_device(plan))
+    lens = LensModel.load(pair.base.folder, rows=common.size, device=chosen_device(plan))
     lens.unknown = common.unknown
     splits = {
         split: [row for row, number in enumerate(batch.numbers) if asked[number].split == split]
@@ -279,7 +279,8 @@ def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
     return warnings
 
 
-def _device(plan: StudyPlan) -> str:
+def chosen_device(plan: StudyPlan) -> str:
+    """Where the models run: as asked, else on an accelerator if there is one."""
     import torch
 
     if plan.device != "auto":
@@ -424,7 +425,7 @@ def evaluate_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> S
     made = []
     for name, (folder, adapter) in models.items():
         say(f"held-out losses of {name}")
-        lens = LensModel.load(folder, adapter=adapter, device=_device(plan))
+        lens = LensModel.load(folder, adapter=adapter, device=chosen_device(plan))
         made.append(losses_table(name, lens, tasks, seed=plan.seed))
     warnings = tuple(sentence for tokens in common for sentence in tokens.warnings)
     return StageOutput((concatenated("evaluation", made),), warnings=warnings)
