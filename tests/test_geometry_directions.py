@@ -147,6 +147,8 @@ def test_random_directions_do_not_stand_out_and_their_p_is_calibrated() -> None:
         rows = _found(_planted(W_OUT, 0.3 * change)).table.where(part="W_out").to_frame()  # type: ignore[operator]
         assert len(rows) == 8
         assert not rows["stands_out"].any()
+        assert all(z[0] == top for z, top in zip(rows["promoted_z"], rows["top_z"], strict=True))
+        assert all(z[0] < 0 and z[0] <= z[-1] for z in rows["suppressed_z"])
         p_values += rows["p_value"].tolist()
     assert abs(np.mean(p_values) - 0.5) < 4 * (1 / 12 / len(p_values)) ** 0.5
     assert np.mean(np.array(p_values) < 0.05) < 0.17  # 48 draws: .05 +- .03
