@@ -20,9 +20,8 @@ from tests.geometry_pairs import (
 from tests.tiny_checkpoints import copy_with, tiny_gemma2
 from tvlens.components import Component
 from tvlens.geometry.directions import Directions, directions_table, new_directions
-from tvlens.geometry.matrices import spectral_basis
 from tvlens.geometry.readout import unembedding_of
-from tvlens.geometry.spectra import Spectra, spectra_of_block
+from tvlens.geometry.spectra import spectra_of_block, triplets_of
 from tvlens.geometry.writes import matrix_intruders
 from tvlens.tables import Table, keyed_schema
 from tvlens.weights.matching import load_pair
@@ -221,8 +220,7 @@ def test_intruders_are_those_of_a_dense_decomposition() -> None:
     }
     assert matrix_intruders(spectra) == expected
     assert expected["intruders_07"] > expected["intruders_03"] >= 0
-    still = Spectra(W_OUT, replace(spectra.weight, delta=1e-6 * change), spectra.base,
-                    spectral_basis(change))  # fmt: skip
+    still = replace(spectra, change=1e-6 * change, delta=triplets_of(change))
     assert set(matrix_intruders(still).values()) == {0}
 
 

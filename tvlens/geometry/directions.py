@@ -26,8 +26,8 @@ from tvlens.components import key_columns
 from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
-from .decompose import Pair, kv_index_of
 from .nulls import benjamini_hochberg
+from .reading import Pair, kv_index_of
 from .readout import RandomReadout, Readout, Unembedding, random_readout, readout, token_names
 from .spectra import spectra_of_block
 from .writes import FACTS, Direction, directions_of_block

@@ -45,11 +45,10 @@ from tvlens.errors import IncomparableModelsError, StudyError
 from tvlens.tables import KEY_FIELDS, Table, keyed_schema
 from tvlens.threads import one_thread
 
-from .decompose import Pair, Weight
 from .evidence import residual_side
-from .matrices import spectral_basis
 from .nulls import noise_edge
-from .spectra import is_resolved, onto_residual
+from .reading import Pair, Weight
+from .spectra import is_resolved, onto_residual, triplets_of
 
 SPIKES_KEPT = 64
 """Directions above the edge that a subspace holds at most; ``spikes_a`` counts all of them."""
@@ -130,7 +129,7 @@ def change_of(weight: Weight, component: Component, *, seed: int) -> Change:
     d_model = delta.shape[0 if residual_side(part) == "read" else 1]
     if not is_resolved(delta, weight.floor):
         return Change(delta, torch.zeros(d_model, 0, dtype=torch.float64), 0)
-    basis = spectral_basis(delta)
+    basis = triplets_of(delta)
     spikes = int((basis.values > noise_edge(delta, seed=seed)).sum())
     return Change(delta, onto_residual(basis, part)[:, : min(spikes, SPIKES_KEPT)], spikes)
 

@@ -46,11 +46,11 @@ from tvlens.components import Component, key_columns
 from tvlens.tables import Table, concatenated, keyed_schema
 from tvlens.threads import one_thread
 
-from .decompose import HEAD_PARTS, KV_PARTS, Pair, kv_index_of
 from .evidence import residual_side
 from .heads import slices_of_heads
-from .matrices import Basis, spectral_basis
-from .spectra import Spectra, onto_residual, spectra_of_block, writing
+from .measures import HEAD_PARTS, KV_PARTS
+from .reading import Pair, kv_index_of
+from .spectra import Spectra, Triplets, onto_residual, spectra_of_block, triplets_of, writing
 
 ENERGY_RULES = {"energy_0.9025": 0.95**2, "energy_0.95": 0.95}
 """Shares of |W|^2 that set k."""
@@ -123,10 +123,10 @@ class Sided:
         delta: Float[Tensor, "component d_in d_out"],
         part: str,
         *,
-        bases: tuple[Basis, Basis] | None = None,
+        bases: tuple[Triplets, Triplets] | None = None,
     ) -> "Sided":
         """From matrices in the orientation x @ W; ``bases`` where both are decomposed already."""
-        own, change = bases or (spectral_basis(base), spectral_basis(delta))
+        own, change = bases or (triplets_of(base), triplets_of(delta))
         return cls(
             onto_residual(own, part),
             own.values,
@@ -288,7 +288,7 @@ def readings_of_block(pair: Pair, spectra: Sequence[Spectra], d_head: int, *, se
         layer = one.component.layer
         own = seed + 1000 * (0 if layer is None else layer + 1) + 10 * place
         base, delta = (
-            rearrange(w, "d_in d_out -> 1 d_in d_out") for w in (one.weight.base, one.weight.delta)
+            rearrange(w, "d_in d_out -> 1 d_in d_out") for w in (one.weight.base, one.change)
         )
         bases = (_batch_of_one(one.base), _batch_of_one(one.delta))
         whole = Sided.of(base, delta, one.part, bases=bases)
@@ -299,18 +299,16 @@ def readings_of_block(pair: Pair, spectra: Sequence[Spectra], d_head: int, *, se
     return concatenated("readings", tables, order="corrected")
 
 
-def _batch_of_one(basis: Basis) -> Basis:
+def _batch_of_one(basis: Triplets) -> Triplets:
     read, write = (rearrange(s, "d direction -> 1 d direction") for s in (basis.read, basis.write))
-    return Basis(read, rearrange(basis.values, "direction -> 1 direction"), write)
+    return Triplets(read, rearrange(basis.values, "direction -> 1 direction"), write)
 
 
 def _head_table(pair: Pair, one: Spectra, d_head: int, *, seed: int) -> Table:
     """Rows of the changed slices of one attention matrix."""
     of_kv = one.part in KV_PARTS
     n_heads = pair.layout.n_kv_heads if of_kv else pair.layout.n_heads
-    base, delta = (
-        slices_of_heads(w, one.part, n_heads) for w in (one.weight.base, one.weight.delta)
-    )
+    base, delta = (slices_of_heads(w, one.part, n_heads) for w in (one.weight.base, one.change))
     changed = (delta != 0).flatten(1).any(1) & (base != 0).flatten(1).any(1)
     numbers = changed.nonzero().flatten().tolist()
     if not numbers:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tvlens.components import Component
 
-from .decompose import Pair
+from .reading import Pair
 
 DRAWS = 1999
 """Random directions of the null: the smallest p is 1 / 2,000, so ten directions that no random one

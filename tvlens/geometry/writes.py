@@ -34,17 +34,18 @@ from typing import Any
 import pandas as pd
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tvlens.components import Component
 
-from .decompose import Pair, Slice, factor_of_heads, kv_index_of
-from .evidence import DEVIATIONS, GAIN_COSINE, NEW_HI, relative_alignment
-from .heads import Factor
-from .matrices import K_FRACTION, Basis, self_alignment, spectral_basis, transposed
+from .changes import transposed
+from .evidence import DEVIATIONS, GAIN_COSINE, NEW_HI
+from .heads import slices_of_heads
+from .matrices import K_FRACTION
 from .nulls import noise_edge, unit_alignment_spread
-from .spectra import Spectra, is_resolved
+from .reading import Pair, kv_index_of
+from .spectra import Spectra, Triplets, triplets_of
 
 MATRIX_KEPT = 8
 HEAD_KEPT = 2
@@ -119,8 +120,8 @@ def directions_of_block(
         if part in parts and parts[part].resolved:
             found += matrix_directions(parts[part], seed=seed)
     if {"W_V", "W_O"} <= set(parts):
-        weights = {part: parts[part].weight for part in ("W_V", "W_O")}
-        found += head_directions(layer, weights, kv_index_of(pair), seed=seed)
+        group = kv_index_of(pair)
+        found += head_directions(layer, parts["W_V"], parts["W_O"], group, seed=seed)
     if "W_out" in parts and labels is not None:
         found += neuron_directions(parts["W_out"], labels)
     gains = {part: Component("norm", layer, None, name) for part, name in WRITERS.items()}
@@ -138,7 +139,7 @@ def _behind_post_norm(direction: Direction, gains: dict[str, Tensor]) -> Directi
 def matrix_directions(spectra: Spectra, *, seed: int) -> list[Direction]:
     """The strongest triplets above the noise edge of one writing matrix."""
     weight, delta = spectra.weight, spectra.delta
-    edge = float(noise_edge(weight.delta, seed=seed))
+    edge = float(noise_edge(spectra.change, seed=seed))
     spikes = int((delta.values > edge).sum())
     kept = min(spikes, MATRIX_KEPT)
     if not kept:
@@ -146,14 +147,14 @@ def matrix_directions(spectra: Spectra, *, seed: int) -> list[Direction]:
     read, write = (rearrange(side[:, :kept], "d n -> n d") for side in (delta.read, delta.write))
     common = {"edge": edge, "spikes": spikes, **matrix_intruders(spectra)}
     gains = gain_cosines(read, write, weight.base)
-    total = float(weight.delta.double().square().sum())
+    total = float(spectra.change.double().square().sum())
     rows = _described(write, delta.values[:kept], gains, spectra.base, total)
     return _directions(spectra.component, read, write, [{**common, **row} for row in rows])
 
 
 def matrix_intruders(spectra: Spectra) -> dict[str, int]:
     """The classical intruder count of a writing matrix, for every bar of the sweep."""
-    tuned = spectra.weight.base.double() + spectra.weight.delta.double()
+    tuned = spectra.weight.base.double() + spectra.change.double()
     start = torch.cat(
         [spectra.base.write[:, :RITZ_START], spectra.delta.write[:, :RITZ_START]], dim=1
     )
@@ -199,15 +200,15 @@ def _described(
     write: Float[Tensor, "row d_model"],
     strengths: Float[Tensor, " row"],
     gains: Float[Tensor, " row"],
-    basis: Basis,
+    basis: Triplets,
     total: float,
 ) -> list[dict[str, Any]]:
     """Facts of some write vectors against the base's write directions, and their labels."""
     d_model = write.shape[1]
     energies = einsum(write, basis.write, "row d, d direction -> row direction").square()
-    k = max(1, min(int(K_FRACTION * d_model), int(basis.rank)))
-    aligned = relative_alignment(write, basis)
-    error = unit_alignment_spread(d_model) / abs(float(self_alignment(basis, d_model)))
+    k = max(1, min(int(K_FRACTION * d_model), basis.rank))
+    aligned = basis.write_alignment(write)
+    error = unit_alignment_spread(d_model) / abs(basis.self_alignment(d_model))
     columns = {
         "strength": strengths,
         "share": strengths.square() / total,
@@ -248,68 +249,94 @@ def _directions(
     ]
 
 
-def _structured(factor: Factor, *, seed: int) -> tuple[Factor, Int[Tensor, " head"]]:
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One factor of the OV circuits of a layer, written out, one slice a head.
+
+    Attributes:
+        base: Base weights.
+        middle: Base plus half the change: with it the product rule has no cross term (heads.py).
+        change: The tuning vector, or what is kept of it.
+    """
+
+    base: Float64[Tensor, "head a b"]
+    middle: Float64[Tensor, "head a b"]
+    change: Float64[Tensor, "head a b"]
+
+    def of_heads(self, group: Int[Tensor, " head"]) -> "_Side":
+        """The factor that each query head reads, one slice a query head."""
+        return _Side(self.base[group], self.middle[group], self.change[group])
+
+
+def _side(spectra: Spectra, n_heads: int) -> _Side:
+    base, change = (
+        slices_of_heads(matrix, spectra.part, n_heads).double()
+        for matrix in (spectra.weight.base, spectra.change)
+    )
+    return _Side(base, base + change / 2, change)
+
+
+def _structured(side: _Side, *, resolved: bool, seed: int) -> tuple[_Side, Int[Tensor, " head"]]:
     """A factor whose change is cut to its triplets above the edge, and how many there are."""
-    basis = spectral_basis(factor.delta)
-    edge = rearrange(noise_edge(factor.delta, seed=seed), "head -> head 1")
-    above = basis.values > edge
-    kept = torch.where(above, basis.values, 0)
-    change = einsum(basis.read, kept, basis.write, "head a j, head j, head b j -> head a b")
-    middle = factor.middle
-    return Factor(middle - change / 2, change), above.sum(1)  # the same middle: see heads.py
+    found = triplets_of(side.change)
+    edge = rearrange(noise_edge(side.change, seed=seed), "head -> head 1")
+    above = (found.values > edge) & resolved
+    kept = torch.where(above, found.values, 0)
+    change = einsum(found.read, kept, found.write, "head a j, head j, head b j -> head a b")
+    return replace(side, change=change), above.sum(1)
 
 
-def circuit_basis(
-    left: Float[Tensor, "head d_model k"], right: Float[Tensor, "head k d_model"]
-) -> Basis:
+def circuit_triplets(
+    left: Float64[Tensor, "head d_model k"], right: Float64[Tensor, "head k d_model"]
+) -> Triplets:
     """Singular directions of left @ right without forming a d_model x d_model matrix."""
-    q_left, r_left = torch.linalg.qr(left.double())
-    q_right, r_right = torch.linalg.qr(transposed(right.double()))
-    core = spectral_basis(r_left @ transposed(r_right))
-    return Basis(q_left @ core.read, core.values, q_right @ core.write)
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(transposed(right))
+    core = triplets_of(r_left @ transposed(r_right))
+    return Triplets(q_left @ core.read, core.values, q_right @ core.write)
 
 
 def head_directions(
-    layer: int | None, weights: dict[str, Slice], group: Int[Tensor, " head"], *, seed: int
+    layer: int | None, value: Spectra, output: Spectra, group: Int[Tensor, " head"], *, seed: int
 ) -> list[Direction]:
     """The strongest structured triplets of every head's OV circuit."""
-    n_heads, n_kv_heads = len(group), int(group.max()) + 1
-    factors = {
-        "W_V": factor_of_heads(weights["W_V"], "W_V", n_kv_heads),
-        "W_O": factor_of_heads(weights["W_O"], "W_O", n_heads),
-    }
-    cut = {part: _structured(factor, seed=seed) for part, factor in factors.items()}
-    for part in factors:
-        if not is_resolved(weights[part].delta, weights[part].floor):
-            zero = torch.zeros_like(factors[part].delta, dtype=torch.float64)
-            cut[part] = Factor(factors[part].middle, zero), torch.zeros_like(cut[part][1])
-    (value, value_spikes), (output, output_spikes) = cut["W_V"], cut["W_O"]
-    value, spikes = value.of_heads(group), value_spikes[group] + output_spikes
-    left = torch.cat([value.middle, value.delta], dim=2)
-    right = torch.cat([output.delta, output.middle], dim=1)
-    base = circuit_basis(factors["W_V"].of_heads(group).base, factors["W_O"].base)
-    whole = _circuit_energy(factors["W_V"].of_heads(group), factors["W_O"])
-    change = circuit_basis(left, right)
+    whole = _side(value, int(group.max()) + 1), _side(output, len(group))
+    (reads, value_spikes), (writes, output_spikes) = (
+        _structured(side, resolved=one.resolved, seed=seed)
+        for side, one in zip(whole, (value, output), strict=True)
+    )
+    spikes = value_spikes[group] + output_spikes
+    change = circuit_triplets(*_both_sides(reads.of_heads(group), writes))
+    base = circuit_triplets(whole[0].of_heads(group).base, whole[1].base)
+    total = _product_energy(*_both_sides(whole[0].of_heads(group), whole[1]))
     found: list[Direction] = []
     for head in spikes.nonzero().flatten().tolist():
         source = Component("head", layer, head, "OV")
-        one, own = (Basis(b.read[head], b.values[head], b.write[head]) for b in (change, base))
-        found += _of_one_head(source, one, own, int(spikes[head]), float(whole[head]))
+        one, own = (Triplets(b.read[head], b.values[head], b.write[head]) for b in (change, base))
+        found += _of_one_head(source, one, own, int(spikes[head]), float(total[head]))
     return found
 
 
-def _circuit_energy(value: Factor, output: Factor) -> Float[Tensor, " head"]:
-    """|V_mid dO + dV O_mid|^2 of every head: the whole change, structured or not."""
-    left = torch.cat([value.middle, value.delta.double()], dim=2)
-    right = torch.cat([output.delta.double(), output.middle], dim=1)
+def _both_sides(
+    value: _Side, output: _Side
+) -> tuple[Float64[Tensor, "head d_model k"], Float64[Tensor, "head k d_model"]]:
+    """Factors of V_mid dO + dV O_mid, the exact change of the circuit."""
+    left = torch.cat([value.middle, value.change], dim=2)
+    return left, torch.cat([output.change, output.middle], dim=1)
+
+
+def _product_energy(
+    left: Float64[Tensor, "head d_model k"], right: Float64[Tensor, "head k d_model"]
+) -> Float64[Tensor, " head"]:
+    """|left @ right|^2 of every head."""
     grams = (transposed(left) @ left, right @ transposed(right))
     return einsum(grams[0], grams[1], "head a b, head a b -> head")
 
 
 def _of_one_head(
-    source: Component, change: Basis, base: Basis, spikes: int, total: float
+    source: Component, change: Triplets, base: Triplets, spikes: int, total: float
 ) -> list[Direction]:
-    kept = min(spikes, HEAD_KEPT, int(change.rank))
+    kept = min(spikes, HEAD_KEPT, change.rank)
     read, write = (rearrange(side[:, :kept], "d n -> n d") for side in (change.read, change.write))
     from_read = (read @ base.read * base.values) @ base.write.mT
     onto_write = (write @ base.write * base.values) @ base.read.mT
@@ -323,7 +350,7 @@ def neuron_directions(spectra: Spectra, labels: pd.DataFrame) -> list[Direction]
     layer = spectra.component.layer
     mine = (labels["kind"] == "neuron") & (labels["part"] == "W_out") & (labels["layer"] == layer)
     named = labels[mine & labels["label"].isin(NAMED_LABELS)]
-    delta, base = spectra.weight.delta.double(), spectra.weight.base.double()
+    delta, base = spectra.change.double(), spectra.weight.base.double()
     lengths = delta.norm(dim=1)
     chosen = sorted(named["index"].astype(int), key=lambda i: (-float(lengths[i]), i))[
         :NEURONS_KEPT
