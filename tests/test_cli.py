@@ -247,7 +247,9 @@ def test_an_interrupt_gives_a_sentence_and_status_130_and_resume_goes_on(
     assert status == 130
     assert "interrupted" in err
     before = (tmp_path / "s" / "weights.parquet").read_bytes()
-    monkeypatch.setitem(stages.STAGES, "attribute", lambda *_: stages.StageOutput(()))
+    monkeypatch.setitem(
+        stages.STAGES, "attribute", lambda *_: iter([("tuned", stages.StageOutput(()))])
+    )
     status, _, err = run(*words, "--resume")
     assert status == 0, err
     assert "decompose: kept" in err

@@ -91,6 +91,10 @@ def test_a_pure_gain_is_aligned_with_everything_of_its_rank() -> None:
     for key in (("sa_phi", "8_8"), ("sa_phi", "1_8"), ("sa_cos_mean", "top_10")):
         assert rows.loc[key, "value"] == pytest.approx(1, abs=1e-4)
         assert rows.loc[key, "corrected"] == pytest.approx(1, abs=1e-4)
+    # and what noise scores beside it stays at chance
+    assert (rows["noise"] - rows["chance"]).abs().max() < 0.12
+    proj = rows.loc["sa_proj"]
+    assert (proj["noise"] - proj["chance"]).abs().max() < 0.02
     held = rows.loc[("sa_proj", "energy_0.9025"), "value"]
     assert 0.95 <= held < 0.96  # the square root of the energy that set k
 

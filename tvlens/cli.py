@@ -73,7 +73,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Also print what is being counted.")]
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool | None) -> None:
     if asked:
         from importlib.metadata import version
 

@@ -23,9 +23,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from tvlens.components import KEY_COLUMNS, READING_PARTS
+from tvlens.components import KEY_COLUMNS, READING_PARTS, Side
 
-Keys = Mapping[str, Sequence[object]]
+Keys = Mapping[str, Any]
 """Which components a frame is about: the key, ``tied``, and the measures of the gate."""
 GATE_COLUMNS = ("delta_norm", "snr", "gain", "kappa")
 """Measures that the gate and the reasons need."""
@@ -140,7 +140,7 @@ def placed(
     return {f"share_{name}": np.where(mask, share, 0.0) for name, mask in where.items()}
 
 
-def residual_side(part: str) -> str:
+def residual_side(part: str) -> Side:
     """The side of a matrix that is the residual stream."""
     return "read" if part in READING_PARTS else "write"
 

@@ -100,9 +100,8 @@ def _label_rate(clock: Clock) -> float:
 
     def seconds(count: int) -> float:
         spread = np.linspace(0.01, 0.5, count)
-        frame = evidence_frame(
-            _neurons(count), share_gain=spread, p_gain=spread, share_within=spread
-        )
+        keys = {**key_columns(_neurons(count)), "tied": [False] * count}
+        frame = evidence_frame(keys, share_gain=spread, p_gain=spread, share_within=spread)
         frame = frame.assign(delta_norm=1.0, snr=10.0, gain=spread, kappa=spread)
         return _least_seconds(lambda: labelled(with_q_values(frame)), clock)
 

@@ -23,7 +23,8 @@ from tvlens.attribution.sampling import (
 from tvlens.attribution.tables import NEURONS_PER_PROMPT
 from tvlens.attribution.weights import NEURONS_AT_RANDOM
 from tvlens.components import Component
-from tvlens.geometry.decompose import HEAD_PARTS, KV_PARTS, NEURON_PARTS, circuits_of
+from tvlens.geometry.blocks import circuits_of
+from tvlens.geometry.measures import HEAD_PARTS, KV_PARTS, NEURON_PARTS
 from tvlens.weights.layout import Layout
 from tvlens.weights.matching import Pair
 
@@ -89,7 +90,7 @@ def weight_rows(pair: Pair) -> Rows:
     found: Counter[str] = Counter({str(kind): count for kind, count in counts.items()})
     for block in pair.blocks():
         parts = matrix_parts(block)
-        circuits = [needed for needed in circuits_of(layout).values() if parts >= {*needed}]
+        circuits = [needed for _, *needed in circuits_of(layout) if parts >= {*needed}]
         own = len(parts & {*HEAD_PARTS} - {*KV_PARTS}) + len(circuits)
         found["head"] += layout.n_heads * own
         found["kv_head"] += layout.n_kv_heads * len(parts & {*KV_PARTS})

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 from tvlens.attribution.weights import NODE_COUNTS, chunks
 from tvlens.components import Component
-from tvlens.geometry.decompose import KV_PARTS, NEURON_PARTS, circuits_of
+from tvlens.geometry.blocks import circuits_of
+from tvlens.geometry.measures import KV_PARTS, NEURON_PARTS
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
 from tvlens.weights.layout import Layout
@@ -176,7 +177,7 @@ def _decomposed_block(pair: Pair, block: Sequence[Component]) -> Work:
     works += [head for part in parts & {"W_Q", "W_O"}]
     kv_head = times(layout.n_kv_heads, _measured(*sorted((layout.d_head, layout.d_model))))
     works += [kv_head for part in parts & {*KV_PARTS}]
-    works += [_circuit(layout) for needed in circuits_of(layout).values() if parts >= {*needed}]
+    works += [_circuit(layout) for _, *needed in circuits_of(layout) if parts >= {*needed}]
     calls = CALLS_OF_A_COMPONENT * len(block) + CALLS_OF_A_BLOCK * bool(parts)
     return added(*works, {"call": calls})
 
