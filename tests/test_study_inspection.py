@@ -339,13 +339,16 @@ def test_the_products_of_decompose_are_those_that_run(wide_pair) -> None:
     assert counted - qr == pytest.approx(_products(lambda: decompose(wide_pair)), rel=0.25)
 
 
-def test_the_products_of_a_pass_are_those_that_run(wide_pair, prompts) -> None:
+def test_the_products_of_a_pass_are_those_that_run(wide_pair) -> None:
+    """Prompts long enough that attention is a tenth of it."""
     from tvlens.models.lens import LensModel
     from tvlens.models.metrics import SHIPPED
+    from tvlens.models.prompts import Batch
     from tvlens.models.reading import Reading
     from tvlens.study import work
 
-    _, batch = prompts
+    ids = torch.randint(3, 40, (3, 58), generator=torch.Generator().manual_seed(1)).tolist()
+    batch = Batch.of_ids(ids, answers=[[5, 6]] * 3)
     lens = LensModel.load(wide_pair.base.folder)
     for metric in (SHIPPED["logprob"], replace(SHIPPED["logprob"], answers_only=False)):
         one = work.passes_of(wide_pair, batch, metric, d_vocab=lens.d_vocab)

@@ -168,7 +168,6 @@ def asked_of(plan: StudyPlan, batch: Batch) -> Asked:
         all_neurons=plan.neurons == "all",
         check_exact=plan.check_exact,
         check_prompts=plan.check_prompts,
-        check_nodes=plan.check_nodes,
     )
 
 

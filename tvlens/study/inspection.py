@@ -22,6 +22,7 @@ inspected as fast as the demo. The shape of what ``inspection`` gives is stable:
                             ``by`` splits what is exact by kind or method
         cannot_run          instead of all these: why the stage would be refused
     seconds             {expected, low, high} of all stages
+    parents             with ``--parents`` alone: what ``parent_ranking`` gives
 
 Seconds are counts of operations times rates measured on the spot, of a core that nothing else
 uses. ``low`` and ``high`` are a factor of 2 away; ``high`` also holds the most nodes an

@@ -127,7 +127,6 @@ class Asked:
         all_neurons: Every neuron gets rows per prompt.
         check_exact: Components of the exact sample; None where time decides.
         check_prompts: Prompts of the exact sample; None for the usual number.
-        check_nodes: Nodes of its average; None for the usual number.
     """
 
     prompts: int
@@ -135,7 +134,6 @@ class Asked:
     all_neurons: bool = False
     check_exact: int | None = None
     check_prompts: int | None = None
-    check_nodes: int | None = None
 
     @property
     def samples(self) -> tuple[Sample, Sample]:

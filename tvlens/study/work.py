@@ -148,11 +148,12 @@ def classify_work(pair: Pair, controls: int = 0) -> Work:
     """Every block's evidence and labels, and the writing matrices of each control."""
     blocks = [_classified_block(pair, block) for block in pair.blocks() if block]
     rows = {"label": EVIDENCE * label_rows(pair).at_most, "row": tested_rows(pair).at_most}
-    writing = [
+    control = [
         _decomposed_block(pair, [c for c in block if c.part in ("W_O", "W_out")])
         for block in pair.blocks()
     ]
-    return added(*blocks, rows, *(times(controls, work) for work in writing))
+    control.append({"entry": SCANNING * entries(pair, pair.components)})
+    return added(*blocks, rows, times(controls, added(*control)))
 
 
 def _eigen(size: int, *, values_only: float = 0.0, whole: float = 1.0) -> float:
