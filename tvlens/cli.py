@@ -84,11 +84,11 @@ def _print_version(asked: bool | None) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print it and stop."
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """What did fine-tuning do to this model?"""
 

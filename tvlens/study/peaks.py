@@ -1,6 +1,7 @@
 """The most memory that each stage holds at once, from shapes.
 
-Peaks are resident bytes of the whole process. The factors count tensors that live at the same
+Peaks are anonymous bytes of the whole process: pages of the checkpoints' own files, which the
+system takes back when it needs them, do not count. The factors count tensors that live at the same
 time in the code of each stage; what Python, its libraries and their tables take was measured.
 """
 
@@ -9,27 +10,26 @@ from collections.abc import Sequence
 
 from tvlens.attribution.weights import chunks
 from tvlens.components import Component
+from tvlens.geometry.measures import HEAD_PARTS
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
 from tvlens.weights.contents import CHUNK
 from tvlens.weights.matching import Pair
+from tvlens.weights.pair import SLAB, VOCABULARY_PARTS
 
 from .row_counts import Rows, label_rows, weight_rows
 from .work import entries
 
-INTERPRETER = 400e6
-"""Python with torch, pandas, pyarrow and scipy; 370 to 430 MB were measured."""
+INTERPRETER = 270e6
+"""Python with torch, pandas, pyarrow and scipy; 243 to 274 MB were measured."""
 HOST = 150e6
 """What transformers and TransformerLens add."""
 DOUBLE = 8
 READING = 19
 """Bytes a number while it is read, beside base, difference and floor: its rounding energy."""
-MEASURED, TESTED = 11, 14
-"""Matrices in float64 that live at once while the largest of a block is measured, or tested."""
-SCATTERED = 32
-"""The same for matrices below ``MAPPED`` bytes, which the C library keeps in pieces."""
-MAPPED = 32e6
-WEIGHT_ROW, EVIDENCE_ROW, ATTRIBUTION_ROW = 1_500, 4_000, 2_000
+WORKING = 8
+"""Matrices in float64 that live at once while one is measured and tested."""
+WEIGHT_ROW, EVIDENCE_ROW, ATTRIBUTION_ROW = 1_100, 4_000, 2_000
 """Bytes of a row while its table is made, in lists, frames and columns."""
 PASSED_ON = 12
 """Activations as wide as the residual stream that a block keeps for the backward pass."""
@@ -50,42 +50,34 @@ def matching_peak(pair: Pair) -> float:
 
 
 def decompose_peak(pair: Pair) -> float:
-    """The largest block with the working space of its largest matrix, and the rows so far."""
-    blocks = [_block_peak(pair, block, MEASURED) for block in pair.blocks() if block]
-    return INTERPRETER + max(blocks, default=0) + WEIGHT_ROW * weight_rows(pair).at_most
+    """What is measured at once, and the rows so far."""
+    return INTERPRETER + _measured_at_once(pair) + WEIGHT_ROW * weight_rows(pair).at_most
 
 
 def classify_peak(pair: Pair) -> float:
-    """The same with the spectra of all of a block's matrices, and every row's evidence."""
-    blocks = [
-        _block_peak(pair, block, TESTED) + _spectra(pair, block) for block in pair.blocks() if block
+    """The same, and every row's evidence."""
+    return decompose_peak(pair) + EVIDENCE_ROW * label_rows(pair).at_most
+
+
+def _measured_at_once(pair: Pair) -> float:
+    """The largest of: the matrices of one attention layer, another matrix, a piece of tokens."""
+    groups = [
+        group
+        for block in pair.blocks()
+        for group in (
+            [c for c in block if c.part in HEAD_PARTS],
+            *([c] for c in block if c.part not in HEAD_PARTS),
+        )
     ]
-    return INTERPRETER + max(blocks, default=0) + EVIDENCE_ROW * label_rows(pair).at_most
+    return max((_group_peak(pair, group) for group in groups), default=0.0)
 
 
-def _block_peak(pair: Pair, block: Sequence[Component], copies: int) -> float:
-    return max(_reading_peak(pair, block), held_bytes(pair, block) + _working(pair, block, copies))
-
-
-def _reading_peak(pair: Pair, block: Sequence[Component]) -> float:
-    """What is held before each component, and that component while it is read."""
-    peak, held = 0.0, 0.0
-    for component in block:
-        held += held_bytes(pair, [component])
-        peak = max(peak, held + READING * entries(pair, [component]))
-    return peak
-
-
-def _working(pair: Pair, block: Sequence[Component], copies: int) -> float:
-    sizes = [DOUBLE * entries(pair, [c]) for c in block if c.kind == "matrix"]
-    small = max((size for size in sizes if size < MAPPED), default=0)
-    return float(max(copies * max(sizes, default=0), SCATTERED * small))
-
-
-def _spectra(pair: Pair, block: Sequence[Component]) -> float:
-    """Both sides of every matrix's singular directions in float64."""
-    shapes = [sorted(pair.layout.shape(c)) for c in block if c.kind == "matrix"]
-    return float(sum(DOUBLE * short * (short + long) for short, long in shapes))
+def _group_peak(pair: Pair, group: Sequence[Component]) -> float:
+    """Components held together, the largest of them read and measured in float64."""
+    if any(component.part in VOCABULARY_PARTS for component in group):
+        return float((READING + 12 + 3 * DOUBLE) * SLAB + 4 * DOUBLE * pair.layout.d_model**2)
+    largest = max((entries(pair, [component]) for component in group), default=0)
+    return held_bytes(pair, group) + float(max(READING, WORKING * DOUBLE) * largest)
 
 
 def model_bytes(pair: Pair) -> float:

@@ -162,8 +162,9 @@ def _eigen(size: int, *, values_only: float = 0.0, whole: float = 1.0) -> float:
 
 
 def _measured(short: int, long: int) -> Work:
-    """All spectral measures of a matrix: eight products of Gram's size, two spectra."""
-    return {"product": 16 * short**2 * long, "eigen": _eigen(short, values_only=1.0)}
+    """All spectral measures of a matrix: three Grams, their products with V, two spectra."""
+    products = 6 * short**2 * long + 6 * short**3
+    return {"product": products, "eigen": _eigen(short, values_only=1.0)}
 
 
 def _sides(pair: Pair, component: Component) -> tuple[int, int]:
