@@ -86,8 +86,12 @@ Outputs = Iterator[tuple[str, StageOutput]]
 
 def decompose_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
     """Measure and classify every component of the tuning vectors; then one against the other."""
-    for group in _of_one_base(pairs):
-        yield from _decomposed(plan, group, say)
+    made = {
+        name: output
+        for group in _of_one_base(pairs)
+        for name, output in _decomposed(plan, group, say)
+    }
+    yield from ((pair.tuned_name, made[pair.tuned_name]) for pair in pairs)
     lineage = lineage_stage(plan, pairs, say)
     overlaps = overlap_tables(plan, pairs, say)
     yield pairs[-1].tuned_name, replace(lineage, tables=(*lineage.tables, *overlaps))
