@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
+BIN39 := .venv-tl39/bin
 OUT ?= out/demo
 
-.PHONY: all demo test test-fast test-deep check format report clean
+.PHONY: all demo test test-fast test-deep test-tl39 check format report clean
 all: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -23,6 +24,20 @@ test-fast: all
 test-deep: all
 	$(BIN)/python -m pytest -q -m deep
 
+# TransformerLens 3.9 in an environment of its own: what touches a hooked model.
+HOST_TESTS := $(wildcard tests/test_models_*.py) tests/test_families.py tests/test_weights_layout.py \
+	tests/test_weights_memory.py $(addprefix tests/test_attribution_,weights.py exact.py gates.py \
+	activations.py tokens.py)
+
+test-tl39: .venv-tl39/.installed
+	$(BIN39)/python -m pytest -q -n 2 --dist loadfile -m "not deep and not demo" $(HOST_TESTS)
+
+.venv-tl39/.installed: pyproject.toml constraints-tl39.txt
+	test -x $(BIN39)/python || $(PYTHON) -m venv .venv-tl39
+	$(BIN39)/python -m pip install -q -c constraints-tl39.txt torch
+	$(BIN39)/python -m pip install -q -c constraints-tl39.txt -e '.[dev]'
+	touch $@
+
 check: all
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -33,4 +48,4 @@ format: all
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-tl39 out
