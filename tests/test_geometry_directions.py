@@ -20,9 +20,8 @@ from tests.geometry_pairs import (
 from tests.tiny_checkpoints import copy_with, tiny_gemma2
 from tvlens.components import Component
 from tvlens.geometry.directions import Directions, directions_table, new_directions
-from tvlens.geometry.matrices import spectral_basis
 from tvlens.geometry.readout import unembedding_of
-from tvlens.geometry.spectra import Spectra, spectra_of_block
+from tvlens.geometry.spectra import STRONGEST, spectra_of_block, spikes_of
 from tvlens.geometry.writes import matrix_intruders
 from tvlens.tables import Table, keyed_schema
 from tvlens.weights.matching import load_pair
@@ -208,7 +207,7 @@ def test_intruders_are_those_of_a_dense_decomposition() -> None:
     halfway = _unit(new + torch.linalg.svd(base.double()).Vh[0].float())  # cos .71 with both
     change = 1.5 * torch.outer(_random(192, 1), new) + 1.4 * torch.outer(_random(192, 2), halfway)
     pair = _planted(W_OUT, change)
-    spectra = next(s for s in spectra_of_block(pair, pair.blocks()[1]) if s.part == "W_out")
+    spectra = next(s for s in spectra_of_block(pair, pair.blocks()[1], seed=0) if s.part == "W_out")
     tuned, known = (
         np.linalg.svd(matrix.double().numpy(), full_matrices=False)[2]
         for matrix in (base + pair.weights[W_OUT].delta, base)
@@ -219,8 +218,8 @@ def test_intruders_are_those_of_a_dense_decomposition() -> None:
     }
     assert matrix_intruders(spectra) == expected
     assert expected["intruders_07"] > expected["intruders_03"] >= 0
-    still = Spectra(W_OUT, replace(spectra.weight, delta=1e-6 * change), spectra.base,
-                    spectral_basis(change))  # fmt: skip
+    small = replace(spectra.weight, change=1e-6 * change)
+    still = replace(spectra, weight=small, change=spikes_of(small, seed=0, at_least=STRONGEST))
     assert set(matrix_intruders(still).values()) == {0}
 
 
@@ -263,7 +262,7 @@ def test_tokens_are_read_behind_a_post_norms_gain(tmp_path: Path) -> None:
     unembedding = unembedding_of(pair)
     assert unembedding is not None
     post = pair.read(Component("norm", 1, None, "ln2_post.w")).base
-    write = _unit(unembedding.W_U[:, 23] / unembedding.gain / post)
+    write = _unit(next(iter(unembedding.pieces()))[:, 23] / unembedding.gain / post)
 
     def edit(tensors: dict[str, Tensor]) -> None:
         stored = tensors["model.layers.1.mlp.down_proj.weight"]  # [d_model, d_mlp]

@@ -26,8 +26,8 @@ from tvlens.components import key_columns
 from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
-from .decompose import Pair, kv_index_of
 from .nulls import benjamini_hochberg
+from .reading import Pair, kv_index_of
 from .readout import RandomReadout, Readout, Unembedding, random_readout, readout, token_names
 from .spectra import spectra_of_block
 from .writes import FACTS, Direction, directions_of_block
@@ -187,5 +187,5 @@ def new_directions(
     frame = None if labels is None else labels.to_frame()
     found: list[Direction] = []
     for block in pair.blocks():
-        found += directions_of_block(pair, spectra_of_block(pair, block), frame, seed=seed)
+        found += directions_of_block(pair, spectra_of_block(pair, block, seed=seed), frame, seed=seed)
     return directions_table(pair, found, unembedding, tokens, seed=seed)

@@ -4,22 +4,28 @@ A matrix that did not change, or whose base is zero, has none; nor has one whose
 unknown (a family without a table).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from einops import rearrange
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tvlens.components import KNOWN_PARTS, Component
 
-from .decompose import Pair, Slice, read_block
+from .changes import Change, Remainder, energy, gram, product, turned
 from .evidence import residual_side
-from .matrices import Basis, spectral_basis, transposed
+from .matrices import Basis, directions_of_gram, spectral_basis
 from .nulls import above_rounding
+from .reading import Pair, Slice, slice_of
+from .spikes import Spikes, spikes_above_edge
 
 SMALLEST = 1e-300
 """Keeps the ratio to a rounding floor of zero finite."""
+STRONGEST = 30
+"""Directions of a change that are known even where fewer stand above its noise edge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +36,13 @@ class Spectra:
         component: Which one.
         weight: Base and tuning vector.
         base: Directions of the base.
-        delta: Directions of the tuning vector.
+        change: Directions of the tuning vector, those above its noise edge or the STRONGEST.
     """
 
     component: Component
     weight: Slice
     base: Basis
-    delta: Basis
+    change: Spikes
 
     @property
     def part(self) -> str:
@@ -44,48 +50,76 @@ class Spectra:
         return self.component.part or ""
 
     @property
-    def side(self) -> str:
-        """``read`` or ``write``: the side of the matrix that is the residual stream."""
-        return residual_side(self.part)
-
-    @property
     def resolved(self) -> bool:
         """Whether the change can be told from rounding."""
-        return is_resolved(self.weight.delta, self.weight.floor)
+        return is_resolved(self.weight)
 
 
-def is_resolved(delta: Float[Tensor, "..."], floor: Float[Tensor, "..."] | None) -> bool:
-    """Whether the change of a whole weight can be told from rounding; ``floor`` is per entry."""
-    energy = float(delta.double().square().sum())
-    snr = np.nan if floor is None else energy / max(float(floor.double().sum()), SMALLEST)
-    return bool(above_rounding(np.array([energy]), np.array([snr]))[0])
+def is_resolved(weight: Slice) -> bool:
+    """Whether the change of a whole weight can be told from rounding."""
+    total, snr = float(energy(_matrix(weight.change))), np.nan
+    if weight.floor is not None:
+        snr = total / max(float(weight.floor.sum(dtype=torch.float64)), SMALLEST)
+    return bool(above_rounding(np.array([total]), np.array([snr]))[0])
 
 
-def onto_residual(basis: Basis, part: str) -> Float[Tensor, "*component d_model direction"]:
-    """The directions of a basis on the side that is the residual stream."""
+def _matrix(change: Change) -> Change:
+    """A change as a matrix: a vector is one row."""
+    is_vector = isinstance(change, Tensor) and change.dim() < 2
+    return rearrange(change, "entry -> 1 entry") if is_vector else change
+
+
+def layer_seed(component: Component, seed: int) -> int:
+    """The seed of a component's sign-flip draw: that of ``classify``, another in every layer."""
+    return seed + 1000 * (0 if component.layer is None else component.layer + 1)
+
+
+def spikes_of(weight: Slice, *, seed: int, at_least: int = 0) -> Spikes:
+    """Triplets of the whole change of a matrix above its noise edge, or ``at_least`` so many."""
+    nothing_less = torch.zeros((1, 1), dtype=torch.float64)
+    whole = Remainder(weight.base, weight.change, nothing_less)
+    return spikes_above_edge(whole, float(energy(weight.change)), seed=seed, at_least=at_least)
+
+
+def onto_residual(
+    basis: Basis | Spikes, part: str
+) -> Float64[Tensor, "*component d_model direction"]:
+    """The directions of a matrix on the side that is the residual stream."""
     return basis.write if residual_side(part) == "write" else basis.read
 
 
-def writing(
-    matrix: Float[Tensor, "*component d_in d_out"], part: str
-) -> Float[Tensor, "*component other d_model"]:
-    """The matrix with the residual stream as its last axis."""
-    return matrix if residual_side(part) == "write" else transposed(matrix)
+def writing(change: Change, part: str) -> Change:
+    """A change with the residual stream as its last axis."""
+    return change if residual_side(part) == "write" else turned(change)
 
 
-def spectra_of(weights: Mapping[Component, Slice]) -> list[Spectra]:
-    """The changed matrices among ``weights`` with their singular directions."""
-    return [
-        Spectra(one, weight, spectral_basis(weight.base), spectral_basis(weight.delta))
-        for one, weight in weights.items()
-        if one.kind == "matrix" and one.part in KNOWN_PARTS and _measurable(weight)
-    ]
+def strongest_onto_residual(
+    change: Change, part: str, count: int
+) -> Float64[Tensor, "*component d_model direction"]:
+    """The ``count`` strongest directions of changes on the residual side; null ones are zero."""
+    facing = writing(change, part)
+    if facing.shape[-2] >= facing.shape[-1]:
+        return directions_of_gram(gram(facing))[1][..., :count]
+    values, short = directions_of_gram(gram(turned(facing)))
+    values, short = values[..., :count], short[..., :count]
+    inverse = torch.where(values > 0, 1 / values, 0)
+    return product(turned(facing), short) * rearrange(inverse, "... a -> ... 1 a")
 
 
-def spectra_of_block(pair: Pair, block: Sequence[Component]) -> list[Spectra]:
-    """The changed matrices of one block with their singular directions."""
-    return spectra_of(read_block(pair, block))
+def spectra_of_block(pair: Pair, block: Sequence[Component], *, seed: int) -> list[Spectra]:
+    """The changed matrices of one block with their singular directions.
 
-
-def _measurable(weight: Slice) -> bool:
-    return bool(weight.delta.any()) and bool(weight.base.any())
+    Args:
+        pair: Base and tuned checkpoint.
+        block: Its components.
+        seed: Seed of the noise edges, as given to ``classify``.
+    """
+    found: list[Spectra] = []
+    for component in block:
+        if component.kind != "matrix" or component.part not in KNOWN_PARTS:
+            continue
+        weight = slice_of(pair.read(component))
+        if bool(energy(weight.change) > 0) and bool(weight.base.any()):
+            spikes = spikes_of(weight, seed=layer_seed(component, seed), at_least=STRONGEST)
+            found.append(Spectra(component, weight, spectral_basis(weight.base), spikes))
+    return found

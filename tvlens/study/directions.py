@@ -49,7 +49,7 @@ def written_directions(pair: "Pair", labels: Table, *, seed: int) -> WrittenDire
     found, tables = [], []
     frame, d_head = labels.to_frame(), d_head_of(pair)
     for block in pair.blocks():
-        spectra = spectra_of_block(pair, block)
+        spectra = spectra_of_block(pair, block, seed=seed)
         found += directions_of_block(pair, spectra, frame, seed=seed)
         tables.append(readings_of_block(pair, spectra, d_head, seed=seed))
     unembedding = unembedding_of(pair, pair.rows.base)
