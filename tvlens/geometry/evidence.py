@@ -25,6 +25,8 @@ from torch import Tensor
 
 from tvlens.components import KEY_COLUMNS, READING_PARTS
 
+from .matrices import Side
+
 Keys = Mapping[str, Sequence[object]]
 """Which components a frame is about: the key, ``tied``, and the measures of the gate."""
 GATE_COLUMNS = ("delta_norm", "snr", "gain", "kappa")
@@ -140,7 +142,7 @@ def placed(
     return {f"share_{name}": np.where(mask, share, 0.0) for name, mask in where.items()}
 
 
-def residual_side(part: str) -> str:
+def residual_side(part: str) -> Side:
     """The side of a matrix that is the residual stream."""
     return "read" if part in READING_PARTS else "write"
 

@@ -88,7 +88,7 @@ def gain_cosines(
     write: Float64[Tensor, "d_out triplet"],
     base: Float[Tensor, "d_in d_out"],
 ) -> Float64[Tensor, " triplet"]:
-    """u'Wv / sqrt(|W'u| |Wv|): 1 where a triplet scales a direction of W, -1 where it shrinks it."""
+    """u'Wv / sqrt(|W'u| |Wv|): 1 where a triplet scales a direction of W, -1 where one shrinks."""
     from_read, onto_write = product(transposed(base), read), product(base, write)
     through = einsum(from_read, write, "d_out triplet, d_out triplet -> triplet")
     size = (from_read.norm(dim=0) * onto_write.norm(dim=0)).sqrt()

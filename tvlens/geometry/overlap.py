@@ -264,7 +264,11 @@ def _measures(found: Together, names: tuple[str, str]) -> dict[str, Any]:
         "cosine": inner / (norm_a * norm_b) if known else None,
         "cosine_floor_sd": found.entries**-0.5,
     }
-    return row | _span_measures(found.spans[i], found.spans[j]) if found.spans else {**row, "spikes_a": 0, "spikes_b": 0}
+    return (
+        row | _span_measures(found.spans[i], found.spans[j])
+        if found.spans
+        else {**row, "spikes_a": 0, "spikes_b": 0}
+    )
 
 
 def _span_measures(a: Span, b: Span) -> dict[str, Any]:
@@ -338,7 +342,9 @@ def overlap(
     components: list[Component] = []
     for component in (c for block in pairs[0].blocks() for c in block):
         found = together(pairs, component, seed=layer_seed(component, seed))
-        for names in itertools.combinations(found.names if found else (), 2):
+        if found is None:
+            continue
+        for names in itertools.combinations(found.names, 2):
             components.append(component)
             relation = _relation(names, twins, set(controls))
             named = {"tuned": names[0], "other": names[1], "relation": relation}

@@ -30,7 +30,7 @@ sqrt(energy) at .95, which is 90.25 % of the energy. [3] Hu et al. 2021, arXiv 2
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import lgamma
 from typing import Any, NamedTuple
@@ -69,7 +69,6 @@ SA_COS_TOP = 10
 COS_DRAWS = 64
 """Standard error of the mean of the largest cosine: an eighth of its spread of about a tenth."""
 
-BATCHED = ("directions", "values", "inside", "strongest")
 NUMBERS = ("value", "chance", "corrected", "noise", "noise_corrected")
 READINGS_SCHEMA = keyed_schema(
     *((name, pa.string()) for name in ("side", "reading", "rule")),
@@ -131,24 +130,20 @@ class Sided:
     @classmethod
     def of(cls, base: Float[Tensor, "component d_in d_out"], delta: Change, part: str) -> "Sided":
         """From matrices in the orientation x @ W."""
+        own = spectral_basis(base)
+        directions, facing = onto_residual(own, part), writing(delta, part)
         strongest = strongest_onto_residual(delta, part, SA_COS_TOP)
-        return cls._seen(spectral_basis(base), delta, strongest, part)
+        inside = share_inside(facing, directions)
+        return cls(directions, own.values, inside, strongest, facing.shape[-2], residual_side(part))
 
     @classmethod
     def of_one(cls, one: Spectra) -> "Sided":
         """From a single matrix whose directions are known."""
+        directions, facing = onto_residual(one.base, one.part), writing(one.weight.change, one.part)
         strongest = onto_residual(one.change, one.part)[:, :SA_COS_TOP]
-        seen = cls._seen(one.base, one.weight.change, strongest, one.part)
-        return replace(seen, **{name: getattr(seen, name)[None] for name in BATCHED})
-
-    @classmethod
-    def _seen(
-        cls, basis: Basis, delta: Change, strongest: Float64[Tensor, "..."], part: str
-    ) -> "Sided":
-        facing, directions = writing(delta, part), onto_residual(basis, part)
-        inside = product(facing, directions).square().sum(-2)
-        share = inside / rearrange(energy(facing), "... -> ... 1")
-        return cls(directions, basis.values, share, strongest, facing.shape[-2], residual_side(part))
+        tensors = (directions, one.base.values, share_inside(facing, directions), strongest)
+        batch = (tensor.unsqueeze(0) for tensor in tensors)
+        return cls(*batch, facing.shape[-2], residual_side(one.part))
 
     @property
     def d(self) -> int:
@@ -172,6 +167,14 @@ def energy_rank(
     """The smallest rank whose singular values hold ``share`` of the energy."""
     held = values.square().cumsum(1) / values.square().sum(1, keepdim=True)
     return ((held < share - 1e-12).sum(1) + 1).clamp(max=values.shape[1]).numpy()
+
+
+def share_inside(
+    facing: Change, directions: Float64[Tensor, "*component d_model direction"]
+) -> Float64[Tensor, "*component direction"]:
+    """Share of the energy of changes, the residual stream last, in each of some directions."""
+    inside = product(facing, directions).square().sum(-2)
+    return inside / rearrange(energy(facing), "... -> ... 1")
 
 
 def drawn_inside(sided: Sided, *, seed: int) -> Float[np.ndarray, "component direction"]:

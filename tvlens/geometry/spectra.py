@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from tvlens.components import KNOWN_PARTS, Component

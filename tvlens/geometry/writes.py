@@ -331,7 +331,10 @@ def _of_one_head(
     source: Component, change: _Framed, base: _Framed, spikes: int, total: float
 ) -> list[Direction]:
     kept = min(spikes, HEAD_KEPT, int(change.core.rank))
-    read, write = change.left @ change.core.read[:, :kept], change.right @ change.core.write[:, :kept]
+    read, write = (
+        change.left @ change.core.read[:, :kept],
+        change.right @ change.core.write[:, :kept],
+    )
     from_read, onto_write = transposed(base.left) @ read, transposed(base.right) @ write
     core = transposed(base.core.tall) if base.core.turned else base.core.tall
     gains = gain_cosines(from_read, onto_write, core)
@@ -356,7 +359,10 @@ def neuron_directions(spectra: Spectra, labels: pd.DataFrame) -> list[Direction]
     seen = spectra.base.coordinates(transposed(write), "write")
     size = (write.shape[1], float(sums.delta.sum()))
     facts = _described(seen, lengths[chosen], cosines[chosen], spectra.base, size)
-    own = [{**row, "label": label[i], "spikes": len(label)} for i, row in zip(chosen, facts, strict=True)]
+    own = [
+        {**row, "label": label[i], "spikes": len(label)}
+        for i, row in zip(chosen, facts, strict=True)
+    ]
     return [
         Direction(Component("neuron", layer, i, "W_out"), None, None, unit, unit, row)
         for i, unit, row in zip(chosen, write, own, strict=True)
