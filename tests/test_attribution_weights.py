@@ -35,7 +35,7 @@ def by_parameter_gradient(hooked, batch, s):
         pads = {m: m.padding_idx for m in hooked.base.model.modules() if hasattr(m, "padding_idx")}
         for module in pads:
             module.padding_idx = None
-        live = {(x.name, t): (x, x.module._parameters[t]) for x in path.sites for t in x.tensors}
+        live = {(x.name, t): (x, x.parameter(t)) for x in path.sites for t in x.tensors}
         for _, parameter in live.values():
             parameter.requires_grad_(True)
         rows = []

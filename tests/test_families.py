@@ -129,8 +129,9 @@ def test_an_inspection_counts_the_rows_that_decompose_makes(planted, weights) ->
     from tvlens.study.inspection import inspection
 
     _, pair = planted
-    found = inspection(str(pair.base.folder), str(pair.tuned.folder))
-    counted = {kind: count for kind, count in found["table_rows"].items() if count}
+    folders = str(pair.base.folder), str(pair.tuned.folder)
+    found = inspection(*folders, stages=("decompose",))
+    counted = found["stages"]["decompose"]["tables"]["weights"]["by"]
     assert counted == weights["kind"].value_counts().to_dict()
 
 

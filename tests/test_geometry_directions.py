@@ -19,10 +19,11 @@ from tests.geometry_pairs import (
 )
 from tests.tiny_checkpoints import copy_with, tiny_gemma2
 from tvlens.components import Component
+from tvlens.geometry.changes import Remainder
 from tvlens.geometry.directions import Directions, directions_table, new_directions
-from tvlens.geometry.readout import unembedding_of
+from tvlens.geometry.readout import readout, unembedding_of
 from tvlens.geometry.spectra import STRONGEST, spectra_of_block, spikes_of
-from tvlens.geometry.writes import matrix_intruders
+from tvlens.geometry.writes import matrix_intruders, strongest_writes
 from tvlens.tables import Table, keyed_schema
 from tvlens.weights.matching import load_pair
 
@@ -146,6 +147,8 @@ def test_random_directions_do_not_stand_out_and_their_p_is_calibrated() -> None:
         rows = _found(_planted(W_OUT, 0.3 * change)).table.where(part="W_out").to_frame()  # type: ignore[operator]
         assert len(rows) == 8
         assert not rows["stands_out"].any()
+        assert all(z[0] == top for z, top in zip(rows["promoted_z"], rows["top_z"], strict=True))
+        assert all(z[0] < 0 and z[0] <= z[-1] for z in rows["suppressed_z"])
         p_values += rows["p_value"].tolist()
     assert abs(np.mean(p_values) - 0.5) < 4 * (1 / 12 / len(p_values)) ** 0.5
     assert np.mean(np.array(p_values) < 0.05) < 0.17  # 48 draws: .05 +- .03
@@ -223,6 +226,20 @@ def test_intruders_are_those_of_a_dense_decomposition() -> None:
     assert set(matrix_intruders(still).values()) == {0}
 
 
+def test_a_few_steps_from_the_bases_directions_find_those_of_the_tuned_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (96, 64))
+    values = 0.8 ** torch.arange(64.0)
+    base = (left[:, :64] * values @ right.T).double()
+    tuned = base + 0.01 * torch.randn(96, 64, generator=generator).double()
+    whole = Remainder(base, tuned - base, -torch.ones(1, 1).double())
+    found = strongest_writes(whole, right[:, :20].double(), count=5)
+    dense = torch.linalg.svd(tuned).Vh[:5]
+    torch.testing.assert_close(
+        (dense @ found).abs().diagonal(), torch.ones(5).double(), rtol=0, atol=1e-7
+    )
+
+
 def test_a_heads_direction_is_that_of_its_circuit() -> None:
     kept = FakeLayout(n_kv_heads=4)
     weights = base_weights(kept)
@@ -272,6 +289,8 @@ def test_tokens_are_read_behind_a_post_norms_gain(tmp_path: Path) -> None:
     table, vectors = new_directions(tuned, unembedding=unembedding)
     row = table.where(component="L1.W_out.d0").to_frame().iloc[0]
     assert row["promoted"][0] == "[23]"
+    seen = readout((vectors[f"{row['vector']}.write"] * post)[None], unembedding)
+    np.testing.assert_allclose(row["promoted_z"], seen.promoted_z[0], rtol=1e-4)
     assert float(vectors[f"{row['vector']}.write"] @ write) > 0.999
 
 

@@ -101,7 +101,7 @@ def test_the_floor_is_that_of_random_subspaces(ranks: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "d"), [((1, 1), 30), ((1, 4), 30), ((2, 3), 40), ((6, 9), 60), ((8, 8), 40)]
+    ("ranks", "d"), [((1, 1), 30), ((1, 4), 30), ((2, 3), 40), ((5, 9), 60), ((8, 8), 40)]
 )
 def test_one_random_pair_in_a_thousand_exceeds_the_bound(ranks: tuple[int, int], d: int) -> None:
     drawn = haar_frames(20_000, d, ranks[1], seed=2)[:, : ranks[0]]

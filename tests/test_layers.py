@@ -12,6 +12,7 @@ RINGS = {
     "selection": 0,
     "tables": 0,
     "threads": 0,
+    "memory": 0,
     "demo": 0,
     "weights": 1,
     "geometry": 2,

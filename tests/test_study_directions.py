@@ -63,7 +63,8 @@ def test_the_planted_write_is_named_for_every_fine_tune(study: Study) -> None:
     rows = study.directions.to_frame().set_index(["tuned", "component"])
     directions = rows[rows["kind"] == "direction"]
     assert set(directions.index) == {("a", "L1.W_out.d0"), ("b", "L1.W_out.d0")}
-    assert rows["promoted"].map(lambda tokens: HOSTILE in tokens).all()  # neurons too
+    either = zip(rows["promoted"], rows["suppressed"], strict=True)  # as a neuron's sign has it
+    assert all(HOSTILE in {up[0], down[0]} for up, down in either)
     for name in "ab":
         row = rows.loc[(name, "L1.W_out.d0")]
         assert row["promoted"][0] == HOSTILE

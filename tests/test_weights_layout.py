@@ -54,13 +54,17 @@ def _host_norm(bridge, component: Component):
     """The live module behind a norm's gain or bias."""
     block = bridge if component.layer is None else bridge.blocks[component.layer]
     name = (component.part or "").partition(".")[0]
+    if name.endswith("_post") and name not in block._modules:  # TransformerLens 3.9 on OLMo 2
+        name = name.removesuffix("_post")
     return getattr(block.attn if name in ("q_norm", "k_norm") else block, name)
 
 
 def _host_weight(bridge, component: Component) -> Tensor:
     """The same part read off the live bridge, flattened over heads."""
     part = component.part or ""
-    if part in ("W_E", "W_U", "W_pos"):
+    if part == "W_pos":
+        return bridge.pos_embed.weight
+    if part in ("W_E", "W_U"):
         return getattr(bridge, part)
     if part.endswith((".w", ".b")):
         norm = _host_norm(bridge, component)

@@ -297,9 +297,9 @@ def test_the_module_under_a_bridge_is_refused_with_the_way_out(llama: dict[str, 
         _load(_bridge(llama["base"]).original_model, llama["tuned"])
 
 
-def test_a_hooked_transformer_is_refused_with_the_reason(llama: dict[str, Path]) -> None:
-    class HookedTransformer:
+def test_a_hooked_object_of_another_library_is_refused(llama: dict[str, Path]) -> None:
+    class Hooked:
         hook_dict = None
 
-    with pytest.raises(HostError, match="folds and centres its weights when it loads them"):
-        _load(HookedTransformer(), llama["tuned"])
+    with pytest.raises(HostError, match="expected a TransformerBridge or a HookedTransformer"):
+        _load(Hooked(), llama["tuned"])

@@ -73,7 +73,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Also print what is being counted.")]
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool | None) -> None:
     if asked:
         from importlib.metadata import version
 
@@ -84,11 +84,11 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print it and stop."
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """What did fine-tuning do to this model?"""
 
@@ -255,20 +255,46 @@ def graft(
 
 
 @app.command(cls=_ManyParents)
-def inspect(base: Base, tuned: Tuned, parents: Parents = None, json: Json = False) -> None:
-    """What would be compared and what not and why, from headers alone."""
+def inspect(
+    base: Base,
+    tuned: Tuned,
+    prompts: Prompts = None,
+    metric: MetricName = None,
+    parents: Parents = None,
+    graft: Annotated[bool, typer.Option("--graft", help="Plan a graft too.")] = False,
+    check_exact: CheckExact = None,
+    check_seconds: CheckSeconds = 60.0,
+    chat: Chat = "auto",
+    neurons: Neurons = "top",
+    skip_bad_lines: SkipBad = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """What a comparison would do, from headers alone: tensors, rows, bytes, seconds, memory."""
     from .study.inspection import inspection, parent_ranking
 
+    inspected: list[dict[str, Any]] = []
     for spec in tuned:
-        found = inspection(base, spec)
+        found = inspection(
+            base,
+            spec,
+            prompts=prompts,
+            metric=metric,
+            stages=("decompose", "attribute", *(("graft",) if graft else ())),
+            check_exact=check_exact,
+            check_seconds=check_seconds,
+            chat=chat,
+            neurons=neurons,
+            skip_bad_lines=skip_bad_lines,
+            device=device,
+        )
         ranking = parent_ranking(spec, [base, *parents]) if parents else None
-        if json:
-            asked = found if ranking is None else {**found, "parents": ranking}
-            typer.echo(json_format.dumps(asked, indent=1))
-            continue
-        typer.echo(_inspection_text(found))
-        if ranking is not None:
-            _print_ranking(ranking)
+        inspected.append(found if ranking is None else {**found, "parents": ranking})
+    if json:
+        shown = inspected if inspected[1:] else inspected[0]
+        typer.echo(json_format.dumps(shown, indent=1))
+    else:
+        _print_inspections(inspected)
 
 
 @app.command()
@@ -375,41 +401,18 @@ def _summary_text(summary: dict[str, object]) -> str:
     return "\n".join([*lines, f"report: {summary['report']}"])
 
 
-def _inspection_text(found: dict[str, object]) -> str:
-    return "\n".join(f"{key.replace('_', ' ')}: {_readable(key, found[key])}" for key in found)
-
-
-def _print_ranking(ranking: dict[str, Any]) -> None:
+def _print_inspections(inspected: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    columns = {
-        "relative_delta": "|delta|/|base|",
-        "cosine": "cosine",
-        "equal_fraction": "equal",
-        "norm_ratio": "|tuned|/|base|",
-        "rows": "rows",
-    }
-    table = Table(box=None, pad_edge=False)
-    table.add_column("candidate", overflow="fold")
-    for heading in ("verdict", *columns.values()):
-        table.add_column(heading, no_wrap=True)
-    for row in ranking["candidates"]:
-        figures = [f"{row[name]:.4g}" if name in row else "" for name in columns]
-        table.add_row(row["candidate"], row["verdict"], *figures)
-    Console().print(table)
-    for row in ranking["candidates"]:
-        if "reason" in row:
-            typer.echo(f"{row['candidate']}: {row['reason']}")
-    typer.echo(ranking["sentence"])
+    from .reporting.inspected import inspection_view, ranking_view
 
-
-def _readable(key: str, value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {count:,}" for name, count in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(str, value)) or "none"
-    return f"{value / 1e6:,.1f} MB" if "bytes" in key and isinstance(value, int) else str(value)
+    console = Console(highlight=False, soft_wrap=False)
+    for number, found in enumerate(inspected):
+        if number:
+            console.rule()
+        console.print(inspection_view(found))
+        if "parents" in found:
+            console.print(ranking_view(found["parents"]))
 
 
 def _log_to_stderr() -> None:

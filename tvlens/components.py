@@ -25,6 +25,8 @@ Kind = Literal[
     "direction",
     "edge",
 ]
+Side = Literal["read", "write"]
+"""A side of a matrix: its input or its output."""
 KINDS: tuple[str, ...] = get_args(Kind)
 DISJOINT_KINDS: tuple[str, ...] = ("matrix", "norm", "bias", "embedding")
 

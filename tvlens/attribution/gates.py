@@ -41,7 +41,7 @@ from tvlens.weights.delta import Absent, Delta, Dense, Dora, LowRank
 from tvlens.weights.vector import TuningVector
 
 from .exact import first_block
-from .sites import LINEAR, Site, canonical, gate_count, pieces, weight_sites
+from .sites import LINEAR, Site, gate_count, pieces, weight_sites
 from .weights import (
     COMPLETE,
     At,
@@ -95,7 +95,7 @@ class GatedModel:
         for site, other in zip(sites, others, strict=True):
             for tensor in site.tensors:
                 tuned, base = (x.parameter(tensor).data.float() for x in (other, site))
-                deltas[site.name, tensor] = Dense(_canonical(site, tensor, tuned - base))
+                deltas[site.name, tensor] = Dense(site.canonical(tensor, tuned - base))
         return cls(hooked.base, sites, deltas)
 
     @classmethod
@@ -112,7 +112,7 @@ class GatedModel:
             for tensor in site.tensors:
                 component = site.component(tensor)
                 found = _plain(_difference(vector, component))
-                shape = tuple(_canonical(site, tensor, site.parameter(tensor).data).shape)
+                shape = tuple(site.canonical(tensor, site.parameter(tensor).data).shape)
                 deltas[site.name, tensor] = Absent(shape) if found is None else found
                 left.discard(component)
                 if deltas[site.name, tensor].shape != shape:
@@ -143,15 +143,12 @@ class GatedModel:
         Raises:
             HostError: The model has no weights under that key.
         """
-        width = {"head": self.lens.d_head, "kv_head": self.lens.d_head}
-        sites = {site.name: site for site in self.sites}
         for piece in pieces(component, self.lens, self.sites):
             gate = gates[piece.site, piece.tensor]
             if piece.axis is None:
                 gate[rows] = value
-                continue
-            size = width.get(LINEAR[sites[piece.site].role].kind, 1)
-            gate[rows, piece.start // size : (piece.start + piece.length) // size] = value
+            else:
+                gate[rows, piece.start // piece.length] = value
 
     def hooks(self, gates: Gates, reading: Reading) -> HookList:
         """Forward hooks for the prompts of ``reading``, repeated as often as gates have rows."""
@@ -380,7 +377,7 @@ class _Adder:
 
     def _normed(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Gains and biases have one gate each; a norm within each head has an axis more."""
-        x = normalised(x.float(), site.module)
+        x = normalised(x.float(), self.gated.lens.host.norm(site.name))
         inputs = {"weight": x, "bias": torch.ones_like(x)}
         shape = (len(x), *[1] * (x.ndim - 1))
         return torch.stack(
@@ -448,12 +445,6 @@ def _on(delta: Delta, device: torch.device) -> Delta:
             return LowRank(delta.left.to(device), delta.right.to(device))
         case Absent():
             return delta
-
-
-def _canonical(site: Site, tensor: str, weight: Tensor) -> Tensor:
-    """Maps as x @ W; embeddings [token, d_model], gains and biases as they are."""
-    maps = tensor == "weight" and (site.role in LINEAR or site.role == "unembed")
-    return canonical(site, weight) if maps else weight
 
 
 def _difference(vector: TuningVector, component: Component) -> Delta | None:

@@ -147,17 +147,35 @@ def sampled_strata(attribution: Table, *, count: int, seed: int = 0) -> dict[str
     sizes = frame.groupby("key", sort=False)["size"].mean()
     ranked = [*sizes.sort_values(ascending=False, kind="stable").index]
     by_kind = {kind: [c for c in ranked if c.kind == kind] for kind in CHECKED_KINDS}
-    shares = _shares({kind: len(found) for kind, found in by_kind.items() if found}, count)
+    sizes = drawn_sizes({kind: len(found) for kind, found in by_kind.items() if found}, count)
     rng, strata = np.random.default_rng(seed), {"random": [], "top": []}
-    for kind, share in shares.items():
+    for kind, (top, at_random) in sizes.items():
         found = by_kind[kind]
-        top = share // 2
-        rest = found[NEURONS_PER_PROMPT:] if kind == "neuron" else []
-        rest = rest or found[top:]
-        drawn = rng.permutation(len(rest))[: share - top]
+        rest = found[_first_of_rest(kind, len(found), top) :]
+        drawn = rng.permutation(len(rest))[:at_random]
         strata["top"] += found[:top]
         strata["random"] += [rest[i] for i in sorted(drawn)]
     return strata
+
+
+def drawn_sizes(sizes: Mapping[str, int], count: int) -> dict[str, tuple[int, int]]:
+    """How many of each kind ``sampled_strata`` takes as the largest and how many at random.
+
+    Args:
+        sizes: Components of each kind that have a row for every prompt.
+        count: Components that are asked for in all.
+    """
+    drawn = {}
+    for kind, share in _shares(sizes, count).items():
+        top = share // 2
+        rest = sizes[kind] - _first_of_rest(kind, sizes[kind], top)
+        drawn[kind] = top, min(share - top, rest)
+    return drawn
+
+
+def _first_of_rest(kind: str, size: int, top: int) -> int:
+    """Where those begin that are drawn at random: neurons beyond the top have rows of their own."""
+    return NEURONS_PER_PROMPT if kind == "neuron" and size > NEURONS_PER_PROMPT else top
 
 
 def _shares(sizes: Mapping[str, int], count: int) -> dict[str, int]:

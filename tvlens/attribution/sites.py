@@ -1,7 +1,7 @@
 """Where a hooked pair's weights live, and the base model at other weights.
 
-A *site* is a module of the host that owns weights: a linear map, a norm, an embedding. A
-component (a head, a neuron, a matrix) is a set of slices of sites. ``WeightPath`` writes
+A *site* is a place of the host that has weights: a linear map, a norm, an embedding. A component
+(a head, a neuron, a matrix) is a set of slices of sites. ``WeightPath`` writes
 
     theta(s) = (1 - s) base + s tuned
 
@@ -9,7 +9,7 @@ into the modules that the host really reads (so GPT-2's views of a fused tensor 
 copies are right), or one component's slices alone, and puts every bit back when it is left.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tvlens.components import Component, Kind
 from tvlens.errors import HostError
+from tvlens.models.hosts import Kept
 from tvlens.models.lens import LensModel
 from tvlens.models.pair import HookedPair
 
@@ -72,40 +73,43 @@ EMBEDDINGS = {"embed": ("W_E", "b_E"), "pos_embed": ("W_pos", "b_pos"), "unembed
 
 @dataclass(frozen=True)
 class Site:
-    """A module of the host that owns weights.
+    """A place of the host that has weights.
 
     Attributes:
-        name: The host's name, which its hook names start with.
+        name: The name that its hook names start with.
         layer: Block number, None outside the blocks.
         role: Name within the block: a key of ``LINEAR`` or ``EMBEDDINGS``, or a norm's name.
-        module: The module whose ``weight`` and ``bias`` the forward pass reads.
+        kept: The parameters that the forward pass reads, by ``weight`` and ``bias``.
     """
 
     name: str
     layer: int | None
     role: str
-    module: nn.Module = field(repr=False, compare=False)
+    kept: Mapping[str, Kept] = field(repr=False, compare=False)
 
     @property
     def tensors(self) -> list[str]:
-        """``weight`` and ``bias``, as far as they are parameters."""
-        return [n for n in ("weight", "bias") if self.module._parameters.get(n) is not None]
+        """``weight`` and ``bias``, as far as it has them."""
+        return list(self.kept)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that owns the weight."""
+        return self.kept["weight"].module
 
     def parameter(self, tensor: str) -> nn.Parameter:
         """The parameter that the forward pass reads under ``weight`` or ``bias``.
 
         Raises:
-            HostError: The module has none.
+            HostError: There is none.
         """
-        found = self.module._parameters.get(tensor)
-        if found is None:
+        if tensor not in self.kept:
             raise HostError(f"{self.name} has no {tensor}.")
-        return found
+        return self.kept[tensor].parameter
 
-    @property
-    def stored_in_out(self) -> bool:
-        """Whether the weight is stored [d_in, d_out] (Conv1D) rather than [d_out, d_in]."""
-        return type(self.module).__name__ == "Conv1D"
+    def canonical(self, tensor: str, stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Maps as x @ W; embeddings [token, d_model], gains and biases flat."""
+        return self.kept[tensor].canonical(stored)
 
     def component(self, tensor: str) -> Component:
         """The component of a disjoint kind that one of ``tensors`` is."""
@@ -122,40 +126,28 @@ class Site:
 
     def cut_axis(self, tensor: str) -> int | None:
         """The stored tensor's axis that heads or neurons divide, None where they do not."""
-        if self.role not in LINEAR:
-            return None
-        reads = LINEAR[self.role].side == "in"
-        if tensor == "bias":
-            return None if reads else 0
-        return int(reads != self.stored_in_out)
+        return self.kept[tensor].axis_of(LINEAR[self.role].side) if self.role in LINEAR else None
 
 
 def weight_sites(lens: LensModel) -> list[Site]:
-    """The sites of ``lens`` in the order of its forward pass."""
-    found = [_site(lens.model, "embed", None), _site(lens.model, "pos_embed", None)]
+    """The sites of ``lens`` in the order of its forward pass.
+
+    Raises:
+        HostError: Its weights were folded or centred, so they are not those of a checkpoint.
+    """
+    lens.host.require_raw()
+    names = [("embed", None, "embed"), ("pos_embed", None, "pos_embed")]
     for layer in range(lens.n_layers):
-        found += [_site(lens.model, role, layer) for role in IN_BLOCK]
-    found += [_site(lens.model, "ln_final", None), _site(lens.model, "unembed", None)]
-    return [site for site in found if site is not None]
+        names += [(f"blocks.{layer}.{role}", layer, role) for role in IN_BLOCK]
+    names += [("ln_final", None, "ln_final"), ("unembed", None, "unembed")]
+    found = [Site(name, layer, role, lens.host.kept(name)) for name, layer, role in names]
+    return [site for site in found if site.kept]
 
 
 def ties_embeddings(lens: LensModel) -> bool:
     """Whether the unembedding is the very parameter of the embedding."""
     ends = [site for site in weight_sites(lens) if site.role in ("embed", "unembed")]
     return len({id(site.parameter("weight")) for site in ends}) < len(ends)
-
-
-def _site(model: nn.Module, role: str, layer: int | None) -> Site | None:
-    name = role if layer is None else f"blocks.{layer}.{role}"
-    owner: object = model
-    for step in name.split("."):
-        if not isinstance(owner, nn.Module):
-            return None
-        owner = owner._modules.get(step)
-    module = getattr(owner, "original_component", None)
-    if not isinstance(module, nn.Module) or module._parameters.get("weight") is None:
-        return None
-    return Site(name, layer, role, module)
 
 
 class Piece(NamedTuple):
@@ -183,9 +175,8 @@ def pieces(component: Component, lens: LensModel, sites: Iterable[Site]) -> list
     elif component.index is None:
         found = [Piece(s.name, t) for s in sites for t in s.tensors if s.component(t) == component]
     elif component.index in range(counts(lens).get(component.kind, 0)):
-        width = 1 if component.kind == "neuron" else lens.d_head
         found = [
-            Piece(site.name, tensor, axis, component.index * width, width)
+            _piece(site, tensor, axis, component.index, lens)
             for site in sites
             if site.layer == component.layer and _fine_kind(site) == component.kind
             for tensor in site.tensors
@@ -196,6 +187,11 @@ def pieces(component: Component, lens: LensModel, sites: Iterable[Site]) -> list
     if not found:
         raise HostError(f"the model has no weights for {component}.")
     return found
+
+
+def _piece(site: Site, tensor: str, axis: int, index: int, lens: LensModel) -> Piece:
+    width = site.parameter(tensor).shape[axis] // gate_count(site, tensor, lens)
+    return Piece(site.name, tensor, axis, index * width, width)
 
 
 def counts(lens: LensModel) -> dict[Kind, int]:
@@ -321,13 +317,13 @@ def _parted(sites: list[Site]) -> Iterator[None]:
     if unembed is None or embed.parameter("weight") is not unembed.parameter("weight"):
         yield
         return
-    shared = unembed.parameter("weight")
+    shared, kept = unembed.parameter("weight"), unembed.kept["weight"]
     apart = nn.Parameter(shared.detach().clone(), requires_grad=False)
-    unembed.module._parameters["weight"] = apart
+    kept.module._parameters[kept.name] = apart
     try:
         yield
     finally:
-        unembed.module._parameters["weight"] = shared
+        kept.module._parameters[kept.name] = shared
 
 
 def all_components(lens: LensModel, sites: Iterable[Site]) -> list[Component]:
@@ -343,25 +339,20 @@ def all_components(lens: LensModel, sites: Iterable[Site]) -> list[Component]:
 
 
 def live_weights(model: Any) -> dict[Component, Float[Tensor, "..."]]:
-    """Canonical views of the tensors that a hooked model's forward pass reads, by component.
+    """Views of the tensors that a hooked model's forward pass reads, by component.
+
+    Their entries are in the order of the canonical weight; heads may be an axis of their own, as
+    in [d_in, head, d_head].
 
     Args:
-        model: A ``LensModel`` or a TransformerBridge.
+        model: A ``LensModel``, a TransformerBridge or a HookedTransformer.
+
+    Raises:
+        HostError: Its weights were folded or centred.
     """
     lens = model if isinstance(model, LensModel) else LensModel.wrap(model)
     return {
-        site.component(tensor): _view(site, tensor)
+        site.component(tensor): site.kept[tensor].in_order(site.parameter(tensor).detach())
         for site in weight_sites(lens)
         for tensor in site.tensors
     }
-
-
-def _view(site: Site, tensor: str) -> Tensor:
-    live = site.parameter(tensor).detach()
-    turned = tensor == "weight" and (site.role in LINEAR or site.role == "unembed")
-    return canonical(site, live) if turned else live
-
-
-def canonical(site: Site, weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "d_in d_out"]:
-    """A linear site's stored weight as [d_in, d_out]."""
-    return weight if site.stored_in_out else weight.mT

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from tvlens.components import DISJOINT_KINDS, Component, Kind
 from tvlens.errors import HostError
+from tvlens.models.hosts import Norm
 from tvlens.models.lens import HookList, LensModel, leaf
 from tvlens.models.metrics import Metric
 from tvlens.models.pair import HookedPair
@@ -43,7 +44,6 @@ from .sites import (
     LINEAR,
     Site,
     WeightPath,
-    canonical,
     counts,
     gate_count,
     ties_embeddings,
@@ -386,9 +386,12 @@ class _Scorer:
                 scale = embedding_scale(start.detach(), site, where)
             else:
                 where = self.inputs.pop(site.name).expand(len(where), -1)
-            self._summed(site, scale * start.grad * self.path.delta(site, "weight")[where])
+            self._summed(site, scale * start.grad * self._delta(site, "weight")[where])
         self.rows[TOKENS] = self.by_token
         return self.rows
+
+    def _delta(self, site: Site, tensor: str) -> Tensor:
+        return site.canonical(tensor, self.path.delta(site, tensor))
 
     def _scored(self, site: Site) -> Callable[..., None]:
         named = {"unembed": self._unembed, **dict.fromkeys(LINEAR, self._linear)}
@@ -417,7 +420,7 @@ class _Scorer:
     def _linear(self, site: Site, gradient: Tensor) -> None:
         x = rearrange(self.inputs.pop(site.name), "batch pos ... -> batch pos (...)")
         g = rearrange(gradient, "batch pos ... -> batch pos (...)")
-        delta = canonical(site, self.path.delta(site, "weight"))
+        delta = self._delta(site, "weight")
         if LINEAR[site.role].side == "out":
             terms = g * einsum(x, delta, "batch pos d_in, d_in d_out -> batch pos d_out")
         else:
@@ -435,13 +438,14 @@ class _Scorer:
 
     def _bias(self, site: Site, g: Float[Tensor, "batch pos ... d_out"]) -> None:
         if "bias" in site.tensors:
-            terms = g * self.path.delta(site, "bias")
+            terms = g * self._delta(site, "bias")
             self.rows[site.name, "bias"] = self._cut(site, "bias", terms)
             self._at_tokens(terms)
 
     def _norm(self, site: Site, gradient: Float[Tensor, "batch ... width"]) -> None:
         x, g = (by_position(t) for t in (self.inputs.pop(site.name), gradient))
-        self._summed(site, g * normalised(x, site.module) * self.path.delta(site, "weight"))
+        x = normalised(x, self.path.lens.host.norm(site.name))
+        self._summed(site, g * x * self._delta(site, "weight"))
         self._bias(site, g)
 
     def _unembed(self, site: Site, g: Tensor) -> None:
@@ -449,13 +453,13 @@ class _Scorer:
         rows, read_at = g.abs().amax(-1).nonzero(as_tuple=True)
         positions = self.positions[rows, read_at]
         read, x = g[rows, read_at], self.inputs.pop(site.name)[rows, positions]
-        delta = canonical(site, self.path.delta(site, "weight"))
+        delta = self._delta(site, "weight")
         moved = einsum(x, delta, "read d_model, d_model d_vocab -> read d_vocab")
         scores = reduce(read * moved, "read d_vocab -> read", "sum")
         self.rows[site.name, "weight"] = _per_prompt(scores, rows, len(g))
         self.by_token.index_put_((rows, positions), scores, accumulate=True)
         if "bias" in site.tensors:
-            terms = reduce(read * self.path.delta(site, "bias"), "read d_vocab -> read", "sum")
+            terms = reduce(read * self._delta(site, "bias"), "read d_vocab -> read", "sum")
             self.rows[site.name, "bias"] = _per_prompt(terms, rows, len(g))
             self.by_token.index_put_((rows, positions), terms, accumulate=True)
 
@@ -480,17 +484,14 @@ def by_position(x: Float[Tensor, "batch ... width"]) -> Float[Tensor, "batch pos
     return x if x.ndim == 3 else rearrange(x, "batch head pos d_head -> batch pos head d_head")
 
 
-def normalised(x: Float[Tensor, "batch ... width"], norm: nn.Module) -> Tensor:
+def normalised(x: Float[Tensor, "batch ... width"], norm: Norm) -> Tensor:
     """The input of a norm's gain: centred (LayerNorm only) and divided by its root mean square.
 
     Whether the gain is stored as itself or as its difference from 1, its change is the same.
     """
-    epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
-    if epsilon is None:
-        raise HostError(f"{type(norm).__name__} has no epsilon, so its input cannot be normalised.")
-    if isinstance(norm, nn.LayerNorm):
+    if norm.centred:
         x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.epsilon)
 
 
 def embedding_scale(

@@ -39,7 +39,7 @@ from .measures import (
 from .neuron_evidence import NeuronChanges, neuron_evidence
 from .neurons import Sums, change_of_neurons, rows_of_neurons
 from .nulls import Peers, peers_of
-from .reading import Pair, Slice, factor_of_heads, kv_index_of, slice_of
+from .reading import Layout, Pair, Slice, factor_of_heads, kv_index_of, slice_of
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(blocks done, blocks in all)``."""
@@ -185,10 +185,16 @@ def findings_of_block(asks: Sequence[Ask]) -> list[Findings]:
 def _started(ask: Ask) -> _Block:
     pair = ask.pair
     layer = next((c.layer for c in ask.block if c.kind == "matrix"), None)
-    # queries and keys that are normalised before they meet are no bilinear form
-    circuits = CIRCUITS[:1] if pair.layout.qk_norm else CIRCUITS
     writer = Writer(pair.base_name, pair.tuned_name)
-    return _Block(writer, ask, layer, kv_index_of(pair), circuits)
+    return _Block(writer, ask, layer, kv_index_of(pair), circuits_of(pair.layout))
+
+
+def circuits_of(layout: Layout) -> Sequence[Circuit]:
+    """The circuits that a model's attention computes, each with the two factors it needs.
+
+    Queries and keys that are normalised before they meet are no bilinear form.
+    """
+    return CIRCUITS[:1] if layout.qk_norm else CIRCUITS
 
 
 def _groups(block: Sequence[Component]) -> Iterator[Sequence[Component]]:

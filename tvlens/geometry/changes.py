@@ -35,9 +35,10 @@ class Factored:
         leading = torch.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2])
         return (*leading, self.left.shape[-2], self.right.shape[-1])
 
-    def double(self) -> "Factored":
-        """The same in float64."""
-        return Factored(self.left.double(), self.right.double())
+    @property
+    def turned(self) -> "Factored":
+        """The same with its two sides exchanged."""
+        return Factored(transposed(self.right), transposed(self.left))
 
 
 Change = Tensor | Factored
@@ -52,7 +53,7 @@ def transposed(matrix: Shaped[Tensor, "*component a b"]) -> Shaped[Tensor, "*com
 def turned(change: Change) -> Change:
     """A change with its two sides exchanged."""
     if isinstance(change, Factored):
-        return Factored(transposed(change.right), transposed(change.left))
+        return change.turned
     return transposed(change)
 
 

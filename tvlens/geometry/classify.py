@@ -25,6 +25,7 @@ from scipy import stats
 
 from tvlens.components import Component
 from tvlens.errors import StudyError
+from tvlens.memory import release_freed
 from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
@@ -417,6 +418,7 @@ def _examined(
         asks = [Ask(plans[i][0], plans[i][1][number], seed=plans[i][2]) for i in wanted]
         for i, found in zip(wanted, findings_of_block(asks), strict=True):
             parts[i].append(found)
+        release_freed()
         if progress is not None:
             progress(number + 1, total)
     joined = [joined_findings(part) for part in parts if part]

@@ -19,6 +19,7 @@ e_new_write are null, and the rest of the e_* is what they would hold.
 from collections.abc import Sequence
 
 from tvlens.components import Component
+from tvlens.memory import release_freed
 from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
 
@@ -48,6 +49,7 @@ def decompose(pair: Pair, progress: Progress | None = None, *, spectra: Spectra 
     tables: list[Table] = []
     for done, block in enumerate(blocks, start=1):
         tables.append(weights_of_block(pair, block, spectra=spectra))
+        release_freed()
         if progress is not None:
             progress(done, len(blocks))
     return concatenated("weights", tables, order="relative_delta")

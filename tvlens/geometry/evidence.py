@@ -23,11 +23,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from tvlens.components import KEY_COLUMNS, READING_PARTS
+from tvlens.components import KEY_COLUMNS, READING_PARTS, Side
 
-from .matrices import Side
-
-Keys = Mapping[str, Sequence[object]]
+Keys = Mapping[str, Any]
 """Which components a frame is about: the key, ``tied``, and the measures of the gate."""
 GATE_COLUMNS = ("delta_norm", "snr", "gain", "kappa")
 """Measures that the gate and the reasons need."""

@@ -25,12 +25,13 @@ matrices, as small as their shorter side, hold every measure.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float64
 from torch import Tensor
+
+from tvlens.components import Side
 
 from .changes import (
     Change,
@@ -44,7 +45,6 @@ from .changes import (
     turned,
 )
 
-Side = Literal["read", "write"]
 K_FRACTION = 0.25
 """Share of a side's dimensions called existing in e_*: a convention, the same for every matrix."""
 RANK_TOLERANCE = 1e-5
@@ -186,7 +186,7 @@ def products_of(basis: Basis, delta: Change) -> Products:
 def seen(basis: Basis, delta: Change, products: Products | None = None) -> Seen:
     """A change in the directions of its base; dense ones through ``products_of`` them."""
     if isinstance(delta, Factored):
-        found = _seen_factors(basis, turned(delta) if basis.turned else delta)
+        found = _seen_factors(basis, delta.turned if basis.turned else delta)
     else:
         found = _seen_products(basis, products or products_of(basis, delta))
     if basis.turned:

@@ -177,7 +177,7 @@ def matrix_evidence(keys: Keys, one: MatrixChange, left: float, *, seed: int) ->
     limit = stats.norm.sf(GAIN_Z)
     rest = matrix_structure(one, own.gain, left, seed=seed)
     share = rest.share * (1 - own.kappa**2)
-    where = placed(*(np.array([v]) for v in (share, rest.aligned, rest.error)), one.part)
+    where = placed(np.array([share]), np.array([rest.aligned]), np.array([rest.error]), one.part)
     frame = evidence_frame(
         keys,
         share_gain=own.share,

@@ -16,7 +16,7 @@ from tvlens.components import (
 )
 from tvlens.tables import Table, keyed_schema
 
-from .changes import Change, energies_of_gram, gram, transposed, turned
+from .changes import Change, Factored, energies_of_gram, gram, transposed, turned
 from .heads import CircuitCores
 from .matrices import (
     K_FRACTION,
@@ -88,7 +88,8 @@ NEURON_PARTS = ("W_gate", "W_in", "W_out")
 Spectra = Literal["both", "delta", "none"]
 """Whose singular values are taken: of base and tuning vector, which places the one in the other;
 of the tuning vector alone; of neither."""
-Columns = dict[str, Sequence[object] | Tensor]
+Columns = dict[str, Any]
+"""Lists or tensors, one value a component."""
 
 
 def named_split(split: EnergySplit, part: str) -> Columns:
@@ -107,9 +108,8 @@ def named_split(split: EnergySplit, part: str) -> Columns:
 def pieces_of(weight: Slice, part: str) -> Sums:
     """The sums of a weight at its finest cut: neurons, single columns of heads, rows."""
     base, change, floor = weight.base, weight.change, weight.floor
-    if base.dim() != 2:
-        flat = [w if w is None else _flat(w) for w in (base, change, floor)]
-        return sums_of_rows(flat[0], flat[1], flat[2])
+    if base.dim() != 2 and not isinstance(change, Factored):
+        return sums_of_rows(_flat(base), _flat(change), None if floor is None else _flat(floor))
     if part in (*NEURON_PARTS, *HEAD_PARTS) and part not in WRITING_PARTS:
         floor = None if floor is None else transposed(floor)
         return sums_of_rows(transposed(base), turned(change), floor)
@@ -188,9 +188,10 @@ def vocabulary(slabs: Iterable[Weight], part: str, spectra: Spectra) -> Vocabula
     """The measures of an embedding from its pieces; memory is one piece and two d_model Grams."""
     sums: list[Sums] = []
     grams: list[Tensor] = []
-    first, equal = None, 0.0
+    kinds: list[Slice] = []
+    equal = 0.0
     for weight in map(slice_of, slabs):
-        first = first or weight
+        kinds = kinds or [weight]
         base, change = weight.base, weight.change
         if part == "W_U":
             base, change = transposed(base), turned(change)
@@ -201,7 +202,7 @@ def vocabulary(slabs: Iterable[Weight], part: str, spectra: Spectra) -> Vocabula
             grams[index] += made
     whole = joined_sums(sums).grouped(1)
     columns: Columns = {**whole.columns(), "equal_fraction": [equal / float(whole.entries)]}
-    return Vocabulary(columns | _gram_columns(grams, part), first)
+    return Vocabulary(columns | _gram_columns(grams, part), kinds[0])
 
 
 def _token_rows(floor: Tensor | None, part: str) -> Tensor | None:

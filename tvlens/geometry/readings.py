@@ -50,7 +50,7 @@ from tvlens.threads import one_thread
 from .changes import Change, energy, product
 from .evidence import residual_side
 from .heads import change_of_heads
-from .matrices import Basis, spectral_basis
+from .matrices import spectral_basis
 from .measures import HEAD_PARTS, KV_PARTS
 from .reading import Pair, factor_of_heads, kv_index_of
 from .spectra import (

@@ -1,13 +1,15 @@
 """One face over a TransformerLens model: checked hook names, plain logits, left as found.
 
-``LensModel`` wraps a ``TransformerBridge`` (TransformerLens 3.9 and 4.x). The bridge keeps the
-checkpoint's own weights: no folding and no centring, so a weight here is the weight on disk.
+``LensModel`` wraps a ``TransformerBridge`` (TransformerLens 3.9 and 4.x) or a
+``HookedTransformer`` (3.9); hook names and shapes are the bridge's of 4.x for both. tvlens loads
+through the bridge, which keeps the checkpoint's own weights: no folding and no centring, so a
+weight there is the weight on disk.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tvlens.errors import AdapterError, CheckpointError, HostError, PromptError
+
+from .bridge import bridge_host
+from .hooked_transformer import hooked_transformer_host
+from .hosts import Host, submodule
+from .passages import Passage, hooked_passages
 
 HookList = Sequence[tuple[str, Callable[..., Any]]]
 """Pairs of a hook name and a function of (tensor, hook)."""
@@ -36,15 +43,21 @@ class LensModel:
         d_model: Width of the residual stream.
         d_mlp: Neurons of a block.
         d_vocab: Tokens of the output.
+        host: Where it keeps parameters and activations.
         hook_names: Every name that ``hooks`` accepts.
         unknown: Token ids that must not be read, with their strings: only one model of the pair
             knows them.
     """
 
     def __init__(self, model: Any) -> None:
-        """Read the sizes of ``model``, a TransformerBridge."""
+        """Read the sizes of ``model``, a TransformerBridge or a HookedTransformer.
+
+        Raises:
+            HostError: It has no MLPs, has experts, or is quantised.
+        """
         config = model.cfg
         self.model = model
+        self.host: Host = host_of(model)
         self.n_layers: int = config.n_layers
         self.n_heads: int = config.n_heads
         self.n_kv_heads: int = getattr(config, "n_key_value_heads", None) or config.n_heads
@@ -52,7 +65,7 @@ class LensModel:
         self.d_model: int = config.d_model
         self.d_mlp: int = config.d_mlp
         self.d_vocab: int = config.d_vocab
-        self.hook_names: frozenset[str] = frozenset(model.hook_dict)
+        self.hook_names: frozenset[str] = frozenset({*model.hook_dict, *self.host.passages})
         self.unknown: Mapping[int, str] = {}
 
     @classmethod
@@ -101,24 +114,27 @@ class LensModel:
         A transformers model on that device, in that dtype and without an adapter lends its own
         weights: what an analysis writes into them for a while, and puts back, is written there.
         Otherwise they are copied. A PeftModel's adapter is merged into a copy; layers that peft
-        put into a base are taken out of the copy. A bridge is used as it is.
+        put into a base are taken out of the copy. A bridge or a HookedTransformer is used as it
+        is.
 
         Raises:
-            HostError: TransformerLens does not know the architecture, or a bridge is elsewhere.
+            HostError: TransformerLens does not know the architecture, or a hooked model is
+                elsewhere.
             AdapterError: The adapter does not fit the model.
         """
         if hasattr(model, "hook_dict"):
             lens = cls.wrap(model)
             if rows is not None and rows < lens.d_vocab:
                 raise HostError(
-                    f"only {rows} of this bridge's {lens.d_vocab} embedding rows are shared.",
-                    hint="Give the transformers model or the folder instead of the bridge.",
+                    f"only {rows} of this {type(model).__name__}'s {lens.d_vocab} embedding rows "
+                    "are shared.",
+                    hint="Give the transformers model or the folder instead.",
                 )
             if (lens.device, lens.dtype) != (torch.device(device), dtype) or adapter is not None:
                 raise HostError(
-                    f"this bridge is {lens.dtype} on {lens.device}; {dtype} on {device} without "
-                    "an adapter is asked for.",
-                    hint="Give the transformers model or the folder instead of the bridge.",
+                    f"this {type(model).__name__} is {lens.dtype} on {lens.device}; {dtype} on "
+                    f"{device} without an adapter is asked for.",
+                    hint="Give the transformers model or the folder instead.",
                 )
             return lens
         cut = rows is not None and rows < model.get_input_embeddings().weight.shape[0]
@@ -139,7 +155,8 @@ class LensModel:
         """
         if not hasattr(bridge, "hook_dict") or not hasattr(bridge, "cfg"):
             raise HostError(
-                f"expected a TransformerBridge, got {type(bridge).__name__}.",
+                f"expected a TransformerBridge or a HookedTransformer, got "
+                f"{type(bridge).__name__}.",
                 hint="Build one with TransformerBridge.boot_transformers, or pass a folder.",
             )
         return cls(bridge)
@@ -185,7 +202,7 @@ class LensModel:
     ) -> Float[Tensor, "batch read d_vocab"]:
         self._require_known(ids)
         where = self.device
-        return self.model(ids.to(where), attention_mask=mask.to(where), use_cache=False)
+        return self.host.logits(ids.to(where), mask.to(where))
 
     def _require_known(self, ids: Int[Tensor, "batch pos"]) -> None:
         if ids.numel() and (largest := int(ids.max())) >= self.d_vocab:
@@ -212,15 +229,26 @@ class LensModel:
             HostError: The model has no hook of a name, or the hook needs a setting that is off.
         """
         self.require_hooks(name for name, _ in (*fwd, *bwd))
+        passages = {n: p for n, p in self.host.passages.items() if isinstance(p, Passage)}
+        there = [[(n, f) for n, f in hooks if n in passages] for hooks in (fwd, bwd)]
         entered = False
         try:
-            with self.model.hooks(fwd_hooks=list(fwd), bwd_hooks=list(bwd)):
+            with ExitStack() as stack:
+                stack.enter_context(
+                    self.model.hooks(fwd_hooks=self._own(fwd), bwd_hooks=self._own(bwd))
+                )
+                stack.enter_context(hooked_passages(passages, *there))
                 entered = True
                 yield self
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:
             if entered:
                 raise
             raise HostError(f"TransformerLens refuses a hook: {error}") from error
+
+    def _own(self, hooks: HookList) -> list[tuple[str, Callable[..., Any]]]:
+        """The hooks that the model has points for, by its own names."""
+        named = [(self.host.passages.get(name, name), function) for name, function in hooks]
+        return [(name, function) for name, function in named if isinstance(name, str)]
 
     def require_hooks(self, names: Any) -> None:
         """Refuse names that this model lacks, since TransformerLens 3.9 ignores them silently.
@@ -263,12 +291,19 @@ class LensModel:
         Raises:
             HostError: Some module is in training mode.
         """
-        if any(module.training for module in self._running_modules()):
+        if self.host.training_differs and any(m.training for m in self._running_modules()):
             raise HostError("the model is in training mode.", hint="Call model.eval() first.")
 
     def _running_modules(self) -> Iterator[torch.nn.Module]:
         root = getattr(self.model, "original_model", self.model)
         yield from root.modules()
+
+
+def host_of(model: Any) -> Host:
+    """What kind of model of TransformerLens this is, told by what it has."""
+    embed = submodule(model, "embed")
+    own = embed is not None and "W_E" in embed._parameters
+    return hooked_transformer_host(model) if own else bridge_host(model)
 
 
 def reading_at(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:

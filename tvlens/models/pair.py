@@ -43,7 +43,8 @@ class HookedPair:
         base: The base model.
         tuned: Its fine-tune.
         tokenizer: The tuned model's tokenizer; the base's where the tuned model has none, or has
-            tokens that the base does not know; or None.
+            tokens that the base does not know; where no folder has one, what a hooked model in
+            memory carries; or None.
         warnings: What the two vocabularies leave out, in sentences.
         base_name: What tables call the base.
         tuned_name: What tables call the fine-tune.
@@ -75,26 +76,31 @@ class HookedPair:
             self.tuned = _adapted(inside, base, adapter, **how)
         self.base.unknown = self.tuned.unknown = common.unknown
         self.base_name, self.tuned_name = names
-        self.tokenizer = tokenizer_in(common.folders)
+        self.tokenizer = tokenizer_in(common.folders) or _carried_tokenizer(inside)
         self.warnings = common.warnings
         self._require_same_shape()
 
     @classmethod
     def of(
         cls,
-        base: LensModel,
-        tuned: LensModel,
+        base: Any,
+        tuned: Any,
         *,
         tokenizer: Any = None,
         names: tuple[str, str] = ("base", "tuned"),
     ) -> "HookedPair":
-        """A pair of models that the caller made.
+        """A pair of models that the caller made: LensModel, TransformerBridge, HookedTransformer.
 
         Raises:
             IncomparableModelsError: Their shapes differ.
+            HostError: One is no hooked model.
         """
         pair = cls.__new__(cls)
-        pair.base, pair.tuned, pair.tokenizer = base, tuned, tokenizer
+        pair.base, pair.tuned = (
+            model if isinstance(model, LensModel) else LensModel.wrap(model)
+            for model in (base, tuned)
+        )
+        pair.tokenizer = tokenizer
         pair.base_name, pair.tuned_name = names
         pair.warnings = ()
         pair._require_same_shape()
@@ -265,7 +271,9 @@ def _vocabulary_size(pair: Any, side: int, folder: Path) -> int:
     model = _models(pair)[side]
     if model is None:
         return _configured_size(folder)
-    return _size_in(model.config.to_dict(), f"the config of {type(model).__name__}")
+    if (config := getattr(model, "config", None)) is None:
+        return int(model.cfg.d_vocab)
+    return _size_in(config.to_dict(), f"the config of {type(model).__name__}")
 
 
 def _size_in(config: Mapping[str, Any], where: str) -> int:
@@ -280,6 +288,12 @@ def _models(pair: Any) -> tuple[Any, Any]:
     sources = (None, None) if isinstance(pair, tuple) else (pair.base, pair.tuned)
     base, tuned = (getattr(source, "module", None) for source in sources)
     return base, tuned
+
+
+def _carried_tokenizer(models: tuple[Any, Any]) -> Any:
+    """The tokenizer of a hooked model, the tuned one's first; None where neither has one."""
+    base, tuned = (getattr(model, "tokenizer", None) for model in models)
+    return tuned or base
 
 
 def _lens(model: Any, folder: Path, **how: Any) -> LensModel:

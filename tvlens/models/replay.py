@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .hosts import submodule
 from .lens import LensModel, reading_at
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class Replay:
             args, kwargs = self.beside[number]
             out = self.model.model.blocks[number](stream, *args, **kwargs)
             stream = out if isinstance(out, Tensor) else out[0]
-        normed = self.model.model.ln_final(stream)
+        norm = submodule(self.model.model, "ln_final")
+        normed = stream if norm is None else norm(stream)
         return self.model.model.unembed(reading_at(self.positions)(normed, None))
 
     def repeats(self) -> bool:
@@ -93,7 +95,8 @@ class Replay:
                 )
                 stack.callback(handle.remove)
             if self.model.n_layers in layers:
-                final = self.model.model.ln_final.register_forward_pre_hook(
+                model = self.model.model
+                final = (submodule(model, "ln_final") or model.unembed).register_forward_pre_hook(
                     self._kept(self.model.n_layers, keep=True), with_kwargs=True
                 )
                 stack.callback(final.remove)

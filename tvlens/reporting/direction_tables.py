@@ -45,8 +45,8 @@ def directions_table(frame: pd.DataFrame) -> DataTable | None:
     return DataTable(_directions_caption(frame, out), columns, rows, text_columns=4)
 
 
-def _stands_out(value: object) -> str:
-    return NOTHING if pd.isna(value) else "yes" if value else "no"  # type: ignore[call-overload]
+def _stands_out(value: Any) -> str:
+    return NOTHING if pd.isna(value) else "yes" if value else "no"
 
 
 def _directions_caption(frame: pd.DataFrame, out: pd.Series) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from tvlens.errors import StudyError
 from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
-from tvlens.weights.matching import load_pair
 from tvlens.weights.vocabulary import token_strings
 
+from .controls import controls_from
 from .plan import StudyPlan, name_of
 
 if TYPE_CHECKING:
@@ -100,17 +100,10 @@ def overlap_tables(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> l
     from tvlens.geometry.overlap import overlap
 
     named = [pair for pair in pairs if pair.tuned_name in plan.names]  # all start from one model
-    controls = _controls(plan, named[0])
+    controls = controls_from(plan, named[0], but=plan.names)  # a fine-tune is no control of itself
     together = [*named, *controls]
     if len(together) < 2:
         return []
     say(f"overlap: {', '.join(pair.tuned_name for pair in together)}")
     names = [pair.tuned_name for pair in controls]
     return [overlap(together, replicates=plan.replicates, controls=names, seed=plan.seed)]
-
-
-def _controls(plan: StudyPlan, first: "Pair") -> "list[Pair]":
-    """The control fine-tunes from the same base, but those that are fine-tunes already."""
-    start = first.base.name if first.base.name.startswith("demo:") else str(first.base.folder)
-    wanted = [spec for spec in plan.controls if name_of(spec) not in plan.names]
-    return [load_pair(start, spec, names=(first.base_name, name_of(spec))) for spec in wanted]

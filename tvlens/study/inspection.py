@@ -1,43 +1,157 @@
-"""What a comparison would do, from headers alone: tensors, bytes, rows, and rough costs.
+"""What a comparison would do, from headers alone: tensors, rows, bytes, seconds, memory.
 
-The seconds and the memory are estimates from counts, with the measured rates beside them; they
-are for deciding whether to start, not for quoting.
+Nothing of a weight is read (``--parents`` reads a sample of rows and says how many), so a 70B is
+inspected as fast as the demo. The shape of what ``inspection`` gives is stable:
+
+    base, tuned         names
+    family, shape       the family's table and the model's numbers
+    parameters          numbers of the model
+    tensors             number of tensors by what becomes of them
+    not_compared        a sentence a tensor that no analysis covers
+    vocabulary          how embedding rows are matched, a sentence
+    config_differences  a sentence each
+    warnings            sentences
+    bytes               {base, tuned, total} of the tensors as stored
+    prompts             {name, prompts, tokens, longest, scored, corrupt, chat, metric, unit,
+                        warnings}, or {name, prompts, problem}: why they cannot be run
+    stages              by name (match, decompose, classify, attribute, graft, evaluate):
+        bytes_read          all passes over the files together
+        seconds             {expected, low, high}
+        peak_memory_bytes   of the whole process
+        tables              by name: {rows} where the headers decide, else {at_least, at_most};
+                            ``by`` splits what is exact by kind or method
+        cannot_run          instead of all these: why the stage would be refused
+    seconds             {expected, low, high} of all stages
+    parents             with ``--parents`` alone: what ``parent_ranking`` gives
+
+Seconds are counts of operations times rates measured on the spot, of a core that nothing else
+uses. ``low`` and ``high`` are a factor of 2 away; ``high`` also holds the most nodes an
+integral may need, and a slow disk.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from tvlens.components import DISJOINT_KINDS
 from tvlens.errors import TvlensError
+from tvlens.models.metrics import SHIPPED, resolve_metric
+from tvlens.models.pair import common_tokens_of, tokenizer_in
+from tvlens.models.prompts import PromptSet, load_prompts, load_texts, tokenised
 from tvlens.weights.lineage import Likeness, likeness, told_apart
 from tvlens.weights.matching import Pair, load_pair
 from tvlens.weights.sources.opening import open_source
 
-from .plan import name_of
+from .forecast import (
+    Forecast,
+    Prompted,
+    attribution_side,
+    evaluation_side,
+    total_seconds,
+    weights_side,
+)
+from .plan import StudyPlan, name_of
+from .rates import Rates, measured_rates
+from .stages import WIDE, check_pairs, chosen_device
+from .work import entries, stored_bytes
 
-READ_RATE = 0.4e9  # bytes a second that are read, hashed and scanned, one thread of a 2024 CPU
-SPECTRUM_RATE = 6e9  # multiply-adds a second of the Gram and eigen steps, likewise
-NODES = 8
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp", "d_vocab")
 
 
-def inspection(base: str, tuned: str) -> dict[str, Any]:
-    """What ``tvlens compare`` of the two would read, compare and write.
+def inspection(
+    base: str, tuned: str, *, rates: Rates | None = None, **options: Any
+) -> dict[str, Any]:
+    """What ``tvlens compare`` of the two would read, compare, take and write; see the module.
+
+    Args:
+        base: Specification of the base.
+        tuned: Specification of the fine-tune or adapter.
+        rates: Seconds a unit of each operation; measured here where None.
+        options: Options of the study, as in ``StudyPlan``: ``prompts``, ``metric``, ``stages``...
 
     Raises:
-        TvlensError: The two cannot be compared; the sentence says why.
+        TvlensError: The two cannot be compared, or prompts or metric cannot be used.
     """
-    pair = load_pair(base, tuned, names=("base", name_of(tuned)), scan=False)
-    report = pair.load_report
-    numbers = pair.layout
+    plan = StudyPlan(base=base, tuned=(tuned,), **options)
+    pair = load_pair(base, tuned, names=("base", name_of(tuned)), scan=False, peek=True)
+    asked = _asked_prompts(plan)
+    rates = rates or measured_rates(chosen_device(plan), wide=pair.layout.d_model >= WIDE)
+    stages: dict[str, Forecast] = weights_side(pair, plan, rates)
+    refused: dict[str, str] = {}
+    prompts: dict[str, Any] | None = None
+    if asked is not None:
+        prompts, found, refused = _prompted_stages(pair, plan, asked, rates)
+        stages |= found
+    return {
+        **_described(pair),
+        "prompts": prompts,
+        "stages": {
+            **{name: stage.to_dict() for name, stage in stages.items()},
+            **{name: {"cannot_run": sentence} for name, sentence in refused.items()},
+        },
+        "seconds": total_seconds([*stages.values()]).to_dict(),
+    }
+
+
+def _asked_prompts(plan: StudyPlan) -> PromptSet | None:
+    """The prompts of the stages that run models, None where there is no such stage."""
+    if not {"attribute", "graft", "evaluate"} & set(plan.stages):
+        return None
+    asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
+    resolve_metric(plan.metric, asked)
+    return asked
+
+
+def _prompted_stages(
+    pair: Pair, plan: StudyPlan, asked: PromptSet, rates: Rates
+) -> tuple[dict[str, Any], dict[str, Forecast], dict[str, str]]:
+    """The prompts as they would be read, the stages that run on them, and those that cannot."""
+    wanted = [name for name in plan.stages if name != "decompose"]
+    known: dict[str, Any] = {"name": asked.name, "prompts": len(asked)}
+    try:
+        check_pairs(plan, [pair])
+        common = common_tokens_of(pair)
+        encode = partial(tokenised, tokenizer=tokenizer_in(common.folders), chat=plan.chat)
+        batch = encode(asked)
+        texts = {task: encode(load_texts(spec)) for task, spec in plan.evaluate.items()}
+    except TvlensError as error:
+        return {**known, "problem": str(error)}, {}, dict.fromkeys(wanted, str(error))
+    prompted = Prompted(batch, resolve_metric(plan.metric, asked), common.size)
+    found = attribution_side(pair, plan, prompted, rates)
+    found |= evaluation_side(pair, plan, texts, SHIPPED["loss"], rates)
+    warnings = [*common.warnings, *batch.warnings, *_left_out(asked)]
+    return {**known, **_counted(prompted), "warnings": warnings}, found, {}
+
+
+def _left_out(asked: PromptSet) -> list[str]:
+    if not asked.skipped:
+        return []
+    return [f"{len(asked.skipped)} bad prompt lines are left out: {'; '.join(asked.skipped)}."]
+
+
+def _counted(prompted: Prompted) -> dict[str, Any]:
+    batch, metric = prompted.batch, prompted.metric
+    return {
+        "tokens": int(batch.lengths.sum()),
+        "longest": int(batch.lengths.max()),
+        "scored": int(batch.n_scored.sum()),
+        "corrupt": sum(len(ids) > 0 for ids in batch.corrupt_ids),
+        "chat": batch.chat,
+        "metric": metric.name,
+        "unit": metric.unit,
+    }
+
+
+def _described(pair: Pair) -> dict[str, Any]:
+    """What the headers and configs say about the two models."""
+    report, numbers = pair.load_report, pair.layout
     return {
         "base": pair.base.name,
         "tuned": pair.tuned.name,
         "family": numbers.family,
         "shape": {
-            name: getattr(numbers, name)
-            for name in ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp")
-            if numbers.listed or getattr(numbers, name)
+            name: getattr(numbers, name) for name in SIZES if numbers.listed or name == "n_layers"
         },
+        "parameters": entries(pair, pair.components),
         "tensors": report.counts,
         "not_compared": [
             f"{match.base or match.tuned}: {match.status}. {match.reason}".rstrip()
@@ -50,11 +164,13 @@ def inspection(base: str, tuned: str) -> dict[str, Any]:
             for found in report.config_differences
         ],
         "warnings": report.warnings,
-        "bytes": _bytes(pair),
-        "table_rows": _rows(pair),
-        "decompose_seconds": round(_seconds(pair), 1),
-        "model_memory_bytes": 2 * 4 * _parameters(pair),
+        "bytes": dict(zip(("base", "tuned", "total"), _bytes(pair), strict=True)),
     }
+
+
+def _bytes(pair: Pair) -> tuple[int, int, int]:
+    base, tuned = stored_bytes(pair)
+    return base, tuned, base + tuned
 
 
 def parent_ranking(tuned: str, candidates: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +188,9 @@ def parent_ranking(tuned: str, candidates: Sequence[str]) -> dict[str, Any]:
     refused = []
     for spec in dict.fromkeys(candidates):
         try:
-            found.append(likeness(load_pair(spec, tuned, names=(spec, tuned), scan=False)))
+            found.append(
+                likeness(load_pair(spec, tuned, names=(spec, tuned), scan=False, peek=True))
+            )
         except TvlensError as error:
             refused.append({"candidate": spec, "verdict": "refused", "reason": str(error)})
     found.sort(key=lambda candidate: candidate.distance)
@@ -88,7 +206,7 @@ def _apart(nearest: Likeness, other: Likeness) -> bool:
     """Whether the distance decides between two candidates, by how far they are from each other."""
     names = nearest.base, other.base
     try:
-        between = likeness(load_pair(*names, names=names, scan=False))
+        between = likeness(load_pair(*names, names=names, scan=False, peek=True))
     except TvlensError:
         return True  # each can be compared with the tuned model, but they not with each other
     return told_apart(nearest.distance, other.distance, between.distance)
@@ -107,51 +225,3 @@ def _ranking_sentence(tuned: str, found: list[Likeness], rivals: list[str]) -> s
     if found[1:]:
         return f"{found[0].base} is the likeliest parent of {tuned} among the candidates."
     return f"{found[0].base} looks like a parent of {tuned}; name others to compare it with."
-
-
-def _bytes(pair: Pair) -> int:
-    sizes = {"float32": 4, "float64": 8}
-    total = 0
-    for source in (pair.base, pair.tuned):
-        for info in source.tensors.values():
-            count = 1
-            for length in info.shape:
-                count *= length
-            total += count * sizes.get(info.dtype, 2)
-    return total
-
-
-def _parameters(pair: Pair) -> int:
-    total = 0
-    for info in pair.base.tensors.values():
-        count = 1
-        for length in info.shape:
-            count *= length
-        total += count
-    return total
-
-
-def _rows(pair: Pair) -> dict[str, int]:
-    """Rows of the weights table, by kind; four a head (W_Q, W_O, OV, QK), two a kv head.
-
-    A family that normalises queries and keys has no QK.
-    """
-    numbers = pair.layout
-    rows = {kind: 0 for kind in DISJOINT_KINDS}
-    for component in pair.components:
-        rows[component.kind] += 1
-    neuron_parts = 3 if numbers.gated else 2
-    rows["head"] = (3 if numbers.qk_norm else 4) * numbers.n_layers * numbers.n_heads
-    rows["kv_head"] = 2 * numbers.n_layers * numbers.n_kv_heads
-    rows["neuron"] = neuron_parts * numbers.n_layers * numbers.d_mlp
-    return rows
-
-
-def _seconds(pair: Pair) -> float:
-    """Reading and hashing both checkpoints, and one Gram spectrum of each matrix and delta."""
-    spectra = 0
-    for component in pair.components:
-        if component.kind == "matrix":
-            small, large = sorted(pair.layout.shape(component))
-            spectra += 2 * small * small * (large + 10 * small)
-    return _bytes(pair) / READ_RATE + spectra / SPECTRUM_RATE

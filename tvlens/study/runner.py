@@ -147,7 +147,7 @@ class _Run:
         made: dict[str, list[Table]] = {}
         vectors: dict[str, "dict[str, Tensor]"] = {}
         with self.timed(name):
-            for tuned_name, output in self._outputs(name):
+            for tuned_name, output in stages.STAGES[name](self.plan, self.pairs, self.say):
                 self.warnings += output.warnings
                 self.facts.setdefault(tuned_name, {}).update(output.facts)
                 self._fix_sample(output.facts)
@@ -182,15 +182,6 @@ class _Run:
         """Whether a site of ``weights`` and one of ``attribution`` are not the same unit."""
         found = [facts.get("canonical", {}) for facts in self.facts.values()]
         return self.plan.canonical and any(any(counts.values()) for counts in found)
-
-    def _outputs(self, name: str) -> "Iterator[tuple[str, stages.StageOutput]]":
-        """What a stage makes of each pair, then of all pairs together."""
-        if each := stages.STAGES.get(name):
-            for pair in self.pairs:
-                self.say(f"{name}: {pair.tuned_name}")
-                yield pair.tuned_name, each(self.plan, pair, self.say)
-        if together := stages.TOGETHER.get(name):
-            yield self.pairs[-1].tuned_name, together(self.plan, self.pairs, self.say)
 
     def _fix_sample(self, facts: Mapping[str, Any]) -> None:
         """Keep the exact sample that was planned by time, so that a rerun repeats it."""

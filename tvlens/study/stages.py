@@ -1,4 +1,4 @@
-"""The stages of a study: each takes a plan and a pair and returns tables.
+"""The stages of a study: each takes a plan and all pairs and yields tables.
 
     decompose   Pair -> weights, tests, labels, directions, readings; all pairs -> lineage, overlap
     attribute   HookedPair, prompts, metric -> prompts, attribution, fidelity, findings, roles
@@ -8,7 +8,7 @@
 A stage is a pure function of its inputs; the runner writes what it returns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ import pyarrow as pa
 from tvlens.errors import StudyError, UnsupportedFormatError
 from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
-from tvlens.weights.gauge import refuse_canonical
+from tvlens.weights.gauge import canonical, refuse_canonical, removed
 from tvlens.weights.matching import load_pair
 
+from .controls import controls_from
 from .directions import check_replicates, overlap_tables, written_directions
 from .plan import WHOLE_WAY, StudyPlan, name_of
 
@@ -79,36 +80,66 @@ class StageOutput:
     vectors: Mapping[str, Mapping[str, "Tensor"]] = field(default_factory=dict)
 
 
-def decompose_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
-    """Measure and classify every component of the tuning vector."""
-    from tvlens.geometry.classify import classify
-    from tvlens.geometry.decompose import decompose
-    from tvlens.weights.gauge import canonical, removed
+Outputs = Iterator[tuple[str, StageOutput]]
+"""What a stage makes, each under the name of the fine-tune that it belongs to."""
 
-    start = pair.base.name if pair.base.name.startswith("demo:") else pair.base.folder
-    controls = tuple(
-        load_pair(start, spec, names=(pair.base_name, name_of(spec))) for spec in plan.controls
-    )
-    facts: dict[str, Any] = {}
-    warnings: tuple[str, ...] = ()
+
+def decompose_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+    """Measure and classify every component of the tuning vectors; then one against the other."""
+    for group in _of_one_base(pairs):
+        yield from _decomposed(plan, group, say)
+    lineage = lineage_stage(plan, pairs, say)
+    overlaps = overlap_tables(plan, pairs, say)
+    yield pairs[-1].tuned_name, replace(lineage, tables=(*lineage.tables, *overlaps))
+
+
+def _of_one_base(pairs: "Sequence[Pair]") -> "list[list[Pair]]":
+    """The pairs by their base, in order: what belongs to a base alone is then worked out once."""
+    groups: dict[Path, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.base.folder, []).append(pair)
+    return list(groups.values())
+
+
+def _decomposed(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+    """The geometry of fine-tunes of one base."""
+    from tvlens.geometry.classify import decompose_and_classify
+
+    controls = controls_from(plan, pairs[0])
+    facts: dict[str, dict[str, Any]] = {pair.tuned_name: {} for pair in pairs}
+    warnings: dict[str, tuple[str, ...]] = {}
     if plan.canonical:
+        pairs, controls = _canonical(pairs, say), _canonical(controls, say)
+        for pair in pairs:
+            moved = removed(pair)
+            counts = {"neurons": moved.neurons, "heads": moved.heads}
+            facts[pair.tuned_name]["canonical"] = counts
+            warnings[pair.tuned_name] = (moved.sentence,)
+    say(f"decompose and classify: {', '.join(pair.tuned_name for pair in pairs)}")
+    found = decompose_and_classify(pairs, controls=controls, seed=plan.seed)
+    for pair, geometry in zip(pairs, found, strict=True):
+        name, labels = pair.tuned_name, geometry.labels
+        say(f"directions: {name}")
+        written = written_directions(pair, labels.labels, seed=plan.seed)
+        tables = (geometry.weights, labels.tests, labels.labels)
+        yield (
+            name,
+            StageOutput(
+                (*tables, written.directions, written.readings),
+                {**facts[name], "headline": labels.headline},
+                warnings.get(name, ()),
+                vectors={"directions": written.vectors},
+            ),
+        )
+
+
+def _canonical(pairs: "Sequence[Pair]", say: Progress) -> "list[Pair]":
+    """The pairs with their tuned models read in the base's coordinates."""
+    found = []
+    for pair in pairs:
         say(f"finding the base's coordinates for {pair.tuned_name}")
-        pair, *controls = (canonical(found) for found in (pair, *controls))
-        found = removed(pair)
-        facts["canonical"] = {"neurons": found.neurons, "heads": found.heads}
-        warnings = (found.sentence,)
-    weights = decompose(pair)
-    say(f"classify: {pair.tuned_name}")
-    labels = classify(pair, weights, controls=tuple(controls), seed=plan.seed)
-    facts["headline"] = labels.headline
-    say(f"directions: {pair.tuned_name}")
-    written = written_directions(pair, labels.labels, seed=plan.seed)
-    return StageOutput(
-        (weights, labels.tests, labels.labels, written.directions, written.readings),
-        facts,
-        warnings,
-        vectors={"directions": written.vectors},
-    )
+        found.append(canonical(pair))
+    return found
 
 
 def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
@@ -117,7 +148,7 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     from tvlens.models.pair import HookedPair
     from tvlens.models.prompts import load_prompts, tokenised
 
-    hooked = HookedPair(pair, device=_device(plan))
+    hooked = HookedPair(pair, device=chosen_device(plan))
     asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
     metric = resolve_metric(plan.metric, asked)
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
@@ -158,7 +189,7 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     metric = resolve_metric(plan.metric, asked)
     common = common_tokens_of(pair)
     batch = tokenised(asked, tokenizer_in(common.folders), chat=plan.chat)
-    lens = LensModel.load(pair.base.folder, rows=common.size, device=_device(plan))
+    lens = LensModel.load(pair.base.folder, rows=common.size, device=chosen_device(plan))
     lens.unknown = common.unknown
     splits = {
         split: [row for row, number in enumerate(batch.numbers) if asked[number].split == split]
@@ -279,7 +310,8 @@ def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
     return warnings
 
 
-def _device(plan: StudyPlan) -> str:
+def chosen_device(plan: StudyPlan) -> str:
+    """Where the models run: as asked, else on an accelerator if there is one."""
     import torch
 
     if plan.device != "auto":
@@ -393,13 +425,7 @@ def lineage_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> St
     return StageOutput((concatenated("lineage", tables),), warnings=tuple(filter(None, warnings)))
 
 
-def decompose_together(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> StageOutput:
-    """What the weights of several fine-tunes say together: lineage and overlap."""
-    lineage = lineage_stage(plan, pairs, say)
-    return replace(lineage, tables=(*lineage.tables, *overlap_tables(plan, pairs, say)))
-
-
-def evaluate_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> StageOutput:
+def evaluate_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
     """Held-out loss per domain of the base, the fine-tunes and the controls, each model once."""
     from tvlens.evaluation.losses import losses_table
     from tvlens.models.lens import LensModel
@@ -424,20 +450,30 @@ def evaluate_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> S
     made = []
     for name, (folder, adapter) in models.items():
         say(f"held-out losses of {name}")
-        lens = LensModel.load(folder, adapter=adapter, device=_device(plan))
+        lens = LensModel.load(folder, adapter=adapter, device=chosen_device(plan))
         made.append(losses_table(name, lens, tasks, seed=plan.seed))
     warnings = tuple(sentence for tokens in common for sentence in tokens.warnings)
-    return StageOutput((concatenated("evaluation", made),), warnings=warnings)
+    output = StageOutput((concatenated("evaluation", made),), warnings=warnings)
+    yield pairs[-1].tuned_name, output
 
 
-STAGES: dict[str, Callable[[StudyPlan, "Pair", Progress], StageOutput]] = {
+def _one_by_one(
+    name: str, stage: Callable[[StudyPlan, "Pair", Progress], StageOutput]
+) -> "Callable[[StudyPlan, Sequence[Pair], Progress], Outputs]":
+    """A stage of single pairs as one of all pairs."""
+
+    def of_all(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+        for pair in pairs:
+            say(f"{name}: {pair.tuned_name}")
+            yield pair.tuned_name, stage(plan, pair, say)
+
+    return of_all
+
+
+STAGES: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], Outputs]] = {
     "decompose": decompose_stage,
-    "attribute": attribute_stage,
-    "graft": graft_stage,
-}
-"""What a stage does with one pair after the other."""
-TOGETHER: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], StageOutput]] = {
-    "decompose": decompose_together,
+    "attribute": _one_by_one("attribute", attribute_stage),
+    "graft": _one_by_one("graft", graft_stage),
     "evaluate": evaluate_stage,
 }
-"""What a stage does with all pairs of the study together, after that."""
+"""What each stage makes of the pairs of a study."""

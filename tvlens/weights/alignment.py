@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from scipy.linalg import solve_sylvester
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def block_moves(base: Parts, tuned: Parts, freedom: Freedom) -> Moves:
     if "W_out" in base:
         axes |= _mlp(base, tuned, freedom)
     if "W_U" in base:
-        axes |= _gain_axes("ln_final", base, tuned, Moves(), ("W_U",), freedom)
+        axes |= _gain_axes("ln_final", base, tuned, ("W_U",), freedom)
     return Moves(axes)
 
 
@@ -94,9 +94,8 @@ def _attention(base: Parts, tuned: Parts, freedom: Freedom) -> dict[str, AxisMov
     rows: dict[str, AxisMove] = {}
     if "ln1.w" in base:
         columns = Moves(_head_axes(*folded, freedom, order))
-        rows = _gain_axes("ln1", base, tuned, columns, ATTENTION, freedom)
-    fixed = {**tuned, **{part: Moves(rows).moved(part, tuned[part]) for part in ATTENTION}}
-    axes = {**rows, **_head_axes(base, fixed, freedom, order)}
+        rows = _gain_axes("ln1", base, _moved(tuned, columns, ATTENTION), ATTENTION, freedom)
+    axes = {**rows, **_head_axes(base, _moved(tuned, Moves(rows), ATTENTION), freedom, order)}
     if freedom.qk_norm and freedom.rotary == freedom.sizes.d_head:
         axes |= _key_norm_axes(base, tuned, freedom, order)
     return axes
@@ -116,8 +115,14 @@ def _mlp(base: Parts, tuned: Parts, freedom: Freedom) -> dict[str, AxisMove]:
     rows: dict[str, AxisMove] = {}
     if "ln2.w" in base:  # a gate has no factor of its own
         readers = readers[:1] if freedom.neuron == "any" else readers
-        rows = _gain_axes("ln2", base, tuned, Moves(neurons(*folded)), readers, freedom)
-    return {**rows, **neurons(base, {**tuned, "W_in": Moves(rows).moved("W_in", tuned["W_in"])})}
+        columns = Moves(neurons(*folded))
+        rows = _gain_axes("ln2", base, _moved(tuned, columns, readers), readers, freedom)
+    return {**rows, **neurons(base, _moved(tuned, Moves(rows), ("W_in",)))}
+
+
+def _moved(parts: Parts, moves: Moves, chosen: tuple[str, ...]) -> Parts:
+    """A block with the chosen parts moved."""
+    return {**parts, **{part: moves.moved(part, parts[part]) for part in chosen}}
 
 
 def _folded(parts: Parts, norm: str, readers: tuple[str, ...]) -> dict[str, Tensor]:
@@ -129,27 +134,21 @@ def _folded(parts: Parts, norm: str, readers: tuple[str, ...]) -> dict[str, Tens
 
 
 def _gain_axes(
-    norm: str,
-    base: Parts,
-    tuned: Parts,
-    columns: Moves,
-    readers: tuple[str, ...],
-    freedom: Freedom,
+    norm: str, base: Parts, tuned: Parts, readers: tuple[str, ...], freedom: Freedom
 ) -> dict[str, AxisMove]:
     """The norm's gain times factors, and its readers' rows divided by them.
 
     Args:
         norm: ``ln1``, ``ln2`` or ``ln_final``.
         base: The base's block.
-        tuned: The tuned block.
-        columns: What brings the readers' columns into the base's coordinates.
+        tuned: The tuned block, the columns of its readers in the base's coordinates.
         readers: Parts that read the norm and may tell the factors.
         freedom: What may move.
     """
-    factors = _nearest_factors(norm, base, tuned, columns, readers)
+    factors = _nearest_factors(norm, base, tuned, readers)
     least = torch.full_like(factors, freedom.roundoff)
     for part in readers:
-        found, left = _row_factors(base, tuned, columns, part)
+        found, left = _row_factors(base[part], tuned[part])
         factors = torch.where(left < least, found, factors)
         least = torch.minimum(left, least)
     gain = AxisMove.scaling(factors)
@@ -162,29 +161,26 @@ def _weight(base: Tensor) -> Float64[Tensor, ""]:
 
 
 def _nearest_factors(
-    norm: str, base: Parts, tuned: Parts, columns: Moves, readers: tuple[str, ...]
+    norm: str, base: Parts, tuned: Parts, readers: tuple[str, ...]
 ) -> Float64[Tensor, " d_model"]:
     """The factors r of the gain, the rows of the readers divided by r, of the least distance."""
     gain = [rearrange(parts[f"{norm}.w"].double(), "d -> 1 d") for parts in (base, tuned)]
     rows = Overlaps(*[torch.zeros(gain[0].shape[1], dtype=torch.float64)] * 3)
     for part in readers:
-        moved = columns.moved(part, tuned[part]) if columns.axes else tuned[part]
         weight = _weight(base[part])
-        for wanted, found in zip(
-            base[part].split(COLUMNS, 1), moved.split(COLUMNS, 1), strict=True
-        ):
+        columns = (parts[part].split(COLUMNS, dim=1) for parts in (base, tuned))
+        for wanted, found in zip(*columns, strict=True):
             first, second = (rearrange(x.double(), "d n -> n d") for x in (wanted, found))
             rows = rows.plus(_overlaps(first, second, weight))
     return _nearest_scalars(_overlaps(gain[0], gain[1], _weight(gain[0])), rows)
 
 
 def _row_factors(
-    base: Parts, tuned: Parts, columns: Moves, part: str
+    base: Float[Tensor, "d_model column"], tuned: Float[Tensor, "d_model column"]
 ) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, " d_model"]]:
     """The factor of each row of a reader beside the base's, and how far it is from a factor."""
-    spread = torch.linspace(0, base[part].shape[1] - 1, COLUMNS).round().long().unique()
-    moved = columns.moved(part, tuned[part]) if columns.axes else tuned[part]
-    wanted, found = base[part][:, spread].double(), moved[:, spread].double()
+    spread = torch.linspace(0, base.shape[1] - 1, COLUMNS).round().long().unique()
+    wanted, found = base[:, spread].double(), tuned[:, spread].double()
     factors = torch.nanmedian(torch.where(wanted != 0, found / wanted, torch.nan), 1).values
     left = (found - rearrange(factors, "d -> d 1") * wanted).norm(dim=1) / found.norm(dim=1)
     known = torch.isfinite(factors) & torch.isfinite(left) & (factors != 0)
@@ -261,7 +257,8 @@ def _nearest_scalars(read: Overlaps, write: Overlaps) -> Tensor:
         slope = found.conj() * read.shared - write.shared.conj() / found.conj()
         step = (slope - lengths[0] + lengths[1]) / (lengths[0] + lengths[1]).clamp(min=TINY)
         found = found * torch.exp(step / step.abs().clamp(min=1))
-    return found
+    dead = (read.tuned == 0) | (write.tuned == 0)  # any number would do
+    return torch.where(dead, 1.0, found)
 
 
 def _ratios(wanted: Tensor, found: Tensor) -> Tensor:

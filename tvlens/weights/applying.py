@@ -141,14 +141,14 @@ class Application:
         live = live_weights(self.model)
         self._require_apart(live)
         for component, delta in self._changed.items():
-            if component not in live or tuple(live[component].shape) != delta.shape:
+            if component not in live or _canonical_shape(live[component]) != delta.shape:
                 raise IncomparableModelsError(
                     f"the hooked model has no {component} of shape {delta.shape}.",
                     hint="The vector belongs to another base.",
                 )
             tensor = live[component]
-            self._require_same(component, tensor.detach().cpu().float())
-            change = delta.dense().to(tensor.device)
+            self._require_same(component, tensor.detach().cpu().float().reshape(delta.shape))
+            change = delta.dense().to(tensor.device).reshape(tensor.shape)
             total = (tensor.double() + change).to(tensor.dtype)
             stack.enter_context(_holding(tensor, torch.where(change == 0, tensor, total)))
 
@@ -219,6 +219,11 @@ def application(vector: TuningVector, base: Any, *, any_base: bool = False) -> A
     pair = load_pair(source, source, names=(source.name, source.name), scan=False)
     model = pair.base.module if isinstance(pair.base, MemorySource) else None
     return Application(vector, model, pair, any_base)
+
+
+def _canonical_shape(live: Float[Tensor, "..."]) -> tuple[int, ...]:
+    """The shape of a live weight with its heads side by side."""
+    return tuple(live.shape if live.ndim < 3 else live.flatten(1).shape)
 
 
 @contextmanager

@@ -54,10 +54,13 @@ def first_non_finite(tensor: Shaped[Tensor, "..."]) -> tuple[int, ...] | None:
     return tuple(int(i) for i in torch.nonzero(~finite)[0])
 
 
-def equal_fraction(base: tuple[Source, str], tuned: tuple[Source, str]) -> float:
+def equal_fraction(
+    base: tuple[Source, str], tuned: tuple[Source, str], *, rows: int | None = None
+) -> float:
     """Share of equal entries in the rows that both tensors have, compared in float32.
 
-    Tensors of different rank are compared entry by entry; different sizes share nothing.
+    Tensors of different rank are compared entry by entry; different sizes share nothing. ``rows``
+    compares the first so many rows of tensors of one shape alone.
     """
     shapes = [source.tensors[name].shape for source, name in (base, tuned)]
     if not shapes[0] or len(shapes[0]) != len(shapes[1]) or shapes[0][1:] != shapes[1][1:]:
@@ -66,7 +69,8 @@ def equal_fraction(base: tuple[Source, str], tuned: tuple[Source, str]) -> float
         first, second = (source.read(name).float().flatten() for source, name in (base, tuned))
         return float((first == second).double().mean())
     equal, total = 0, 0
-    for start, stop in row_ranges(min(shapes)):
+    common = min(shapes)
+    for start, stop in row_ranges((min(common[0], rows or common[0]), *common[1:])):
         first, second = (
             source.read_rows(name, start, stop).float() for source, name in (base, tuned)
         )

@@ -27,6 +27,7 @@ class Draft:
         ties: Whether base and tuned tie W_U to W_E.
         rows: Which embedding rows belong together, None until that is settled.
         misfits: What is wrong with single tensors; raised once all are in the report.
+        peek: Nothing but headers and a few rows may be read.
     """
 
     base: Source
@@ -40,6 +41,7 @@ class Draft:
     ties: tuple[bool, bool] = (False, False)
     rows: RowMatch | None = None
     misfits: list[TvlensError] = field(default_factory=list)
+    peek: bool = False
 
     def note(
         self, base: str | None, tuned: str | None, status: Status, reason: str = ""

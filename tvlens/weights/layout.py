@@ -13,7 +13,18 @@ from torch import Tensor
 from tvlens.components import Component
 from tvlens.errors import CheckpointError, UnsupportedFormatError
 
-from .families import gemma, gpt2, llama, mistral, neox, olmo2, phi3, qwen2, qwen3
+from .families import (
+    gemma,
+    gpt2,
+    hooked_transformer,
+    llama,
+    mistral,
+    neox,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from .families.table import Family, Place, Shape
 from .families.unlisted import Tensors, unlisted_family
 from .families.windows import Windows
@@ -146,6 +157,7 @@ class Layout:
             "b_V": (kv_heads,),
             "b_gate": (self.d_mlp,),
             "b_in": (self.d_mlp,),
+            "b_U": (self.d_vocab,),
             "q_norm.w": (self.d_head if per_head else heads,),
             "k_norm.w": (self.d_head if per_head else kv_heads,),
         }
@@ -254,7 +266,15 @@ def unwrapped(stored: str) -> str:
 
 def has_table(config: Mapping[str, Any]) -> bool:
     """Whether a table knows the model type of a config."""
-    return any(config.get("model_type") in family.model_types for family in FAMILIES)
+    return _table_of(config) is not None
+
+
+def _table_of(config: Mapping[str, Any]) -> Family | None:
+    """The table of a config's model type; a HookedTransformer's depends on its settings."""
+    model_type = config.get("model_type")
+    if model_type == hooked_transformer.MODEL_TYPE:
+        return hooked_transformer.family(config)
+    return next((f for f in FAMILIES if model_type in f.model_types), None)
 
 
 def unlisted_layout(config: Mapping[str, Any], base: Tensors, tuned: Tensors) -> Layout:
@@ -273,7 +293,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
         CheckpointError: The config lacks a number.
     """
     model_type = config.get("model_type")
-    table = next((f for f in FAMILIES if model_type in f.model_types), None)
+    table = _table_of(config)
     if table is None:
         known = ", ".join(name for family in FAMILIES for name in family.model_types)
         raise UnsupportedFormatError(

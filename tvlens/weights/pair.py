@@ -31,8 +31,8 @@ from .sources.folder import Source
 from .vocabulary import RowMatch
 
 VOCABULARY_PARTS = ("W_E", "W_U")
-SLAB = 1 << 22
-"""Entries of a vocabulary matrix that are read at once: 16 MiB in float32."""
+SLAB = 1 << 20
+"""Entries of a vocabulary matrix that are read at once: 4 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -360,4 +360,5 @@ def _equal_fraction(delta: Delta) -> float:
         case LowRank():
             return math.nan
         case Dense() | Dora():
-            return float((delta.dense() == 0).double().mean())
+            written = delta.dense()
+            return 1 - int(written.count_nonzero()) / max(1, written.numel())

@@ -1,6 +1,8 @@
 """A folder with weight files, opened by its headers and read one tensor at a time."""
 
 import hashlib
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,12 @@ class TensorInfo(NamedTuple):
     def pickled(self) -> bool:
         """Whether the file is PyTorch's own, not safetensors."""
         return self.file.endswith(".bin")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensor in its file: the number at the end of a dtype's name is its bits."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ it neither follows later training nor reaches back. Read are
 * a peft model: the factors of its active adapter, and what that adapter stores whole; as a base,
   the model under the adapter, read without the factors that peft put into it;
 * a TransformerLens bridge: the Hugging Face tensors it was built on, after a check that they are
-  the weights it computes with (nothing folded, nothing trained in a copy).
+  the weights it computes with (nothing folded, nothing trained in a copy);
+* a HookedTransformer: its own tensors, if nothing was folded or centred when they were loaded.
 
 No class of those libraries is imported: a model is told by what it has.
 """
@@ -26,7 +27,8 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from tvlens.errors import AdapterError, CheckpointError, HostError, UnsupportedFormatError
-from tvlens.weights.hooked import bridge_of, is_hooked, live_weights
+from tvlens.weights.families import hooked_transformer
+from tvlens.weights.hooked import host_of, is_hooked, live_weights
 from tvlens.weights.layout import Layout, layout_of
 
 from .adapter import PREFIX, adapter_of
@@ -69,7 +71,7 @@ class MemorySource(Source):
             CheckpointError: There is no such tensor.
         """
         self._info(name)
-        return self.live[name].detach().to("cpu", copy=True)
+        return self.live[name].detach().to("cpu", copy=True).reshape(self.tensors[name].shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "..."]:
         """A copy of rows ``start`` to ``stop`` of one tensor.
@@ -78,7 +80,8 @@ class MemorySource(Source):
             CheckpointError: There is no such tensor.
         """
         self._info(name)
-        return self.live[name].detach()[start:stop].to("cpu", copy=True)
+        rows = self.live[name].detach()[start:stop].to("cpu", copy=True)
+        return rows.reshape(len(rows), *self.tensors[name].shape[1:])
 
     def sha256(self) -> dict[str, str]:
         """The digest of the config and one over names, dtypes, shapes and bytes of all tensors."""
@@ -101,7 +104,8 @@ def open_model(model: Any) -> MemorySource:
         AdapterError: An adapter that is merged, disabled, or not the only active one.
     """
     if is_hooked(model):
-        return _of_bridge(bridge_of(model))
+        host = host_of(model)
+        return _of_bridge(host) if hasattr(host, "original_model") else _of_own_weights(host)
     if not isinstance(model, nn.Module):
         raise CheckpointError(
             f"expected a folder, a name or a model, got {type(model).__name__}.",
@@ -140,6 +144,24 @@ def _of_bridge(bridge: Any) -> MemorySource:
     source = _source(bridge, config, live)
     _refuse_processed(source, layout)
     return source
+
+
+def _of_own_weights(model: Any) -> MemorySource:
+    """A hooked model without a transformers model inside, under the names of its own table.
+
+    Its ``live`` tensors may have heads as an axis of their own.
+    """
+    weights = live_weights(model)
+    config = hooked_transformer.config_of(model.cfg)
+    layout = layout_of(config)
+    live: dict[str, Tensor] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for component, place in layout.places.items():
+        live[place.tensor] = weights[component].mT if place.transposed else weights[component]
+        dtype = str(live[place.tensor].dtype).removeprefix("torch.")
+        tensors[place.tensor] = TensorInfo(dtype, layout.stored_shapes[place.tensor], FILE)
+    folder, name = _origin(model, config, is_adapter=False)
+    return MemorySource(name, folder, config, tensors, False, module=model, live=live)
 
 
 def _of_adapter(model: nn.Module) -> MemorySource:

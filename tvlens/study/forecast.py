@@ -1,0 +1,231 @@
+"""What each stage of a plan would read, take and write, before it runs."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvlens.attribution.sampling import CHECKED_PROMPTS, LEAST, Cost, affordable
+from tvlens.attribution.weights import NODE_COUNTS
+from tvlens.models.metrics import Metric
+from tvlens.models.prompts import Batch
+from tvlens.weights.matching import Pair
+
+from . import peaks, work
+from .plan import StudyPlan
+from .rates import Rates
+from .row_counts import (
+    Asked,
+    Rows,
+    attribution_tables,
+    evaluation_rows,
+    graft_rows,
+    label_rows,
+    tested_rows,
+    weight_rows,
+)
+
+UNCERTAINTY = 2.0
+"""Expected seconds are right within this factor, on a core that nothing else uses."""
+DISK, SLOW_DISK = 1e9, 0.15e9
+"""Bytes a second that a local disk gives, and a network disk."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Expected time, and between what it lies."""
+
+    expected: float
+    low: float
+    high: float
+
+    def plus(self, other: "Seconds") -> "Seconds":
+        """One after the other."""
+        return Seconds(self.expected + other.expected, self.low + other.low, self.high + other.high)
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON values, three figures each."""
+        return {name: float(f"{value:.3g}") for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One stage, before it runs.
+
+    Attributes:
+        bytes_read: Bytes it reads from the files, every pass counted.
+        seconds: Time.
+        peak: Resident bytes at most.
+        tables: Rows of what it writes.
+    """
+
+    bytes_read: int
+    seconds: Seconds
+    peak: float
+    tables: Mapping[str, Rows] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "bytes_read": self.bytes_read,
+            "seconds": self.seconds.to_dict(),
+            "peak_memory_bytes": round(self.peak),
+            "tables": {name: rows.to_dict() for name, rows in self.tables.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Prompts as the models would read them.
+
+    Attributes:
+        batch: Their tokens.
+        metric: What is measured on them.
+        d_vocab: Rows of the embedding that both models have.
+    """
+
+    batch: Batch
+    metric: Metric
+    d_vocab: int
+
+
+def seconds_of(work_done: work.Work, rates: Rates) -> float:
+    """What an amount of work takes on one machine."""
+    return math.fsum(amount * rates[operation] for operation, amount in work_done.items())
+
+
+def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecast]:
+    """Matching, and the two stages that need no model."""
+    every = work.read_bytes(pair, pair.components)
+    files = sum(work.stored_bytes(pair))
+    controls = len(plan.controls)
+    made = {
+        "match": (3 * files, work.matching_work(pair), peaks.matching_peak(pair), {}),
+        "decompose": (
+            every,
+            work.decompose_work(pair),
+            peaks.decompose_peak(pair),
+            {"weights": weight_rows(pair)},
+        ),
+        "classify": (
+            every + controls * 4 * files,
+            work.classify_work(pair, controls),
+            peaks.classify_peak(pair),
+            {"tests": tested_rows(pair), "labels": label_rows(pair)},
+        ),
+    }
+    wanted = ("match", *(("decompose", "classify") if "decompose" in plan.stages else ()))
+    return {name: _forecast(*made[name], rates=rates) for name in wanted}
+
+
+def _forecast(
+    read: int, done: work.Work, peak: float, tables: Mapping[str, Rows], *, rates: Rates
+) -> Forecast:
+    computing = seconds_of(done, rates)
+    return Forecast(read, _with_disk(computing, computing, computing, read), peak, tables)
+
+
+def _with_disk(expected: float, least: float, most: float, read: int) -> Seconds:
+    """Files that fit into free memory come from there once read; others from the disk each time."""
+    from_disk = read if read > free_memory() else 0
+    return Seconds(
+        expected + from_disk / DISK,
+        least / UNCERTAINTY,
+        UNCERTAINTY * most + read / SLOW_DISK,
+    )
+
+
+def free_memory() -> float:
+    """Bytes of memory that nobody uses, infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+def attribution_side(
+    pair: Pair, plan: StudyPlan, prompted: Prompted, rates: Rates
+) -> dict[str, Forecast]:
+    """The stages that run the models on the prompts, as far as they are asked for."""
+    found = {}
+    one = work.passes_of(pair, prompted.batch, prompted.metric, d_vocab=prompted.d_vocab)
+    if "attribute" in plan.stages:
+        found["attribute"] = _attribute(pair, plan, prompted, one, rates)
+    if "graft" in plan.stages:
+        peak = peaks.graft_peak(pair, prompted.batch, prompted.metric, d_vocab=prompted.d_vocab)
+        done = work.graft_work(pair, one)
+        read = sum(work.stored_bytes(pair)) + work.stored_bytes(pair)[0]
+        found["graft"] = _forecast(read, done, peak, graft_rows(pair), rates=rates)
+    return found
+
+
+def asked_of(plan: StudyPlan, batch: Batch) -> Asked:
+    """What the tables of attribution depend on."""
+    return Asked(
+        prompts=len(batch),
+        corrupt=sum(len(ids) > 0 for ids in batch.corrupt_ids),
+        all_neurons=plan.neurons == "all",
+        check_exact=plan.check_exact,
+        check_prompts=plan.check_prompts,
+    )
+
+
+def _attribute(
+    pair: Pair, plan: StudyPlan, prompted: Prompted, one: work.Passes, rates: Rates
+) -> Forecast:
+    batch, metric = prompted.batch, prompted.metric
+    asked = asked_of(plan, batch)
+    tables = attribution_tables(pair, asked, joined="decompose" in plan.stages)
+    checks = _checking(plan, asked, one, batch, rates)
+    usual = seconds_of(work.attribute_work(pair, one, asked), rates)
+    longest = seconds_of(work.attribute_work(pair, one, asked, nodes=NODE_COUNTS), rates)
+    rows = tables["attribution"]
+    peak = peaks.attribute_peak(pair, batch, metric, d_vocab=prompted.d_vocab, rows=rows)
+    read = sum(work.stored_bytes(pair))
+    seconds = _with_disk(usual + checks, usual + checks, longest + checks, read)
+    return Forecast(read, seconds, peak, tables)
+
+
+def _checking(plan: StudyPlan, asked: Asked, one: work.Passes, batch: Batch, rates: Rates) -> float:
+    """Exact patching: of the sample that is asked for, or of what fits the time, as is planned."""
+    series, nodes = len(asked.activation_series), NODE_COUNTS[0]
+
+    def cost(prompts: int) -> Cost:
+        passes = work.exact_sample(one, batch, prompts=prompts)
+        whole, patched = (seconds_of(done, rates) for done in passes)
+        return Cost(whole, patched, series)
+
+    if plan.check_exact is not None:
+        prompts = plan.check_prompts or CHECKED_PROMPTS[0]
+        return cost(prompts).of(plan.check_exact, plan.check_nodes or 3)
+    count, seconds = 0, 0.0
+    for prompts in CHECKED_PROMPTS:
+        count, tried = affordable(cost(prompts), seconds=plan.check_seconds, nodes=nodes)
+        seconds = cost(prompts).of(max(count, LEAST), tried)
+        if count >= LEAST:
+            break
+    return seconds
+
+
+def evaluation_side(
+    pair: Pair, plan: StudyPlan, texts: Mapping[str, Batch], metric: Metric, rates: Rates
+) -> dict[str, Forecast]:
+    """The held-out losses, where they are asked for."""
+    if "evaluate" not in plan.stages or not texts:
+        return {}
+    models = ["base", *plan.names, *plan.controls]
+    d_vocab, batches = pair.layout.d_vocab, list(texts.values())
+    done = work.evaluate_work(pair, batches, metric, models=len(models), d_vocab=d_vocab)
+    rows = {"evaluation": evaluation_rows(models, list(texts))}
+    peak = peaks.evaluate_peak(pair, batches, d_vocab=d_vocab)
+    read = len(models) * work.stored_bytes(pair)[0]
+    return {"evaluate": _forecast(read, done, peak, rows, rates=rates)}
+
+
+def total_seconds(stages: Sequence[Forecast]) -> Seconds:
+    """All stages one after the other."""
+    total = Seconds(0.0, 0.0, 0.0)
+    for stage in stages:
+        total = total.plus(stage.seconds)
+    return total

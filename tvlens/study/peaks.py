@@ -1,0 +1,117 @@
+"""The most memory that each stage holds at once, from shapes.
+
+Peaks are anonymous bytes of the whole process: pages of the checkpoints' own files, which the
+system takes back when it needs them, do not count. The factors count tensors that live at the same
+time in the code of each stage; what Python, its libraries and their tables take was measured.
+"""
+
+import math
+from collections.abc import Sequence
+
+from tvlens.attribution.weights import chunks
+from tvlens.components import Component
+from tvlens.geometry.measures import HEAD_PARTS
+from tvlens.models.metrics import Metric
+from tvlens.models.prompts import Batch
+from tvlens.weights.contents import CHUNK
+from tvlens.weights.matching import Pair
+from tvlens.weights.pair import SLAB, VOCABULARY_PARTS
+
+from .row_counts import Rows, label_rows, weight_rows
+from .work import entries
+
+INTERPRETER = 270e6
+"""Python with torch, pandas, pyarrow and scipy; 243 to 274 MB were measured."""
+HOST = 150e6
+"""What transformers and TransformerLens add."""
+DOUBLE = 8
+READING = 19
+"""Bytes a number while it is read, beside base, difference and floor: its rounding energy."""
+WORKING = 8
+"""Matrices in float64 that live at once while one is measured and tested."""
+WEIGHT_ROW, EVIDENCE_ROW, ATTRIBUTION_ROW = 1_100, 4_000, 2_000
+"""Bytes of a row while its table is made, in lists, frames and columns."""
+PASSED_ON = 12
+"""Activations as wide as the residual stream that a block keeps for the backward pass."""
+LOGITS = 4
+"""Copies of the logits that a metric and its gradient hold."""
+
+
+def held_bytes(pair: Pair, components: Sequence[Component]) -> float:
+    """Base and difference in float32, and the floor where there is one."""
+    each = 8 if pair.adapter is not None else 12
+    return float(each * entries(pair, components))
+
+
+def matching_peak(pair: Pair) -> float:
+    """Some rows of both models, as many as are read at once."""
+    largest = max((entries(pair, [c]) for c in pair.components), default=0)
+    return INTERPRETER + 20 * min(CHUNK, largest)
+
+
+def decompose_peak(pair: Pair) -> float:
+    """What is measured at once, and the rows so far."""
+    return INTERPRETER + _measured_at_once(pair) + WEIGHT_ROW * weight_rows(pair).at_most
+
+
+def classify_peak(pair: Pair) -> float:
+    """The same, and every row's evidence."""
+    return decompose_peak(pair) + EVIDENCE_ROW * label_rows(pair).at_most
+
+
+def _measured_at_once(pair: Pair) -> float:
+    """The largest of: the matrices of one attention layer, another matrix, a piece of tokens."""
+    groups = [
+        group
+        for block in pair.blocks()
+        for group in (
+            [c for c in block if c.part in HEAD_PARTS],
+            *([c] for c in block if c.part not in HEAD_PARTS),
+        )
+    ]
+    return max((_group_peak(pair, group) for group in groups), default=0.0)
+
+
+def _group_peak(pair: Pair, group: Sequence[Component]) -> float:
+    """Components held together, the largest of them read and measured in float64."""
+    if any(component.part in VOCABULARY_PARTS for component in group):
+        return float((READING + 12 + 3 * DOUBLE) * SLAB + 4 * DOUBLE * pair.layout.d_model**2)
+    largest = max((entries(pair, [component]) for component in group), default=0)
+    return held_bytes(pair, group) + float(max(READING, WORKING * DOUBLE) * largest)
+
+
+def model_bytes(pair: Pair) -> float:
+    """One model in float32, as it runs."""
+    return 4.0 * entries(pair, pair.components)
+
+
+def attribute_peak(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int, rows: Rows) -> float:
+    """Both models, the base's copy, a tied embedding twice more, one batch's graph, the rows."""
+    tied = 2 * 4.0 * pair.layout.d_vocab * pair.layout.d_model if pair.layout.tied else 0.0
+    graph = _graph(pair, batch, metric, d_vocab=d_vocab)
+    tables = ATTRIBUTION_ROW * rows.at_least
+    return INTERPRETER + HOST + 3 * model_bytes(pair) + tied + graph + tables
+
+
+def graft_peak(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int) -> float:
+    """The base, the whole tuning vector beside it, one batch's graph with gates."""
+    graph = 2 * _graph(pair, batch, metric, d_vocab=d_vocab)
+    return INTERPRETER + HOST + 2 * model_bytes(pair) + graph
+
+
+def evaluate_peak(pair: Pair, texts: Sequence[Batch], *, d_vocab: int) -> float:
+    """One model, and the logits of 16 texts."""
+    wide = max((batch.ids.shape[1] * min(16, len(batch)) for batch in texts), default=0)
+    return INTERPRETER + HOST + model_bytes(pair) + 4.0 * LOGITS * wide * d_vocab
+
+
+def _graph(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int) -> float:
+    """What the backward pass of the largest batch keeps, and its logits."""
+    layout, sizes = pair.layout, []
+    for part in chunks(batch, d_vocab):
+        tokens, width = part.ids.numel(), part.ids.shape[1]
+        reads = part.reading_positions.numel() if metric.answers_only else tokens
+        kept = PASSED_ON * layout.d_model + 5 * layout.d_mlp + 3 * layout.n_heads * width
+        whole = LOGITS * reads * d_vocab + min(16, len(part)) * width * d_vocab
+        sizes.append(4.0 * (layout.n_layers * tokens * kept + whole))
+    return max(sizes, default=0.0) + 4.0 * math.prod((layout.d_model, d_vocab))

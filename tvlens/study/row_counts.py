@@ -1,0 +1,287 @@
+"""How many rows each table of a study will have, from shapes and the number of prompts.
+
+What the headers determine is exact: ``weights``, ``labels``, ``prompts``, the estimates in
+``attribution``. What the numbers in the weights decide (which tests apply, which neurons are
+largest in two methods, how large a graft is) or the time does (the exact sample) lies between two
+bounds.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvlens.attribution.grafting import RANDOM_SETS
+from tvlens.attribution.sampling import (
+    CHECKED_KINDS,
+    CHECKED_PROMPTS,
+    LEAST,
+    MOST,
+    Sample,
+    drawn_sizes,
+)
+from tvlens.attribution.tables import NEURONS_PER_PROMPT
+from tvlens.attribution.weights import NEURONS_AT_RANDOM
+from tvlens.components import Component
+from tvlens.geometry.blocks import circuits_of
+from tvlens.geometry.measures import HEAD_PARTS, KV_PARTS, NEURON_PARTS
+from tvlens.weights.layout import Layout
+from tvlens.weights.matching import Pair
+
+WEIGHT_METHODS = ("weight_first_order_base", "weight_first_order_tuned", "weight_ig")
+EXACT_QUESTIONS = 3
+"""Alone into the base, alone out of the tuned model, averaged over the path."""
+GATED_BIASES = ("b_Q", "b_K", "b_V", "b_gate", "b_in")
+"""Biases that heads and neurons own, so that they are no candidates of their own."""
+SETS_OF_A_SIZE = 2 * (2 + RANDOM_SETS)
+"""Ranked by score, by length, and at random, on both splits."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a table, exactly or between two bounds.
+
+    Attributes:
+        at_least: The fewest.
+        at_most: The most; equal to the fewest where the headers decide.
+        by: The exact part by kind or method, empty where that says nothing more.
+    """
+
+    at_least: int
+    at_most: int
+    by: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def exactly(cls, count: int, by: Mapping[str, int] | None = None) -> "Rows":
+        """Rows that are known."""
+        return cls(count, count, by or {})
+
+    @property
+    def known(self) -> bool:
+        """Whether both bounds are one number."""
+        return self.at_least == self.at_most
+
+    def plus(self, other: "Rows") -> "Rows":
+        """The rows of two parts of a table."""
+        by = {**self.by, **other.by}
+        return Rows(self.at_least + other.at_least, self.at_most + other.at_most, by)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``rows`` where they are known, else ``at_least`` and ``at_most``; and ``by``."""
+        if self.known:
+            found: dict[str, Any] = {"rows": self.at_least}
+        else:
+            found = {"at_least": self.at_least, "at_most": self.at_most}
+        return {**found, "by": dict(self.by)} if self.by else found
+
+
+def _summed(by: Mapping[str, int]) -> Rows:
+    return Rows.exactly(sum(by.values()), {name: count for name, count in by.items() if count})
+
+
+def matrix_parts(block: Iterable[Component]) -> set[str]:
+    """The parts of a block's matrices."""
+    return {component.part or "" for component in block if component.kind == "matrix"}
+
+
+def weight_rows(pair: Pair) -> Rows:
+    """Rows of ``weights`` by kind: the disjoint components, then heads, kv heads and neurons."""
+    layout, counts = pair.layout, Counter(c.kind for c in pair.components)
+    found: Counter[str] = Counter({str(kind): count for kind, count in counts.items()})
+    for block in pair.blocks():
+        parts = matrix_parts(block)
+        circuits = [needed for _, *needed in circuits_of(layout) if parts >= {*needed}]
+        own = len(parts & {*HEAD_PARTS} - {*KV_PARTS}) + len(circuits)
+        found["head"] += layout.n_heads * own
+        found["kv_head"] += layout.n_kv_heads * len(parts & {*KV_PARTS})
+        found["neuron"] += layout.d_mlp * len(parts & {*NEURON_PARTS})
+    return _summed(found)
+
+
+def label_rows(pair: Pair) -> Rows:
+    """Rows of ``labels`` by kind: the disjoint components, every head's OV, every neuron's part."""
+    layout, counts = pair.layout, Counter(c.kind for c in pair.components)
+    found: Counter[str] = Counter({str(kind): count for kind, count in counts.items()})
+    for block in pair.blocks():
+        parts = matrix_parts(block)
+        found["head"] += layout.n_heads * (parts >= {"W_V", "W_O"})
+        found["neuron"] += layout.d_mlp * len(parts & {*NEURON_PARTS})
+    return _summed(found)
+
+
+def tested_rows(pair: Pair) -> Rows:
+    """At most this many rows of ``tests``: all components above the rounding floor, with spikes."""
+    layout, labels = pair.layout, label_rows(pair).by
+    peers = layout.n_heads - layout.n_heads // max(1, layout.n_kv_heads)
+    statistics = {"matrix": 3 if layout.listed else 2, "head": 2 if peers >= 2 else 0, "neuron": 2}
+    return Rows(0, sum(each * labels.get(kind, 0) for kind, each in statistics.items()))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the rows of attribution depend on besides the model.
+
+    Attributes:
+        prompts: Number of prompts.
+        corrupt: Those with a corrupt prompt of their length.
+        all_neurons: Every neuron gets rows per prompt.
+        check_exact: Components of the exact sample; None where time decides.
+        check_prompts: Prompts of the exact sample; None for the usual number.
+    """
+
+    prompts: int
+    corrupt: int = 0
+    all_neurons: bool = False
+    check_exact: int | None = None
+    check_prompts: int | None = None
+
+    @property
+    def samples(self) -> tuple[Sample, Sample]:
+        """The smallest and the largest exact sample that may be drawn."""
+        if self.check_exact is not None:
+            prompts = self.check_prompts or CHECKED_PROMPTS[0]
+            fixed = Sample(self.check_exact, 0, min(prompts, self.prompts))
+            return fixed, fixed
+        few, many = (min(size, self.prompts) for size in (CHECKED_PROMPTS[-1], CHECKED_PROMPTS[0]))
+        return Sample(LEAST, 0, few), Sample(MOST, 0, many)
+
+    def neurons(self, layout: Layout) -> int:
+        """Neurons with a row for every prompt."""
+        whole = layout.n_layers * layout.d_mlp
+        top = whole if self.all_neurons else min(NEURONS_PER_PROMPT, whole)
+        return top + min(NEURONS_AT_RANDOM, whole - top)
+
+    @property
+    def activation_series(self) -> dict[str, int]:
+        """Prompts of each direction in which activations are exchanged."""
+        within = {"clean_into_corrupt": self.corrupt} if self.corrupt else {}
+        return {**within, "tuned_into_base": self.prompts, "base_into_tuned": self.prompts}
+
+
+def weight_sizes(pair: Pair, asked: Asked) -> dict[str, int]:
+    """Components with rows per prompt in weight space, by kind; a tied W_U is one of its own."""
+    layout = pair.layout
+    disjoint: Counter[str] = Counter(str(c.kind) for c in pair.components)
+    disjoint["embedding"] += layout.tied
+    fine = {
+        "head": layout.n_layers * layout.n_heads,
+        "kv_head": layout.n_layers * layout.n_kv_heads,
+        "neuron": asked.neurons(layout),
+    }
+    return {**disjoint, **fine}
+
+
+def activation_sizes(layout: Layout, asked: Asked) -> dict[str, int]:
+    """The same of activations: heads, neurons, each block's two outputs, the embedding."""
+    return {
+        "head": layout.n_layers * layout.n_heads,
+        "node": 2 * layout.n_layers + 1,
+        "neuron": asked.neurons(layout),
+    }
+
+
+def estimate_rows(pair: Pair, asked: Asked) -> Rows:
+    """Rows of the estimates in ``attribution``, by method; neurons have one more over all prompts.
+
+    Exact: the number of prompts and the shapes decide.
+    """
+    layout = pair.layout
+    over_prompts = layout.n_layers * layout.d_mlp
+    found: Counter[str] = Counter()
+    for direction, prompts in asked.activation_series.items():
+        within = "activation" if direction == "clean_into_corrupt" else "cross_model"
+        sizes = activation_sizes(layout, asked)
+        found[f"{within}_first_order"] += sum(sizes.values()) * prompts + over_prompts
+    for method in WEIGHT_METHODS:
+        sizes = weight_sizes(pair, asked)
+        found[method] = sum(sizes.values()) * asked.prompts + over_prompts
+    return _summed(found)
+
+
+def _drawn(sizes: Mapping[str, int], count: int) -> int:
+    return sum(top + drawn for top, drawn in drawn_sizes(_present(sizes), count).values())
+
+
+def _present(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {kind: sizes[kind] for kind in CHECKED_KINDS if sizes.get(kind)}
+
+
+def exact_rows(pair: Pair, asked: Asked) -> Rows:
+    """Rows of exact patching in ``attribution``."""
+    ends = []
+    for sample in asked.samples:
+        weights = _drawn(weight_sizes(pair, asked), sample.count)
+        activations = _drawn(activation_sizes(pair.layout, asked), sample.count)
+        series = [min(prompts, sample.prompts) for prompts in asked.activation_series.values()]
+        ends.append(EXACT_QUESTIONS * weights * sample.prompts + activations * sum(series))
+    return Rows(ends[0], ends[1])
+
+
+def fidelity_rows(pair: Pair, asked: Asked) -> Rows:
+    """Rows of ``fidelity``: for each method a row a kind and stratum, and one for all kinds."""
+    series = [activation_sizes(pair.layout, asked)] * len(asked.activation_series)
+    series += [weight_sizes(pair, asked)] * len(WEIGHT_METHODS)
+    few, many = (sum(_groups(sizes, sample.count) for sizes in series) for sample in asked.samples)
+    return Rows(few, many)
+
+
+def _groups(sizes: Mapping[str, int], count: int) -> int:
+    """Kinds and strata with a component, and one group for every stratum that has any."""
+    drawn = drawn_sizes(_present(sizes), count).values()
+    filled = [sum(pair[stratum] > 0 for pair in drawn) for stratum in (0, 1)]
+    return sum(filled) + sum(kinds > 0 for kinds in filled)
+
+
+def finding_rows(pair: Pair, asked: Asked) -> Rows:
+    """Rows of ``findings``: every component that was patched exactly."""
+    few, many = (_drawn(weight_sizes(pair, asked), sample.count) for sample in asked.samples)
+    return Rows(few, many)
+
+
+def role_rows(pair: Pair, asked: Asked) -> Rows:
+    """Rows of ``roles``: heads, and neurons that have rows per prompt in both spaces."""
+    layout, chosen = pair.layout, asked.neurons(pair.layout)
+    heads, neurons = layout.n_layers * layout.n_heads, layout.n_layers * layout.d_mlp
+    return Rows(heads + max(0, 2 * chosen - neurons), heads + chosen)
+
+
+def join_rows(pair: Pair) -> Rows:
+    """Rows of ``joins``: two measures of size for every kind."""
+    return Rows.exactly(2 * len(weight_rows(pair).by))
+
+
+def candidates(pair: Pair) -> int:
+    """Components that a graft chooses from: each weight has one owner."""
+    layout = pair.layout
+    whole = [c for c in pair.components if c.kind != "matrix" and c.part not in GATED_BIASES]
+    fine = layout.n_heads + layout.n_kv_heads + layout.d_mlp
+    return layout.n_layers * fine + len(whole) + layout.tied
+
+
+def graft_sizes(count: int) -> int:
+    """Sizes of the sets that a graft tries: powers of two up to ``count``, and ``count``."""
+    return count.bit_length() + (count & (count - 1) > 0)
+
+
+def graft_rows(pair: Pair) -> dict[str, Rows]:
+    """Rows of ``curves`` and ``grafts``; the smallest set's own size may be one more point."""
+    count = candidates(pair)
+    sizes = 2 * SETS_OF_A_SIZE * graft_sizes(count)
+    return {"curves": Rows(sizes, sizes + 2 * SETS_OF_A_SIZE), "grafts": Rows(0, 2 * count)}
+
+
+def attribution_tables(pair: Pair, asked: Asked, *, joined: bool) -> dict[str, Rows]:
+    """Rows of every table that attribution makes; ``joins`` needs the weights side too."""
+    tables = {
+        "prompts": Rows.exactly(asked.prompts),
+        "attribution": estimate_rows(pair, asked).plus(exact_rows(pair, asked)),
+        "fidelity": fidelity_rows(pair, asked),
+        "findings": finding_rows(pair, asked),
+        "roles": role_rows(pair, asked),
+    }
+    return {**tables, "joins": join_rows(pair)} if joined else tables
+
+
+def evaluation_rows(models: Sequence[str], tasks: Sequence[str]) -> Rows:
+    """Rows of ``evaluation``: a loss for each model and task."""
+    return Rows.exactly(len(models) * len(tasks))
