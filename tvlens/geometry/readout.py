@@ -140,8 +140,8 @@ def readout(
     total, squares = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
     ends = {largest: _Extremes.none(count) for largest in (True, False)}
     for start, logits in unembedding.slabs(directions):
-        total += logits.double().sum(1)
-        squares += logits.double().square().sum(1)
+        total += logits.sum(1, dtype=torch.float64)
+        squares += torch.linalg.vector_norm(logits, dim=1, dtype=torch.float64).square()
         for largest, kept in ends.items():
             ends[largest] = kept.extended(logits, start, top, largest=largest)
     mean = total / len(unembedding.ids)

@@ -116,7 +116,9 @@ def _decomposed(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outp
             facts[pair.tuned_name]["canonical"] = counts
             warnings[pair.tuned_name] = (moved.sentence,)
     say(f"decompose and classify: {', '.join(pair.tuned_name for pair in pairs)}")
-    found = decompose_and_classify(pairs, controls=controls, seed=plan.seed)
+    found = decompose_and_classify(
+        pairs, controls=controls, seed=plan.seed, progress=_blocks_of("decompose", say)
+    )
     for pair, geometry in zip(pairs, found, strict=True):
         name, labels = pair.tuned_name, geometry.labels
         say(f"directions: {name}")
@@ -131,6 +133,17 @@ def _decomposed(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outp
                 vectors={"directions": written.vectors},
             ),
         )
+
+
+def _blocks_of(stage: str, say: Progress) -> Callable[[int, int], None]:
+    """Says how many blocks are done where that leaves no line behind (``say.passing``)."""
+    passing = getattr(say, "passing", None)
+
+    def said(done: int, total: int) -> None:
+        if passing is not None:
+            passing(f"{stage}: block {done} of {total}")
+
+    return said
 
 
 def _canonical(pairs: "Sequence[Pair]", say: Progress) -> "list[Pair]":
