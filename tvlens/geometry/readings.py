@@ -141,9 +141,14 @@ class Sided:
         """From a single matrix whose directions are known."""
         directions, facing = onto_residual(one.base, one.part), writing(one.weight.change, one.part)
         strongest = onto_residual(one.change, one.part)[:, :SA_COS_TOP]
-        tensors = (directions, one.base.values, share_inside(facing, directions), strongest)
-        batch = (tensor.unsqueeze(0) for tensor in tensors)
-        return cls(*batch, facing.shape[-2], residual_side(one.part))
+        return cls(
+            rearrange(directions, "d direction -> 1 d direction"),
+            rearrange(one.base.values, "direction -> 1 direction"),
+            rearrange(share_inside(facing, directions), "direction -> 1 direction"),
+            rearrange(strongest, "d direction -> 1 d direction"),
+            facing.shape[-2],
+            residual_side(one.part),
+        )
 
     @property
     def d(self) -> int:

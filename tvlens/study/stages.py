@@ -86,10 +86,13 @@ Outputs = Iterator[tuple[str, StageOutput]]
 
 def decompose_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
     """Measure and classify every component of the tuning vectors; then one against the other."""
+    pairs, controls = _canonical(plan, pairs, say), {}
     for group in _of_one_base(pairs):
-        yield from _decomposed(plan, group, say)
+        found = _canonical(plan, controls_from(plan, group[0]), say)
+        controls[group[0].base.folder] = found
+        yield from _decomposed(plan, group, found, say)
     lineage = lineage_stage(plan, pairs, say)
-    overlaps = overlap_tables(plan, pairs, say)
+    overlaps = overlap_tables(plan, pairs, controls, say)
     yield pairs[-1].tuned_name, replace(lineage, tables=(*lineage.tables, *overlaps))
 
 
@@ -101,20 +104,19 @@ def _of_one_base(pairs: "Sequence[Pair]") -> "list[list[Pair]]":
     return list(groups.values())
 
 
-def _decomposed(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+def _decomposed(
+    plan: StudyPlan, pairs: "Sequence[Pair]", controls: "Sequence[Pair]", say: Progress
+) -> Outputs:
     """The geometry of fine-tunes of one base."""
     from tvlens.geometry.classify import decompose_and_classify
 
-    controls = controls_from(plan, pairs[0])
     facts: dict[str, dict[str, Any]] = {pair.tuned_name: {} for pair in pairs}
     warnings: dict[str, tuple[str, ...]] = {}
-    if plan.canonical:
-        pairs, controls = _canonical(pairs, say), _canonical(controls, say)
-        for pair in pairs:
-            moved = removed(pair)
-            counts = {"neurons": moved.neurons, "heads": moved.heads}
-            facts[pair.tuned_name]["canonical"] = counts
-            warnings[pair.tuned_name] = (moved.sentence,)
+    for pair in pairs if plan.canonical else ():
+        moved = removed(pair)
+        counts = {"neurons": moved.neurons, "heads": moved.heads}
+        facts[pair.tuned_name]["canonical"] = counts
+        warnings[pair.tuned_name] = (moved.sentence,)
     say(f"decompose and classify: {', '.join(pair.tuned_name for pair in pairs)}")
     found = decompose_and_classify(
         pairs, controls=controls, seed=plan.seed, progress=_blocks_of("decompose", say)
@@ -146,8 +148,10 @@ def _blocks_of(stage: str, say: Progress) -> Callable[[int, int], None]:
     return said
 
 
-def _canonical(pairs: "Sequence[Pair]", say: Progress) -> "list[Pair]":
-    """The pairs with their tuned models read in the base's coordinates."""
+def _canonical(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> "list[Pair]":
+    """The pairs, if asked for with their tuned models read in the base's coordinates."""
+    if not plan.canonical:
+        return list(pairs)
     found = []
     for pair in pairs:
         say(f"finding the base's coordinates for {pair.tuned_name}")
