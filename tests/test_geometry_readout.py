@@ -43,9 +43,12 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _unembedding(d_model: int = 24, d_vocab: int = 90, *, centred: bool = False) -> Unembedding:
-    gain = 1 + 0.3 * _normal(d_model, seed=1)
-    return Unembedding(_normal(d_model, d_vocab, seed=2), gain, centred, torch.arange(d_vocab))
+W_U = _normal(24, 90, seed=2)
+
+
+def _unembedding(*, centred: bool = False, piece: int = 90) -> Unembedding:
+    gain = 1 + 0.3 * _normal(24, seed=1)
+    return Unembedding(lambda: W_U.split(piece, dim=1), gain, centred, torch.arange(90))
 
 
 def _host_logits(folder: Path, vectors: Tensor) -> Tensor:
@@ -92,15 +95,15 @@ def test_tokens_are_in_the_order_of_the_hosts_logit_readout(tmp_path: Path) -> N
         assert lens.logit_readout(model, signed, top_k=8).top_ids.tolist() == ours.tolist()
 
 
-@pytest.mark.parametrize("slab", [7, 4096])
+@pytest.mark.parametrize(("slab", "piece"), [(7, 90), (4096, 90), (7, 16)])
 def test_z_and_order_equal_dense_numpy_however_the_vocabulary_is_cut(
-    monkeypatch: pytest.MonkeyPatch, slab: int
+    monkeypatch: pytest.MonkeyPatch, slab: int, piece: int
 ) -> None:
     monkeypatch.setattr(module, "SLAB", slab)
-    unembedding, directions = _unembedding(centred=True), _normal(5, 24, seed=3)
+    unembedding, directions = _unembedding(centred=True, piece=piece), _normal(5, 24, seed=3)
     said = readout(directions, unembedding, top=6)
     rows = directions.numpy() - directions.numpy().mean(1, keepdims=True)
-    logits = (rows * unembedding.gain.numpy()) @ unembedding.W_U.numpy()
+    logits = (rows * unembedding.gain.numpy()) @ W_U.numpy()
     z = (logits - logits.mean(1, keepdims=True)) / logits.std(1, keepdims=True)
     order = np.argsort(-z, axis=1)
     np.testing.assert_array_equal(said.promoted, order[:, :6])
@@ -115,7 +118,7 @@ def test_a_direction_along_a_column_of_w_u_promotes_its_token_and_its_negative_s
     None
 ):
     unembedding = _unembedding()
-    along = unembedding.W_U[:, 17] / unembedding.gain
+    along = W_U[:, 17] / unembedding.gain
     said = readout(torch.stack([along, -along]), unembedding)
     assert said.promoted[0, 0] == 17
     assert said.suppressed[1, 0] == 17

@@ -152,7 +152,9 @@ def test_bridges_are_used_as_they_are(folders: dict[str, Path]) -> None:
     hooked = HookedPair(pair)
     assert hooked.base.model is base.model
     assert hooked.tuned.model is tuned.model
-    with pytest.raises(HostError, match=r"this TransformerBridge is torch\.float32 on cpu; torch\.float64"):
+    with pytest.raises(
+        HostError, match=r"this TransformerBridge is torch\.float32 on cpu; torch\.float64"
+    ):
         HookedPair(pair, dtype=torch.float64)
 
 

@@ -96,6 +96,57 @@ def test_fine_tunes_and_control_stand_against_each_other(study: Study) -> None:
     assert rows.loc[("a", "ctl"), "shared"] == 0
 
 
+def test_blocks_pass_by_only_where_they_leave_no_line(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    class Listener(list[str]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.passed: list[str] = []
+
+        def __call__(self, text: str) -> None:
+            self.append(text)
+
+        def passing(self, text: str) -> None:
+            self.passed.append(text)
+
+    plan = StudyPlan(base=str(folders["base"]), tuned=(str(folders["a"]),), stages=("decompose",))
+    spinner, lines = Listener(), list[str]()
+    run_study(plan, tmp_path / "spinner", progress=spinner)
+    assert spinner.passed == [f"decompose: block {number} of 3" for number in (1, 2, 3)]
+    run_study(plan, tmp_path / "lines", progress=lines.append)
+    assert lines == list(spinner)
+    assert not any("block" in line for line in lines)
+
+
+def test_fine_tunes_are_compared_in_the_bases_coordinates_if_asked_for(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(5))
+
+    def renumber(tensors: dict[str, Tensor]) -> None:
+        for name in ("gate_proj", "up_proj"):
+            stored = tensors[f"model.layers.1.mlp.{name}.weight"]
+            stored.copy_(stored[order].clone())
+        tensors[DOWN].copy_(tensors[DOWN][:, order].clone())
+
+    moved = copy_with(folders["a"], tmp_path / "moved", renumber)
+    ctl = copy_with(folders["ctl"], tmp_path / "other", renumber)
+    plan = StudyPlan(
+        base=str(folders["base"]),
+        tuned=(str(folders["a"]), str(moved)),
+        controls=(str(ctl),),
+        stages=("decompose",),
+        canonical=True,
+    )
+    rows = run_study(plan, tmp_path / "study").table("overlap").to_frame()
+    rows = rows[rows["component"] == "L1.W_out"].set_index(["tuned", "other"])
+    assert rows.loc[("a", "moved"), "cosine"] == pytest.approx(1, abs=1e-4)
+    assert rows.loc[("a", "other"), "norm_b"] == pytest.approx(
+        rows.loc[("a", "other"), "norm_a"], rel=0.5
+    )  # a control too: renumbered weights are as far from the base as two bases are
+
+
 def test_readings_hold_both_fine_tunes_with_their_noise(study: Study) -> None:
     rows = study.table("readings").to_frame()
     assert set(rows["tuned"]) == {"a", "b"}

@@ -451,6 +451,11 @@ class _Progress:
         elif self._shown:
             typer.echo(text, err=True)
 
+    def passing(self, text: str) -> None:
+        """Show what the next text replaces; where lines stay, nothing."""
+        if self._status is not None:
+            self._status.update(text)
+
 
 def main() -> None:
     """Run the command line and turn what went wrong into a sentence and an exit status."""

@@ -187,5 +187,7 @@ def new_directions(
     frame = None if labels is None else labels.to_frame()
     found: list[Direction] = []
     for block in pair.blocks():
-        found += directions_of_block(pair, spectra_of_block(pair, block), frame, seed=seed)
+        found += directions_of_block(
+            pair, spectra_of_block(pair, block, seed=seed), frame, seed=seed
+        )
     return directions_table(pair, found, unembedding, tokens, seed=seed)

@@ -83,11 +83,14 @@ def relative_alignment(
     return alignment(energies, total, rank, d_model) / self_alignment(basis, d_model)
 
 
-def _gain_cosines(spikes: Spikes, base: Float[Tensor, "d_in d_out"]) -> Float64[Tensor, " spike"]:
-    """rho_j = u'Wv / sqrt(|W'u| |Wv|): 1 where a spike scales a direction of W."""
-    from_read = product(transposed(base), spikes.read)
-    onto_write = product(base, spikes.write)
-    through = einsum(from_read, spikes.write, "d_out spike, d_out spike -> spike")
+def gain_cosines(
+    read: Float64[Tensor, "d_in triplet"],
+    write: Float64[Tensor, "d_out triplet"],
+    base: Float[Tensor, "d_in d_out"],
+) -> Float64[Tensor, " triplet"]:
+    """u'Wv / sqrt(|W'u| |Wv|): 1 where a triplet scales a direction of W, -1 where one shrinks."""
+    from_read, onto_write = product(transposed(base), read), product(base, write)
+    through = einsum(from_read, write, "d_out triplet, d_out triplet -> triplet")
     size = (from_read.norm(dim=0) * onto_write.norm(dim=0)).sqrt()
     return through / size.clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -109,7 +112,7 @@ def matrix_structure(one: MatrixChange, gain: float, left: float, *, seed: int) 
     if left <= 0:
         return MatrixStructure(0.0, np.nan, np.nan, 0)
     spikes = _spikes(one, gain, left, seed=seed)
-    plain = _gain_cosines(spikes, one.base).abs() <= GAIN_COSINE
+    plain = gain_cosines(spikes.read, spikes.write, one.base).abs() <= GAIN_COSINE
     shares = spikes.shares[plain]
     if not len(shares):
         return MatrixStructure(0.0, np.nan, np.nan, 0)

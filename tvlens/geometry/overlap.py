@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from scipy import optimize, special, stats
 from torch import Tensor
 
@@ -44,11 +44,11 @@ from tvlens.components import KNOWN_PARTS, Component, key_columns
 from tvlens.errors import IncomparableModelsError, StudyError
 from tvlens.tables import KEY_FIELDS, Table, keyed_schema
 from tvlens.threads import one_thread
+from tvlens.weights.delta import inner_product
 
 from .evidence import residual_side
-from .nulls import noise_edge
-from .reading import Pair, Weight
-from .spectra import is_resolved, onto_residual, triplets_of
+from .reading import Pair, Slice, Weight, delta_of, slice_of
+from .spectra import is_resolved, layer_seed, onto_residual, spikes_of
 
 SPIKES_KEPT = 64
 """Directions above the edge that a subspace holds at most; ``spikes_a`` counts all of them."""
@@ -82,19 +82,33 @@ OWN_COLUMNS = ("tuned", *OVERLAP_SCHEMA.names[len(KEY_FIELDS) :])
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
-    """One fine-tune's change of one component.
+class Span:
+    """The directions that one fine-tune gives one matrix.
 
     Attributes:
-        delta: The tuning vector, flat where it is no matrix of known orientation.
-        span: Its directions above the noise edge on the residual side; None where there is no
-            such side, no columns where nothing is above the edge.
+        frame: Those above the noise edge on the residual side, no columns where none is.
         spikes: How many are above the edge, kept or not.
     """
 
-    delta: Float[Tensor, "..."]
-    span: Float[Tensor, "d_model spike"] | None
+    frame: Float64[Tensor, "d_model spike"]
     spikes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """One component in all fine-tunes.
+
+    Attributes:
+        names: The fine-tunes.
+        inner: Inner products of their changes.
+        entries: Entries of the component.
+        spans: Of each fine-tune; none where it is no matrix of known orientation.
+    """
+
+    names: tuple[str, ...]
+    inner: Float64[np.ndarray, "tuned tuned"]
+    entries: int
+    spans: Sequence[Span] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,27 +135,14 @@ class Subspaces:
         return int((self.cosines > self.bound).sum())
 
 
-def change_of(weight: Weight, component: Component, *, seed: int) -> Change:
-    """The change of one component with its directions above the noise edge."""
-    delta, part = weight.dense_delta(), component.part or ""
-    if component.kind != "matrix" or part not in KNOWN_PARTS:
-        return Change(delta, None, 0)
-    d_model = delta.shape[0 if residual_side(part) == "read" else 1]
-    if not is_resolved(delta, weight.floor):
-        return Change(delta, torch.zeros(d_model, 0, dtype=torch.float64), 0)
-    basis = triplets_of(delta)
-    spikes = int((basis.values > noise_edge(delta, seed=seed)).sum())
-    return Change(delta, onto_residual(basis, part)[:, : min(spikes, SPIKES_KEPT)], spikes)
-
-
-def inner_and_norms(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> tuple[float, float, float]:
-    """<A, B>, |A| and |B|, summed in float64 a slab at a time."""
-    sums = [0.0, 0.0, 0.0]
-    for some_a, some_b in zip(a.flatten().split(2**22), b.flatten().split(2**22), strict=True):
-        some_a, some_b = some_a.double(), some_b.double()
-        products = (some_a @ some_b, some_a @ some_a, some_b @ some_b)
-        sums = [total + float(more) for total, more in zip(sums, products, strict=True)]
-    return sums[0], sums[1] ** 0.5, sums[2] ** 0.5
+def span_of(weight: Slice, component: Component, *, seed: int) -> Span:
+    """The directions of one matrix's change above its noise edge."""
+    part = component.part or ""
+    if not is_resolved(weight):
+        d_model = weight.base.shape[0 if residual_side(part) == "read" else 1]
+        return Span(torch.zeros(d_model, 0, dtype=torch.float64), 0)
+    spikes = spikes_of(weight, seed=seed)
+    return Span(onto_residual(spikes, part)[:, :SPIKES_KEPT], spikes.above)
 
 
 def subspaces(a: Float[Tensor, "d a"], b: Float[Tensor, "d b"]) -> Subspaces | None:
@@ -216,47 +217,67 @@ def _log_pfaffian(x: float, least: int, most: int, d: int) -> float:
     return float(np.linalg.slogdet(skew)[1]) / 2
 
 
-def _changes(pairs: Sequence[Pair], component: Component, *, seed: int) -> dict[str, Change]:
-    """The component's change in every fine-tune; none where their embeddings hold other rows.
+def together(pairs: Sequence[Pair], component: Component, *, seed: int) -> Together | None:
+    """A component in every fine-tune, a slab at a time; None where embeddings hold other rows.
 
     Raises:
         IncomparableModelsError: The fine-tunes have other bases.
     """
-    found: dict[str, Change] = {}
-    base: Tensor | None = None
-    for pair in pairs:
-        weight = pair.read(component)
-        base = weight.base if base is None else base
-        same = weight.base.shape == base.shape and torch.equal(weight.base, base)
-        if not same and component.kind == "embedding":
-            return {}
-        if not same:
+    names = tuple(pair.tuned_name for pair in pairs)
+    inner, entries, weights = np.zeros((len(pairs), len(pairs))), 0, []
+    for slabs in itertools.zip_longest(*(pair.slabs(component) for pair in pairs)):
+        if any(slab is None for slab in slabs) or not _share_a_base(slabs):
+            if component.kind == "embedding":
+                return None
             raise IncomparableModelsError(
-                f"{component} of the base of {pair.tuned_name} is not that of "
-                f"{pairs[0].tuned_name}: vectors of different bases have no common origin.",
+                f"{component} is not the same in the bases of {', '.join(names)}: vectors of "
+                "different bases have no common origin.",
                 hint="Compare fine-tunes of one base.",
             )
-        found[pair.tuned_name] = change_of(weight, component, seed=seed)
-    return found
+        weights = [slice_of(slab) for slab in slabs]
+        inner += _inner_products(weights)
+        entries += weights[0].base.numel()
+    if component.kind != "matrix" or component.part not in KNOWN_PARTS:
+        return Together(names, inner, entries)
+    return Together(names, inner, entries, [span_of(w, component, seed=seed) for w in weights])
 
 
-def _measures(a: Change, b: Change) -> dict[str, Any]:
-    """All that is measured between two changes of one component."""
-    inner, norm_a, norm_b = inner_and_norms(a.delta, b.delta)
+def _share_a_base(weights: Sequence[Weight]) -> bool:
+    first, *others = (weight.base for weight in weights)
+    return all(first.shape == base.shape and torch.equal(first, base) for base in others)
+
+
+def _inner_products(weights: Sequence[Slice]) -> Float64[np.ndarray, "tuned tuned"]:
+    deltas = [delta_of(weight.change) for weight in weights]
+    return np.array([[inner_product(one, other) for other in deltas] for one in deltas])
+
+
+def _measures(found: Together, names: tuple[str, str]) -> dict[str, Any]:
+    """All that is measured between two fine-tunes of one component."""
+    i, j = (found.names.index(name) for name in names)
+    inner, norm_a, norm_b = found.inner[i, j], found.inner[i, i] ** 0.5, found.inner[j, j] ** 0.5
     known = norm_a > 0 and norm_b > 0
     row: dict[str, Any] = {
         "norm_a": norm_a,
         "norm_b": norm_b,
         "inner": inner,
         "cosine": inner / (norm_a * norm_b) if known else None,
-        "cosine_floor_sd": a.delta.numel() ** -0.5,
-        "spikes_a": a.spikes,
-        "spikes_b": b.spikes,
+        "cosine_floor_sd": found.entries**-0.5,
     }
-    if a.span is None or b.span is None:
-        return row
-    row |= {"d": len(a.span), "rank_a": a.span.shape[1], "rank_b": b.span.shape[1]}
-    found = subspaces(a.span, b.span)
+    return (
+        row | _span_measures(found.spans[i], found.spans[j])
+        if found.spans
+        else {**row, "spikes_a": 0, "spikes_b": 0}
+    )
+
+
+def _span_measures(a: Span, b: Span) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "d": len(a.frame),
+        **{"rank_a": a.frame.shape[1], "rank_b": b.frame.shape[1]},
+        **{"spikes_a": a.spikes, "spikes_b": b.spikes},
+    }
+    found = subspaces(a.frame, b.frame)
     if found is None:
         return row
     return row | {
@@ -272,20 +293,21 @@ def _measures(a: Change, b: Change) -> dict[str, Any]:
 
 
 def _ceilings(
-    names: tuple[str, str], changes: Mapping[str, Change], replicates: Mapping[str, str]
+    names: tuple[str, str], found: Together, replicates: Mapping[str, str]
 ) -> dict[str, float | None]:
     """Cosine and overlap of each fine-tune with its replicate, geometric mean over the two."""
     a, b = names
     if replicates.get(a) == b:
         return {}
     runs = [(name, replicates[name]) for name in names if name in replicates]
-    rows = [_measures(changes[name], changes[other]) for name, other in runs]
-    found: dict[str, float | None] = {}
+    rows = [_measures(found, run) for run in runs]
+    ceilings: dict[str, float | None] = {}
     for measure in ("cosine", "overlap"):
         known = [row[measure] for row in rows if row.get(measure) is not None]
         usable = len(known) == len(runs) > 0 and min(known) > 0
-        found[f"{measure}_ceiling"] = float(np.prod(known) ** (1 / len(known))) if usable else None
-    return found
+        ceiling = float(np.prod(known) ** (1 / len(known))) if usable else None
+        ceilings[f"{measure}_ceiling"] = ceiling
+    return ceilings
 
 
 def _relation(names: tuple[str, str], replicates: Mapping[str, str], controls: set[str]) -> str:
@@ -319,14 +341,14 @@ def overlap(
     rows: list[dict[str, Any]] = []
     components: list[Component] = []
     for component in (c for block in pairs[0].blocks() for c in block):
-        own = seed + 1000 * (0 if component.layer is None else component.layer + 1)
-        changes = _changes(pairs, component, seed=own)
-        for names in itertools.combinations(changes, 2):
+        found = together(pairs, component, seed=layer_seed(component, seed))
+        if found is None:
+            continue
+        for names in itertools.combinations(found.names, 2):
             components.append(component)
             relation = _relation(names, twins, set(controls))
             named = {"tuned": names[0], "other": names[1], "relation": relation}
-            measured = _measures(*(changes[name] for name in names))
-            rows.append({**named, **measured, **_ceilings(names, changes, twins)})
+            rows.append({**named, **_measures(found, names), **_ceilings(names, found, twins)})
     columns = {name: [row.get(name) for row in rows] for name in OWN_COLUMNS}
     base = {"base": [pairs[0].base_name] * len(rows), "tied": [False] * len(rows)}
     keyed = {**key_columns(components), **base, **columns}

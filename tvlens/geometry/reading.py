@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tvlens.components import Component
-from tvlens.weights.delta import Absent, LowRank
+from tvlens.weights.delta import Absent, Delta, Dense, LowRank
 
 from .changes import Change, Factored
 from .heads import Factor, changes_of_heads, kv_index_of_heads, slices_of_heads
@@ -143,6 +143,13 @@ def change_of(weight: Weight) -> Change:
             return Factored(weight.base.new_zeros(rows, 0), weight.base.new_zeros(0, columns))
         case _:
             return weight.dense_delta()
+
+
+def delta_of(change: Change) -> Delta:
+    """A change as ``weights.delta`` has it, for what is measured there."""
+    if isinstance(change, Factored):
+        return LowRank(change.left, change.right)
+    return Dense(change)
 
 
 def slice_of(weight: Weight) -> Slice:

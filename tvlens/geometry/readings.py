@@ -19,7 +19,8 @@ sqrt(k / d). So each value stands beside
                 COS_DRAWS draws
     corrected   (v - c) / (1 - c), chance 0, all inside 1; of the energies for sa_proj, and null
                 where chance is 1, so that nothing can be told
-    noise       what one seeded draw of isotropic noise of the same norm scores by the same code
+    noise       what one seeded draw of isotropic noise of the same norm scores; it is drawn as it
+                is seen from the base, where the energies of its directions are independent
     noise_corrected   the same draw, corrected: how far from 0 chance alone can lead
 
 No raw value goes into a label or a verdict of this library.
@@ -38,7 +39,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from scipy import integrate, special
 from torch import Tensor
 
@@ -46,11 +47,19 @@ from tvlens.components import Component, key_columns
 from tvlens.tables import Table, concatenated, keyed_schema
 from tvlens.threads import one_thread
 
+from .changes import Change, energy, product
 from .evidence import residual_side
-from .heads import slices_of_heads
+from .heads import change_of_heads
+from .matrices import spectral_basis
 from .measures import HEAD_PARTS, KV_PARTS
-from .reading import Pair, kv_index_of
-from .spectra import Spectra, Triplets, onto_residual, spectra_of_block, triplets_of, writing
+from .reading import Pair, factor_of_heads, kv_index_of
+from .spectra import (
+    Spectra,
+    onto_residual,
+    spectra_of_block,
+    strongest_onto_residual,
+    writing,
+)
 
 ENERGY_RULES = {"energy_0.9025": 0.95**2, "energy_0.95": 0.95}
 """Shares of |W|^2 that set k."""
@@ -100,45 +109,51 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sided:
-    """Some matrices of one shape with the residual stream as their last axis.
+    """Some matrices of one shape as seen from the residual stream.
 
     Attributes:
-        directions: The base's directions there, strongest first.
+        directions: The base's directions there, strongest first; null ones are zero.
         values: The base's singular values.
-        change: The tuning vector.
-        change_directions: Its directions there, strongest first.
-        side: ``read`` or ``write``: which side of the matrices that is.
+        inside: Energy of the tuning vector in each of them, as a share of the whole.
+        strongest: The SA_COS_TOP strongest directions of the tuning vector; null ones are zero.
+        other: Dimension of the other side.
+        side: ``read`` or ``write``: which side of the matrices is the residual stream.
     """
 
-    directions: Float[Tensor, "component d_model direction"]
-    values: Float[Tensor, "component direction"]
-    change: Float[Tensor, "component other d_model"]
-    change_directions: Float[Tensor, "component d_model change_direction"]
+    directions: Float64[Tensor, "component d_model direction"]
+    values: Float64[Tensor, "component direction"]
+    inside: Float64[Tensor, "component direction"]
+    strongest: Float64[Tensor, "component d_model change_direction"]
+    other: int
     side: str
 
     @classmethod
-    def of(
-        cls,
-        base: Float[Tensor, "component d_in d_out"],
-        delta: Float[Tensor, "component d_in d_out"],
-        part: str,
-        *,
-        bases: tuple[Triplets, Triplets] | None = None,
-    ) -> "Sided":
-        """From matrices in the orientation x @ W; ``bases`` where both are decomposed already."""
-        own, change = bases or (triplets_of(base), triplets_of(delta))
+    def of(cls, base: Float[Tensor, "component d_in d_out"], delta: Change, part: str) -> "Sided":
+        """From matrices in the orientation x @ W."""
+        own = spectral_basis(base)
+        directions, facing = onto_residual(own, part), writing(delta, part)
+        strongest = strongest_onto_residual(delta, part, SA_COS_TOP)
+        inside = share_inside(facing, directions)
+        return cls(directions, own.values, inside, strongest, facing.shape[-2], residual_side(part))
+
+    @classmethod
+    def of_one(cls, one: Spectra) -> "Sided":
+        """From a single matrix whose directions are known."""
+        directions, facing = onto_residual(one.base, one.part), writing(one.weight.change, one.part)
+        strongest = onto_residual(one.change, one.part)[:, :SA_COS_TOP]
         return cls(
-            onto_residual(own, part),
-            own.values,
-            writing(delta, part).double(),
-            onto_residual(change, part),
-            residual_side(part),
+            rearrange(directions, "d direction -> 1 d direction"),
+            rearrange(one.base.values, "direction -> 1 direction"),
+            rearrange(share_inside(facing, directions), "direction -> 1 direction"),
+            rearrange(strongest, "d direction -> 1 d direction"),
+            facing.shape[-2],
+            residual_side(one.part),
         )
 
     @property
     def d(self) -> int:
         """Dimension of the residual stream."""
-        return self.change.shape[-1]
+        return self.directions.shape[-2]
 
     @property
     def rank(self) -> int:
@@ -148,7 +163,7 @@ class Sided:
     @property
     def change_rank(self) -> int:
         """Directions that every change has."""
-        return int((self.change_directions.square().sum(1) > 0.5).sum(1).min())
+        return int((self.strongest.square().sum(1) > 0.5).sum(1).min())
 
 
 def energy_rank(
@@ -159,23 +174,32 @@ def energy_rank(
     return ((held < share - 1e-12).sum(1) + 1).clamp(max=values.shape[1]).numpy()
 
 
-def inside_by_rank(
-    change: Float[Tensor, "component other d_model"],
-    directions: Float[Tensor, "component d_model direction"],
-) -> Float[np.ndarray, "component direction"]:
-    """Share of the energy of ``change`` inside the top k directions, for k = 1, 2, ..."""
-    onto = einsum(change, directions, "c other d, c d direction -> c other direction")
-    inside = onto.square().sum(1).cumsum(1)
-    return (inside / rearrange(change.square().sum((1, 2)), "c -> c 1")).clamp(max=1).numpy()
+def share_inside(
+    facing: Change, directions: Float64[Tensor, "*component d_model direction"]
+) -> Float64[Tensor, "*component direction"]:
+    """Share of the energy of changes, the residual stream last, in each of some directions."""
+    inside = product(facing, directions).square().sum(-2)
+    return inside / rearrange(energy(facing), "... -> ... 1")
+
+
+def drawn_inside(sided: Sided, *, seed: int) -> Float[np.ndarray, "component direction"]:
+    """What ``inside`` is for isotropic noise: energies of Gaussian entries, one draw.
+
+    Orthonormal directions see independent parts of it, so none of its entries need be drawn.
+    """
+    values, generator = sided.values.numpy(), np.random.default_rng(seed)
+    drawn = np.where(values > 0, generator.chisquare(sided.other, values.shape), 0)
+    rest = sided.other * (sided.d - (values > 0).sum(1, keepdims=True))
+    return drawn / (drawn.sum(1, keepdims=True) + 2 * generator.standard_gamma(rest / 2))
 
 
 def sa_proj(sided: Sided, d_head: int, *, seed: int) -> Iterator[Reading]:
     """|P_k D| / |D| for every rule of k."""
-    shape, count = sided.change.shape, len(sided.values)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float32).double()
-    inside = inside_by_rank(sided.change, sided.directions)
-    inside_noise = inside_by_rank(drawn, sided.directions)
+    count = len(sided.values)
+    inside, inside_noise = (
+        shares.cumsum(1).clip(max=1)
+        for shares in (sided.inside.numpy(), drawn_inside(sided, seed=seed))
+    )
     ranks = {rule: energy_rank(sided.values, share) for rule, share in ENERGY_RULES.items()}
     if d_head <= sided.rank:
         ranks["d_head"] = np.full(count, d_head)
@@ -223,7 +247,7 @@ def sa_cos(sided: Sided, *, seed: int) -> Iterator[Reading]:
 
 def _cosines(sided: Sided) -> Float[Tensor, "component direction change_direction"]:
     return einsum(
-        sided.directions, sided.change_directions, "c d direction, c d change -> c direction change"
+        sided.directions, sided.strongest, "c d direction, c d change -> c direction change"
     )
 
 
@@ -287,11 +311,7 @@ def readings_of_block(pair: Pair, spectra: Sequence[Spectra], d_head: int, *, se
     for place, one in enumerate(spectra):
         layer = one.component.layer
         own = seed + 1000 * (0 if layer is None else layer + 1) + 10 * place
-        base, delta = (
-            rearrange(w, "d_in d_out -> 1 d_in d_out") for w in (one.weight.base, one.change)
-        )
-        bases = (_batch_of_one(one.base), _batch_of_one(one.delta))
-        whole = Sided.of(base, delta, one.part, bases=bases)
+        whole = Sided.of_one(one)
         rows = readings_of(whole, d_head, seed=own)
         tables.append(_table(pair, [one.component], rows, whole))
         if one.part in HEAD_PARTS and d_head:
@@ -299,23 +319,18 @@ def readings_of_block(pair: Pair, spectra: Sequence[Spectra], d_head: int, *, se
     return concatenated("readings", tables, order="corrected")
 
 
-def _batch_of_one(basis: Triplets) -> Triplets:
-    read, write = (rearrange(s, "d direction -> 1 d direction") for s in (basis.read, basis.write))
-    return Triplets(read, rearrange(basis.values, "direction -> 1 direction"), write)
-
-
 def _head_table(pair: Pair, one: Spectra, d_head: int, *, seed: int) -> Table:
     """Rows of the changed slices of one attention matrix."""
     of_kv = one.part in KV_PARTS
     n_heads = pair.layout.n_kv_heads if of_kv else pair.layout.n_heads
-    base, delta = (slices_of_heads(w, one.part, n_heads) for w in (one.weight.base, one.change))
-    changed = (delta != 0).flatten(1).any(1) & (base != 0).flatten(1).any(1)
-    numbers = changed.nonzero().flatten().tolist()
-    if not numbers:
+    factor = factor_of_heads(one.weight, one.part, n_heads)
+    changed = (energy(factor.delta) > 0) & (energy(factor.base) > 0)
+    if not bool(changed.any()):
         return Table.of("readings", READINGS_SCHEMA, {})
     kind = "kv_head" if of_kv else "head"
-    components = [Component(kind, one.component.layer, n, one.part) for n in numbers]
-    sided = Sided.of(base[changed], delta[changed], one.part)
+    some = changed.nonzero().flatten()
+    components = [Component(kind, one.component.layer, n, one.part) for n in some.tolist()]
+    sided = Sided.of(factor.base[some], change_of_heads(factor.delta, some), one.part)
     return _table(pair, components, readings_of(sided, d_head, seed=seed), sided)
 
 
@@ -361,7 +376,7 @@ def readings(pair: Pair, *, seed: int = 0) -> Table:
     """The table ``readings`` of a pair, a block at a time."""
     d_head = d_head_of(pair)
     tables = [
-        readings_of_block(pair, spectra_of_block(pair, block), d_head, seed=seed)
+        readings_of_block(pair, spectra_of_block(pair, block, seed=seed), d_head, seed=seed)
         for block in pair.blocks()
         if block
     ]

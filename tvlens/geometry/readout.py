@@ -17,7 +17,7 @@ DRAWS random directions, p = (1 + how many reach it) / (DRAWS + 1). The vocabula
 tokens at a time; memory is O(directions * SLAB), never directions x d_vocab.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tvlens.components import Component
 
+from .changes import transposed
 from .reading import Pair
 
 DRAWS = 1999
@@ -46,13 +47,14 @@ class Unembedding:
     """How a model turns the end of its residual stream into logits.
 
     Attributes:
-        W_U: One column a token; the transposed embedding where the two are tied.
+        pieces: Reads W_U anew, one column a token, some tokens at a time; the transposed embedding
+            where the two are tied.
         gain: Effective gain of the final norm (1 + w where w is stored).
         centred: The final norm is a LayerNorm, which takes the mean over d_model away.
         ids: Token number of every column.
     """
 
-    W_U: Float[Tensor, "d_model d_vocab"]
+    pieces: Callable[[], Iterable[Float[Tensor, "d_model token"]]]
     gain: Float[Tensor, " d_model"]
     centred: bool
     ids: Int[Tensor, " d_vocab"]
@@ -73,10 +75,11 @@ class Unembedding:
 
     def slabs(self, directions: Float[Tensor, "direction d_model"]) -> Iterator[tuple[int, Tensor]]:
         """Raw logits a slab of tokens at a time, with the slab's first column."""
-        behind = self.prepared(directions)
-        for start in range(0, self.W_U.shape[1], SLAB):
-            some = self.W_U[:, start : start + SLAB].float()
-            yield start, einsum(behind, some, "direction d, d token -> direction token")
+        behind, start = self.prepared(directions), 0
+        for piece in self.pieces():
+            for some in piece.split(SLAB, dim=1):
+                yield start, einsum(behind, some, "direction d, d token -> direction token")
+                start += some.shape[1]
 
 
 def unembedding_of(pair: Pair, ids: Int[Tensor, " d_vocab"] | None = None) -> Unembedding | None:
@@ -90,13 +93,14 @@ def unembedding_of(pair: Pair, ids: Int[Tensor, " d_vocab"] | None = None) -> Un
     own, tied = (Component("embedding", None, None, part) for part in ("W_U", "W_E"))
     if FINAL_GAIN not in known or not {own, tied} & known:
         return None
-    if own in known:
-        matrix = pair.read(own).base
-    else:
-        matrix = rearrange(pair.read(tied).base, "d_vocab d_model -> d_model d_vocab")
-    numbers = torch.arange(matrix.shape[1]) if ids is None else ids
+
+    def pieces() -> Iterator[Float[Tensor, "d_model token"]]:
+        for weight in pair.slabs(own if own in known else tied):
+            yield weight.base if own in known else transposed(weight.base)
+
+    numbers = torch.arange(sum(piece.shape[1] for piece in pieces())) if ids is None else ids
     gain = pair.read(FINAL_GAIN).base.float()
-    return Unembedding(matrix, gain, centred=FINAL_BIAS in known, ids=numbers)
+    return Unembedding(pieces, gain, centred=FINAL_BIAS in known, ids=numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +136,16 @@ def readout(
     directions: Float[Tensor, "direction d_model"], unembedding: Unembedding, *, top: int = TOP
 ) -> Readout:
     """Read ``directions`` through the final norm and the unembedding (module docstring)."""
-    count, top = len(directions), min(top, unembedding.W_U.shape[1])
+    count, top = len(directions), min(top, len(unembedding.ids))
     total, squares = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
     ends = {largest: _Extremes.none(count) for largest in (True, False)}
     for start, logits in unembedding.slabs(directions):
-        total += logits.double().sum(1)
-        squares += logits.double().square().sum(1)
+        total += logits.sum(1, dtype=torch.float64)
+        squares += torch.linalg.vector_norm(logits, dim=1, dtype=torch.float64).square()
         for largest, kept in ends.items():
             ends[largest] = kept.extended(logits, start, top, largest=largest)
-    mean = total / unembedding.W_U.shape[1]
-    variance = squares / unembedding.W_U.shape[1] - mean.square()
+    mean = total / len(unembedding.ids)
+    variance = squares / len(unembedding.ids) - mean.square()
     spread = variance.clamp(min=0).sqrt()
     scaled = {
         largest: (kept.values.double() - rearrange(mean, "direction -> direction 1"))

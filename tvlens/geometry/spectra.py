@@ -4,63 +4,28 @@ A matrix that did not change, or whose base is zero, has none; nor has one whose
 unknown (a family without a table).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from einops import rearrange
+from jaxtyping import Float64
 from torch import Tensor
 
 from tvlens.components import KNOWN_PARTS, Component
 
-from .changes import Change, transposed, written_rows
+from .changes import Change, Remainder, energy, gram, product, turned
 from .evidence import residual_side
-from .matrices import alignment, spectral_basis
+from .matrices import Basis, directions_of_gram, spectral_basis
 from .nulls import above_rounding
 from .reading import Pair, Slice, slice_of
+from .spikes import Spikes, spikes_above_edge
 
 SMALLEST = 1e-300
 """Keeps the ratio to a rounding floor of zero finite."""
-
-
-@dataclass(frozen=True, eq=False)
-class Triplets:
-    """Singular triplets with the directions of both sides written out, strongest first.
-
-    Attributes:
-        read: Directions of the input side, zero where the value is.
-        values: Singular values.
-        write: Directions of the output side.
-    """
-
-    read: Float64[Tensor, "*component d_in direction"]
-    values: Float64[Tensor, "*component direction"]
-    write: Float64[Tensor, "*component d_out direction"]
-
-    @property
-    def rank(self) -> int:
-        """Directions that every component has."""
-        return int((self.values > 0).sum(-1).min())
-
-    def self_alignment(self, dimension: int) -> float:
-        """G of one matrix itself on a side of ``dimension``: what a pure gain would show."""
-        energies = self.values.square()
-        rank = torch.tensor(float(self.rank), dtype=torch.float64)
-        return float(alignment(energies, energies.sum(-1), rank, dimension))
-
-    def write_alignment(self, vectors: Float64[Tensor, "row d_out"]) -> Float64[Tensor, " row"]:
-        """G_rel of vectors on the write side of one matrix."""
-        energies = (vectors @ self.write).square()
-        rank = torch.full((len(vectors),), float(self.rank), dtype=torch.float64)
-        found = alignment(energies, vectors.square().sum(1), rank, vectors.shape[1])
-        return found / self.self_alignment(vectors.shape[1])
-
-
-def triplets_of(matrix: Float[Tensor, "*component d_in d_out"]) -> Triplets:
-    """The singular triplets of a matrix, or of several of one shape."""
-    basis = spectral_basis(matrix)
-    return Triplets(basis.read, basis.values, basis.write)
+STRONGEST = 30
+"""Directions of a change that are known even where fewer stand above its noise edge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +35,14 @@ class Spectra:
     Attributes:
         component: Which one.
         weight: Base and tuning vector.
-        change: The tuning vector written out.
         base: Directions of the base.
-        delta: Directions of the tuning vector.
+        change: Directions of the tuning vector, those above its noise edge or the STRONGEST.
     """
 
     component: Component
     weight: Slice
-    change: Float[Tensor, "d_in d_out"]
-    base: Triplets
-    delta: Triplets
+    base: Basis
+    change: Spikes
 
     @property
     def part(self) -> str:
@@ -87,56 +50,76 @@ class Spectra:
         return self.component.part or ""
 
     @property
-    def side(self) -> str:
-        """``read`` or ``write``: the side of the matrix that is the residual stream."""
-        return residual_side(self.part)
-
-    @property
     def resolved(self) -> bool:
         """Whether the change can be told from rounding."""
-        return is_resolved(self.change, self.weight.floor)
+        return is_resolved(self.weight)
 
 
-def is_resolved(delta: Float[Tensor, "..."], floor: Float[Tensor, "..."] | None) -> bool:
-    """Whether the change of a whole weight can be told from rounding; ``floor`` is per entry."""
-    energy = float(delta.double().square().sum())
-    snr = np.nan if floor is None else energy / max(float(floor.double().sum()), SMALLEST)
-    return bool(above_rounding(np.array([energy]), np.array([snr]))[0])
+def is_resolved(weight: Slice) -> bool:
+    """Whether the change of a whole weight can be told from rounding."""
+    total, snr = float(energy(_matrix(weight.change))), np.nan
+    if weight.floor is not None:
+        snr = total / max(float(weight.floor.sum(dtype=torch.float64)), SMALLEST)
+    return bool(above_rounding(np.array([total]), np.array([snr]))[0])
 
 
-def onto_residual(basis: Triplets, part: str) -> Float[Tensor, "*component d_model direction"]:
-    """The directions of a basis on the side that is the residual stream."""
+def _matrix(change: Change) -> Change:
+    """A change as a matrix: a vector is one row."""
+    is_vector = isinstance(change, Tensor) and change.dim() < 2
+    return rearrange(change, "entry -> 1 entry") if is_vector else change
+
+
+def layer_seed(component: Component, seed: int) -> int:
+    """The seed of a component's sign-flip draw: that of ``classify``, another in every layer."""
+    return seed + 1000 * (0 if component.layer is None else component.layer + 1)
+
+
+def spikes_of(weight: Slice, *, seed: int, at_least: int = 0) -> Spikes:
+    """Triplets of the whole change of a matrix above its noise edge, or ``at_least`` so many."""
+    nothing_less = torch.zeros((1, 1), dtype=torch.float64)
+    whole = Remainder(weight.base, weight.change, nothing_less)
+    return spikes_above_edge(whole, float(energy(weight.change)), seed=seed, at_least=at_least)
+
+
+def onto_residual(
+    basis: Basis | Spikes, part: str
+) -> Float64[Tensor, "*component d_model direction"]:
+    """The directions of a matrix on the side that is the residual stream."""
     return basis.write if residual_side(part) == "write" else basis.read
 
 
-def writing(
-    matrix: Float[Tensor, "*component d_in d_out"], part: str
-) -> Float[Tensor, "*component other d_model"]:
-    """The matrix with the residual stream as its last axis."""
-    return matrix if residual_side(part) == "write" else transposed(matrix)
+def writing(change: Change, part: str) -> Change:
+    """A change with the residual stream as its last axis."""
+    return change if residual_side(part) == "write" else turned(change)
 
 
-def written_out(change: Change) -> Float[Tensor, "*component a b"]:
-    """A change as one tensor: itself, or the product of its factors in float32."""
-    if isinstance(change, Tensor):
-        return change
-    return written_rows(change, 0, change.shape[-2]).float()
+def strongest_onto_residual(
+    change: Change, part: str, count: int
+) -> Float64[Tensor, "*component d_model direction"]:
+    """The ``count`` strongest directions of changes on the residual side; null ones are zero."""
+    facing = writing(change, part)
+    if facing.shape[-2] >= facing.shape[-1]:
+        return directions_of_gram(gram(facing))[1][..., :count]
+    values, short = directions_of_gram(gram(turned(facing)))
+    values, short = values[..., :count], short[..., :count]
+    inverse = torch.where(values > 0, 1 / values, 0)
+    return product(turned(facing), short) * rearrange(inverse, "... a -> ... 1 a")
 
 
-def spectra_of(weights: Mapping[Component, Slice]) -> list[Spectra]:
-    """The changed matrices among ``weights`` with their singular directions."""
-    found = []
-    for one, weight in weights.items():
-        if one.kind != "matrix" or one.part not in KNOWN_PARTS or not bool(weight.base.any()):
+def spectra_of_block(pair: Pair, block: Sequence[Component], *, seed: int) -> list[Spectra]:
+    """The changed matrices of one block with their singular directions.
+
+    Args:
+        pair: Base and tuned checkpoint.
+        block: Its components.
+        seed: Seed of the noise edges, as given to ``classify``.
+    """
+    found: list[Spectra] = []
+    for component in block:
+        if component.kind != "matrix" or component.part not in KNOWN_PARTS:
             continue
-        change = written_out(weight.change)
-        if bool(change.any()):
-            base, delta = triplets_of(weight.base), triplets_of(change)
-            found.append(Spectra(one, weight, change, base, delta))
+        weight = slice_of(pair.read(component))
+        if bool(energy(weight.change) > 0) and bool(weight.base.any()):
+            spikes = spikes_of(weight, seed=layer_seed(component, seed), at_least=STRONGEST)
+            found.append(Spectra(component, weight, spectral_basis(weight.base), spikes))
     return found
-
-
-def spectra_of_block(pair: Pair, block: Sequence[Component]) -> list[Spectra]:
-    """The changed matrices of one block with their singular directions."""
-    matrices = (component for component in block if component.kind == "matrix")
-    return spectra_of({component: slice_of(pair.read(component)) for component in matrices})

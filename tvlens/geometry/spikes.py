@@ -12,6 +12,7 @@ from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
 from .changes import Remainder, slabs, transposed
+from .matrices import RANK_TOLERANCE
 from .nulls import edge, random_signs
 
 SMALL = 256
@@ -22,19 +23,26 @@ STEPS = 60
 
 @dataclass(frozen=True, eq=False)
 class Spikes:
-    """Singular triplets of a change that stand above the noise edge.
+    """Singular triplets of a change that stand above the noise edge, strongest first.
 
     Attributes:
         read: Left directions.
         values: Singular values.
         write: Right directions.
         total: Energy of the whole change.
+        edge: The noise edge.
     """
 
     read: Float64[Tensor, "d_in spike"]
     values: Float64[Tensor, " spike"]
     write: Float64[Tensor, "d_out spike"]
     total: float
+    edge: float
+
+    @property
+    def above(self) -> int:
+        """How many stand above the edge: all of them, unless more were asked for."""
+        return int((self.values > self.edge).sum())
 
     @property
     def shares(self) -> Float64[Tensor, " spike"]:
@@ -48,6 +56,7 @@ def spikes_above_edge(
     *,
     seed: int,
     products: Float64[Tensor, "short short"] | None = None,
+    at_least: int = 0,
 ) -> Spikes:
     """The triplets of ``rest`` above its one-draw sign-flip edge.
 
@@ -56,6 +65,7 @@ def spikes_above_edge(
         total: Its energy.
         seed: Seed of the signs.
         products: Its Gram matrix on the shorter side, taken now where it is not known.
+        at_least: Triplets wanted even where fewer stand above the edge, as far as the rank goes.
     """
     is_wide = rest.shape[0] < rest.shape[1]
     signs = random_signs(rest.shape, seed=seed)
@@ -64,10 +74,13 @@ def spikes_above_edge(
     flipped = total * largest_eigenvalue(grams.flipped)
     energies, short = torch.linalg.eigh(grams.own)
     limit = edge(torch.tensor(total).double(), flipped, rest.shape)
-    above = energies.flip(0) > limit.square()
-    values, short = energies.flip(0)[above].sqrt(), short.flip(1)[:, above]
+    values, short = energies.clamp(min=0).sqrt().flip(0), short.flip(1)
+    kept = values > limit
+    kept[:at_least] |= values[:at_least] > RANK_TOLERANCE * values[0]
+    values, short = values[kept], short[:, kept]
     long = tall.product(short) / values
-    return Spikes(*((short, values, long) if is_wide else (long, values, short)), total)
+    sides = (short, values, long) if is_wide else (long, values, short)
+    return Spikes(*sides, total, float(limit))
 
 
 @dataclass(frozen=True, eq=False)

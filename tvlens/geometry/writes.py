@@ -28,7 +28,7 @@ bring theirs. new_write is what most of any fine-tune looks like; compare with a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pandas as pd
@@ -39,13 +39,15 @@ from torch import Tensor
 
 from tvlens.components import Component
 
-from .changes import transposed
+from .changes import Factored, Remainder, energy, transposed, written_rows
 from .evidence import DEVIATIONS, GAIN_COSINE, NEW_HI
-from .heads import slices_of_heads
-from .matrices import K_FRACTION
+from .heads import Factor
+from .matrices import K_FRACTION, Basis, self_alignment, spectral_basis
+from .matrix_evidence import gain_cosines, relative_alignment
+from .neurons import sums_of_rows
 from .nulls import noise_edge, unit_alignment_spread
-from .reading import Pair, kv_index_of
-from .spectra import Spectra, Triplets, triplets_of
+from .reading import Pair, Slice, factor_of_heads, kv_index_of
+from .spectra import STRONGEST, Spectra, is_resolved, layer_seed
 
 MATRIX_KEPT = 8
 HEAD_KEPT = 2
@@ -57,9 +59,9 @@ INTRUDER_EPS = (0.3, 0.5, 0.7)
 """A sweep, because no single bar is chance: see ``max_cos``."""
 WRITERS = {"W_O": "ln1_post.w", "W_out": "ln2_post.w"}
 """Matrices that write the residual stream, and the gain behind each where there is one."""
-RITZ_START = 30
 RITZ_STEPS = 4
-"""Power steps from the base's own directions: each shrinks the error by (s_30 / s_10)^2."""
+"""Power steps from the STRONGEST directions of the base and of its change: each shrinks the error
+by (s_30 / s_10)^2."""
 EPS_SUFFIX = {eps: f"{int(10 * eps):02d}" for eps in INTRUDER_EPS}
 FACTS = (
     *("label", "strength", "edge", "share", "gain_cosine", "g_rel", "g_rel_se", "novelty"),
@@ -113,15 +115,15 @@ def directions_of_block(
     """
     parts = {one.part: one for one in spectra}
     layer = next((one.component.layer for one in spectra), None)
-    seed = seed + 1000 * (0 if layer is None else layer + 1)  # the draws of ``classify``
     known = {component for block in pair.blocks() for component in block}
     found: list[Direction] = []
     for part in WRITERS:
         if part in parts and parts[part].resolved:
-            found += matrix_directions(parts[part], seed=seed)
+            found += matrix_directions(parts[part])
     if {"W_V", "W_O"} <= set(parts):
-        group = kv_index_of(pair)
-        found += head_directions(layer, parts["W_V"], parts["W_O"], group, seed=seed)
+        weights = {part: parts[part].weight for part in ("W_V", "W_O")}
+        own = layer_seed(parts["W_O"].component, seed)
+        found += head_directions(layer, weights, kv_index_of(pair), seed=own)
     if "W_out" in parts and labels is not None:
         found += neuron_directions(parts["W_out"], labels)
     gains = {part: Component("norm", layer, None, name) for part, name in WRITERS.items()}
@@ -136,86 +138,68 @@ def _behind_post_norm(direction: Direction, gains: dict[str, Tensor]) -> Directi
     return replace(direction, residual=direction.write * gains[part].double())
 
 
-def matrix_directions(spectra: Spectra, *, seed: int) -> list[Direction]:
+def matrix_directions(spectra: Spectra) -> list[Direction]:
     """The strongest triplets above the noise edge of one writing matrix."""
-    weight, delta = spectra.weight, spectra.delta
-    edge = float(noise_edge(spectra.change, seed=seed))
-    spikes = int((delta.values > edge).sum())
-    kept = min(spikes, MATRIX_KEPT)
+    spikes = spectra.change
+    kept = min(spikes.above, MATRIX_KEPT)
     if not kept:
         return []
-    read, write = (rearrange(side[:, :kept], "d n -> n d") for side in (delta.read, delta.write))
-    common = {"edge": edge, "spikes": spikes, **matrix_intruders(spectra)}
-    gains = gain_cosines(read, write, weight.base)
-    total = float(spectra.change.double().square().sum())
-    rows = _described(write, delta.values[:kept], gains, spectra.base, total)
+    read, write = spikes.read[:, :kept], spikes.write[:, :kept]
+    common = {"edge": spikes.edge, "spikes": spikes.above, **matrix_intruders(spectra)}
+    gains = gain_cosines(read, write, spectra.weight.base)
+    seen = spectra.base.coordinates(write, "write")
+    rows = _described(seen, spikes.values[:kept], gains, spectra.base, (len(write), spikes.total))
     return _directions(spectra.component, read, write, [{**common, **row} for row in rows])
 
 
 def matrix_intruders(spectra: Spectra) -> dict[str, int]:
     """The classical intruder count of a writing matrix, for every bar of the sweep."""
-    tuned = spectra.weight.base.double() + spectra.change.double()
-    start = torch.cat(
-        [spectra.base.write[:, :RITZ_START], spectra.delta.write[:, :RITZ_START]], dim=1
-    )
+    weight, writes = spectra.weight, (spectra.base.write, spectra.change.write)
+    tuned = Remainder(weight.base, weight.change, -torch.ones((1, 1), dtype=torch.float64))
+    start = torch.cat([side[:, :STRONGEST] for side in writes], dim=1)
     strongest = strongest_writes(tuned, start, count=INTRUDER_TOP)
-    cosines = einsum(strongest, spectra.base.write, "d n, d direction -> n direction").abs()
-    largest = cosines.amax(1)
+    largest = spectra.base.coordinates(strongest, "write").abs().amax(0)
     return {f"intruders_{EPS_SUFFIX[eps]}": int((largest < eps).sum()) for eps in INTRUDER_EPS}
 
 
 def strongest_writes(
-    matrix: Float[Tensor, "d_in d_out"], start: Float[Tensor, "d_out guess"], *, count: int
-) -> Float[Tensor, "d_out strongest"]:
+    matrix: Remainder, start: Float64[Tensor, "d_out guess"], *, count: int
+) -> Float64[Tensor, "d_out strongest"]:
     """The strongest write directions of ``matrix`` by subspace iteration from a good guess."""
     span = torch.linalg.qr(start).Q
     for _ in range(RITZ_STEPS):
-        span = torch.linalg.qr(matrix.mT @ (matrix @ span)).Q
-    image = matrix @ span
-    rotation = torch.linalg.eigh(image.mT @ image).eigenvectors.flip(-1)
+        span = torch.linalg.qr(matrix.turned.product(matrix.product(span))).Q
+    image = matrix.product(span)
+    rotation = torch.linalg.eigh(transposed(image) @ image).eigenvectors.flip(-1)
     return (span @ rotation)[:, :count]
 
 
-def gain_cosines(
-    read: Float[Tensor, "row d_in"],
-    write: Float[Tensor, "row d_out"],
-    base: Float[Tensor, "d_in d_out"],
-) -> Float[Tensor, " row"]:
-    """r'Wu / sqrt(|W'r| |Wu|): 1 where a triplet scales a direction of W, -1 where it shrinks."""
-    base = base.double()
-    return _gain_cosines(read @ base, write @ base.mT, write)
-
-
-def _gain_cosines(
-    from_read: Float[Tensor, "row d_out"],
-    onto_write: Float[Tensor, "row d_in"],
-    write: Float[Tensor, "row d_out"],
-) -> Float[Tensor, " row"]:
-    through = (from_read * write).sum(1)
-    size = (from_read.norm(dim=1) * onto_write.norm(dim=1)).sqrt()
-    return through / size.clamp(min=torch.finfo(torch.float64).tiny)
-
-
 def _described(
-    write: Float[Tensor, "row d_model"],
-    strengths: Float[Tensor, " row"],
-    gains: Float[Tensor, " row"],
-    basis: Triplets,
-    total: float,
+    seen: Float64[Tensor, "direction row"],
+    strengths: Float64[Tensor, " row"],
+    gains: Float64[Tensor, " row"],
+    basis: Basis,
+    size: tuple[int, float],
 ) -> list[dict[str, Any]]:
-    """Facts of some write vectors against the base's write directions, and their labels."""
-    d_model = write.shape[1]
-    energies = einsum(write, basis.write, "row d, d direction -> row direction").square()
-    k = max(1, min(int(K_FRACTION * d_model), basis.rank))
-    aligned = basis.write_alignment(write)
-    error = unit_alignment_spread(d_model) / abs(basis.self_alignment(d_model))
+    """Facts of some unit write vectors against the base's write directions, and their labels.
+
+    Args:
+        seen: Their coordinates along the base's write directions.
+        strengths: Their singular values, or lengths.
+        gains: Their gain cosines.
+        basis: The base's directions.
+        size: d_model, and the energy of the whole change.
+    """
+    (d_model, total), energies = size, seen.square()
+    k = max(1, min(int(K_FRACTION * d_model), int(basis.rank)))
+    error = unit_alignment_spread(d_model) / abs(float(self_alignment(basis, d_model)))
     columns = {
         "strength": strengths,
         "share": strengths.square() / total,
         "gain_cosine": gains,
-        "g_rel": aligned,
-        "novelty": 1 - energies[:, :k].sum(1),
-        "max_cos": energies.amax(1).clamp(max=1).sqrt(),
+        "g_rel": relative_alignment(seen, torch.ones_like(strengths), basis, d_model),
+        "novelty": 1 - energies[:k].sum(0),
+        "max_cos": energies.amax(0).clamp(max=1).sqrt(),
     }
     lists = {name: column.tolist() for name, column in columns.items()}
     rows = []
@@ -239,137 +223,147 @@ def direction_label(row: dict[str, Any], error: float) -> str:
 
 def _directions(
     source: Component,
-    read: Float[Tensor, "row d_in"],
-    write: Float[Tensor, "row d_model"],
+    read: Float64[Tensor, "d_in row"],
+    write: Float64[Tensor, "d_model row"],
     facts: Sequence[dict[str, Any]],
 ) -> list[Direction]:
     return [
-        Direction(source, rank, read[rank], write[rank], write[rank], row)
+        Direction(source, rank, read[:, rank], write[:, rank], write[:, rank], row)
         for rank, row in enumerate(facts)
     ]
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
-    """One factor of the OV circuits of a layer, written out, one slice a head.
+class _Cut:
+    """One factor of the circuits of a layer in float64, its change cut to what is above its edge.
 
     Attributes:
         base: Base weights.
-        middle: Base plus half the change: with it the product rule has no cross term (heads.py).
-        change: The tuning vector, or what is kept of it.
+        middle: Halfway between base and tuned.
+        delta: The whole change.
+        structured: Its triplets above the edge.
+        spikes: How many there are in each head.
     """
 
     base: Float64[Tensor, "head a b"]
     middle: Float64[Tensor, "head a b"]
-    change: Float64[Tensor, "head a b"]
+    delta: Float64[Tensor, "head a b"]
+    structured: Float64[Tensor, "head a b"]
+    spikes: Int[Tensor, " head"]
 
-    def of_heads(self, group: Int[Tensor, " head"]) -> "_Side":
-        """The factor that each query head reads, one slice a query head."""
-        return _Side(self.base[group], self.middle[group], self.change[group])
-
-
-def _side(spectra: Spectra, n_heads: int) -> _Side:
-    base, change = (
-        slices_of_heads(matrix, spectra.part, n_heads).double()
-        for matrix in (spectra.weight.base, spectra.change)
-    )
-    return _Side(base, base + change / 2, change)
+    def of_heads(self, group: Int[Tensor, " head"]) -> "_Cut":
+        """The factor that each query head reads."""
+        return _Cut(*(getattr(self, one.name)[group] for one in fields(self)))
 
 
-def _structured(side: _Side, *, resolved: bool, seed: int) -> tuple[_Side, Int[Tensor, " head"]]:
-    """A factor whose change is cut to its triplets above the edge, and how many there are."""
-    found = triplets_of(side.change)
-    edge = rearrange(noise_edge(side.change, seed=seed), "head -> head 1")
-    above = (found.values > edge) & resolved
-    kept = torch.where(above, found.values, 0)
-    change = einsum(found.read, kept, found.write, "head a j, head j, head b j -> head a b")
-    return replace(side, change=change), above.sum(1)
+def _cut(factor: Factor, *, is_resolved: bool, seed: int) -> _Cut:
+    """A factor whose change is cut; written out, since both circuits need their middle whole."""
+    base, delta = factor.base.double(), written_rows(factor.delta, 0, factor.base.shape[1])
+    middle = base + delta / 2
+    if not is_resolved:
+        none = torch.zeros(len(base), dtype=torch.long)
+        return _Cut(base, middle, delta, torch.zeros_like(delta), none)
+    basis = spectral_basis(delta)
+    above = basis.values > rearrange(noise_edge(delta, seed=seed), "head -> head 1")
+    kept = torch.where(above, basis.values, 0)
+    change = einsum(basis.read, kept, basis.write, "head a j, head j, head b j -> head a b")
+    return _Cut(base, middle, delta, change, above.sum(1))
 
 
-def circuit_triplets(
+@dataclass(frozen=True, eq=False)
+class _Framed:
+    """Products left @ right of a layer's heads, never formed: a core between two frames.
+
+    Attributes:
+        left: Orthonormal columns that span the columns of ``left``.
+        core: Singular directions of the rest.
+        right: Orthonormal columns that span the rows of ``right``.
+    """
+
+    left: Float64[Tensor, "*head d_model k"]
+    core: Basis
+    right: Float64[Tensor, "*head d_model k"]
+
+    def of(self, head: int) -> "_Framed":
+        """The product of one head."""
+        return _Framed(self.left[head], self.core.of(head), self.right[head])
+
+
+def _framed(
     left: Float64[Tensor, "head d_model k"], right: Float64[Tensor, "head k d_model"]
-) -> Triplets:
-    """Singular directions of left @ right without forming a d_model x d_model matrix."""
+) -> _Framed:
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(transposed(right))
-    core = triplets_of(r_left @ transposed(r_right))
-    return Triplets(q_left @ core.read, core.values, q_right @ core.write)
+    return _Framed(q_left, spectral_basis(r_left @ transposed(r_right)), q_right)
 
 
 def head_directions(
-    layer: int | None, value: Spectra, output: Spectra, group: Int[Tensor, " head"], *, seed: int
+    layer: int | None, weights: dict[str, Slice], group: Int[Tensor, " head"], *, seed: int
 ) -> list[Direction]:
     """The strongest structured triplets of every head's OV circuit."""
-    whole = _side(value, int(group.max()) + 1), _side(output, len(group))
-    (reads, value_spikes), (writes, output_spikes) = (
-        _structured(side, resolved=one.resolved, seed=seed)
-        for side, one in zip(whole, (value, output), strict=True)
+    counts = {"W_V": int(group.max()) + 1, "W_O": len(group)}
+    value, output = (
+        _cut(factor_of_heads(one, part, counts[part]), is_resolved=is_resolved(one), seed=seed)
+        for part, one in weights.items()
     )
-    spikes = value_spikes[group] + output_spikes
-    change = circuit_triplets(*_both_sides(reads.of_heads(group), writes))
-    base = circuit_triplets(whole[0].of_heads(group).base, whole[1].base)
-    total = _product_energy(*_both_sides(whole[0].of_heads(group), whole[1]))
+    value = value.of_heads(group)
+    spikes = value.spikes + output.spikes
+    base = _framed(value.base, output.base)
+    change = _framed(
+        torch.cat([value.middle, value.structured], dim=2),
+        torch.cat([output.structured, output.middle], dim=1),
+    )
+    whole = energy(
+        Factored(
+            torch.cat([value.middle, value.delta], dim=2),
+            torch.cat([output.delta, output.middle], dim=1),
+        )
+    )
     found: list[Direction] = []
     for head in spikes.nonzero().flatten().tolist():
         source = Component("head", layer, head, "OV")
-        one, own = (Triplets(b.read[head], b.values[head], b.write[head]) for b in (change, base))
-        found += _of_one_head(source, one, own, int(spikes[head]), float(total[head]))
+        one, own = change.of(head), base.of(head)
+        found += _of_one_head(source, one, own, int(spikes[head]), float(whole[head]))
     return found
 
 
-def _both_sides(
-    value: _Side, output: _Side
-) -> tuple[Float64[Tensor, "head d_model k"], Float64[Tensor, "head k d_model"]]:
-    """Factors of V_mid dO + dV O_mid, the exact change of the circuit."""
-    left = torch.cat([value.middle, value.change], dim=2)
-    return left, torch.cat([output.change, output.middle], dim=1)
-
-
-def _product_energy(
-    left: Float64[Tensor, "head d_model k"], right: Float64[Tensor, "head k d_model"]
-) -> Float64[Tensor, " head"]:
-    """|left @ right|^2 of every head."""
-    grams = (transposed(left) @ left, right @ transposed(right))
-    return einsum(grams[0], grams[1], "head a b, head a b -> head")
-
-
 def _of_one_head(
-    source: Component, change: Triplets, base: Triplets, spikes: int, total: float
+    source: Component, change: _Framed, base: _Framed, spikes: int, total: float
 ) -> list[Direction]:
-    kept = min(spikes, HEAD_KEPT, change.rank)
-    read, write = (rearrange(side[:, :kept], "d n -> n d") for side in (change.read, change.write))
-    from_read = (read @ base.read * base.values) @ base.write.mT
-    onto_write = (write @ base.write * base.values) @ base.read.mT
-    gains = _gain_cosines(from_read, onto_write, write)
-    rows = _described(write, change.values[:kept], gains, base, total)
+    kept = min(spikes, HEAD_KEPT, int(change.core.rank))
+    read, write = (
+        change.left @ change.core.read[:, :kept],
+        change.right @ change.core.write[:, :kept],
+    )
+    from_read, onto_write = transposed(base.left) @ read, transposed(base.right) @ write
+    core = transposed(base.core.tall) if base.core.turned else base.core.tall
+    gains = gain_cosines(from_read, onto_write, core)
+    seen = base.core.coordinates(onto_write, "write")
+    rows = _described(seen, change.core.values[:kept], gains, base.core, (len(write), total))
     return _directions(source, read, write, [{"spikes": spikes, **row} for row in rows])
 
 
 def neuron_directions(spectra: Spectra, labels: pd.DataFrame) -> list[Direction]:
     """The longest changes among a layer's W_out neurons that are labelled new or amplified."""
-    layer = spectra.component.layer
+    layer, weight = spectra.component.layer, spectra.weight
     mine = (labels["kind"] == "neuron") & (labels["part"] == "W_out") & (labels["layer"] == layer)
     named = labels[mine & labels["label"].isin(NAMED_LABELS)]
-    delta, base = spectra.change.double(), spectra.weight.base.double()
-    lengths = delta.norm(dim=1)
-    chosen = sorted(named["index"].astype(int), key=lambda i: (-float(lengths[i]), i))[
-        :NEURONS_KEPT
-    ]
-    if not chosen:
-        return []
-    write = delta[chosen] / rearrange(lengths[chosen], "neuron -> neuron 1")
-    cosines = torch.nn.functional.cosine_similarity(delta[chosen], base[chosen], dim=1)
-    total = float(delta.square().sum())
-    rows = _described(write, lengths[chosen], cosines, spectra.base, total)
     label = dict(zip(named["index"].astype(int), named["label"], strict=True))
+    if not label:
+        return []
+    sums = sums_of_rows(weight.base, weight.change)
+    lengths, cosines = sums.delta.sqrt(), sums.measures().kappa
+    chosen = sorted(label, key=lambda i: (-float(lengths[i]), i))[:NEURONS_KEPT]
+    rows = torch.cat([written_rows(weight.change, i, i + 1) for i in chosen])
+    write = torch.nn.functional.normalize(rows, dim=1)
+    seen = spectra.base.coordinates(transposed(write), "write")
+    size = (write.shape[1], float(sums.delta.sum()))
+    facts = _described(seen, lengths[chosen], cosines[chosen], spectra.base, size)
+    own = [
+        {**row, "label": label[i], "spikes": len(label)}
+        for i, row in zip(chosen, facts, strict=True)
+    ]
     return [
-        Direction(
-            Component("neuron", layer, i, "W_out"),
-            None,
-            None,
-            unit,
-            unit,
-            {**row, "label": label[i], "spikes": len(named)},
-        )
-        for i, unit, row in zip(chosen, write, rows, strict=True)
+        Direction(Component("neuron", layer, i, "W_out"), None, None, unit, unit, row)
+        for i, unit, row in zip(chosen, write, own, strict=True)
     ]

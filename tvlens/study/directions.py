@@ -13,10 +13,11 @@ from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
 from tvlens.weights.vocabulary import token_strings
 
-from .controls import controls_from
 from .plan import StudyPlan, name_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from tvlens.weights.matching import Pair
@@ -49,7 +50,7 @@ def written_directions(pair: "Pair", labels: Table, *, seed: int) -> WrittenDire
     found, tables = [], []
     frame, d_head = labels.to_frame(), d_head_of(pair)
     for block in pair.blocks():
-        spectra = spectra_of_block(pair, block)
+        spectra = spectra_of_block(pair, block, seed=seed)
         found += directions_of_block(pair, spectra, frame, seed=seed)
         tables.append(readings_of_block(pair, spectra, d_head, seed=seed))
     unembedding = unembedding_of(pair, pair.rows.base)
@@ -95,15 +96,28 @@ def check_replicates(plan: StudyPlan) -> None:
             )
 
 
-def overlap_tables(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> list[Table]:
-    """Every two fine-tunes and controls against each other; none where there is only one."""
+def overlap_tables(
+    plan: StudyPlan,
+    pairs: "Sequence[Pair]",
+    controls: "Mapping[Path, Sequence[Pair]]",
+    say: Progress,
+) -> list[Table]:
+    """Every two fine-tunes and controls against each other; none where there is only one.
+
+    Args:
+        plan: What was asked.
+        pairs: Those of the study, as they are measured.
+        controls: The controls by the folder of the base that they are seen from.
+        say: Called with one line.
+    """
     from tvlens.geometry.overlap import overlap
 
     named = [pair for pair in pairs if pair.tuned_name in plan.names]  # all start from one model
-    controls = controls_from(plan, named[0], but=plan.names)  # a fine-tune is no control of itself
-    together = [*named, *controls]
+    beside = controls[named[0].base.folder]
+    others = [pair for pair in beside if pair.tuned_name not in plan.names]
+    together = [*named, *others]  # a fine-tune is no control of itself
     if len(together) < 2:
         return []
     say(f"overlap: {', '.join(pair.tuned_name for pair in together)}")
-    names = [pair.tuned_name for pair in controls]
+    names = [pair.tuned_name for pair in others]
     return [overlap(together, replicates=plan.replicates, controls=names, seed=plan.seed)]

@@ -86,14 +86,15 @@ Outputs = Iterator[tuple[str, StageOutput]]
 
 def decompose_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
     """Measure and classify every component of the tuning vectors; then one against the other."""
-    made = {
-        name: output
-        for group in _of_one_base(pairs)
-        for name, output in _decomposed(plan, group, say)
-    }
+    pairs, controls = _canonical(plan, pairs, say), {}
+    made: dict[str, StageOutput] = {}
+    for group in _of_one_base(pairs):
+        found = _canonical(plan, controls_from(plan, group[0]), say)
+        controls[group[0].base.folder] = found
+        made.update(_decomposed(plan, group, found, say))
     yield from ((pair.tuned_name, made[pair.tuned_name]) for pair in pairs)
     lineage = lineage_stage(plan, pairs, say)
-    overlaps = overlap_tables(plan, pairs, say)
+    overlaps = overlap_tables(plan, pairs, controls, say)
     yield pairs[-1].tuned_name, replace(lineage, tables=(*lineage.tables, *overlaps))
 
 
@@ -105,22 +106,23 @@ def _of_one_base(pairs: "Sequence[Pair]") -> "list[list[Pair]]":
     return list(groups.values())
 
 
-def _decomposed(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+def _decomposed(
+    plan: StudyPlan, pairs: "Sequence[Pair]", controls: "Sequence[Pair]", say: Progress
+) -> Outputs:
     """The geometry of fine-tunes of one base."""
     from tvlens.geometry.classify import decompose_and_classify
 
-    controls = controls_from(plan, pairs[0])
     facts: dict[str, dict[str, Any]] = {pair.tuned_name: {} for pair in pairs}
     warnings: dict[str, tuple[str, ...]] = {}
-    if plan.canonical:
-        pairs, controls = _canonical(pairs, say), _canonical(controls, say)
-        for pair in pairs:
-            moved = removed(pair)
-            counts = {"neurons": moved.neurons, "heads": moved.heads}
-            facts[pair.tuned_name]["canonical"] = counts
-            warnings[pair.tuned_name] = (moved.sentence,)
+    for pair in pairs if plan.canonical else ():
+        moved = removed(pair)
+        counts = {"neurons": moved.neurons, "heads": moved.heads}
+        facts[pair.tuned_name]["canonical"] = counts
+        warnings[pair.tuned_name] = (moved.sentence,)
     say(f"decompose and classify: {', '.join(pair.tuned_name for pair in pairs)}")
-    found = decompose_and_classify(pairs, controls=controls, seed=plan.seed)
+    found = decompose_and_classify(
+        pairs, controls=controls, seed=plan.seed, progress=_blocks_of("decompose", say)
+    )
     for pair, geometry in zip(pairs, found, strict=True):
         name, labels = pair.tuned_name, geometry.labels
         say(f"directions: {name}")
@@ -137,8 +139,21 @@ def _decomposed(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outp
         )
 
 
-def _canonical(pairs: "Sequence[Pair]", say: Progress) -> "list[Pair]":
-    """The pairs with their tuned models read in the base's coordinates."""
+def _blocks_of(stage: str, say: Progress) -> Callable[[int, int], None]:
+    """Says how many blocks are done where that leaves no line behind (``say.passing``)."""
+    passing = getattr(say, "passing", None)
+
+    def said(done: int, total: int) -> None:
+        if passing is not None:
+            passing(f"{stage}: block {done} of {total}")
+
+    return said
+
+
+def _canonical(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> "list[Pair]":
+    """The pairs, if asked for with their tuned models read in the base's coordinates."""
+    if not plan.canonical:
+        return list(pairs)
     found = []
     for pair in pairs:
         say(f"finding the base's coordinates for {pair.tuned_name}")
