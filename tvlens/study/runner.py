@@ -60,7 +60,7 @@ def run_study(
         StudyError: The folder holds another pair's study, or a table of another plan.
         TvlensError: The models or prompts cannot be used; a refused load report is written.
     """
-    say = progress or (lambda text: None)
+    say = progress if progress is not None else (lambda text: None)
     say("reading and matching the checkpoints")
     stages.check_inputs(plan)
     pairs = _pairs(plan, folder)
