@@ -99,23 +99,23 @@ def test_fine_tunes_and_control_stand_against_each_other(study: Study) -> None:
 def test_blocks_pass_by_only_where_they_leave_no_line(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    class Listener(list[str]):
+    class Spinner:
         def __init__(self) -> None:
-            super().__init__()
+            self.said: list[str] = []
             self.passed: list[str] = []
 
         def __call__(self, text: str) -> None:
-            self.append(text)
+            self.said.append(text)
 
         def passing(self, text: str) -> None:
             self.passed.append(text)
 
     plan = StudyPlan(base=str(folders["base"]), tuned=(str(folders["a"]),), stages=("decompose",))
-    spinner, lines = Listener(), list[str]()
+    spinner, lines = Spinner(), list[str]()
     run_study(plan, tmp_path / "spinner", progress=spinner)
     assert spinner.passed == [f"decompose: block {number} of 3" for number in (1, 2, 3)]
     run_study(plan, tmp_path / "lines", progress=lines.append)
-    assert lines == list(spinner)
+    assert lines == spinner.said
     assert not any("block" in line for line in lines)
 
 
