@@ -294,3 +294,12 @@ def test_a_table_without_weight_scores_is_refused():
     table = attribute_activations(hooked, batch, SHIPPED["logprob"], direction="tuned_into_base")
     with pytest.raises(StudyError, match="weight space"):
         check_fidelity(hooked, batch, SHIPPED["logprob"], table, count=3)
+
+
+def test_four_components_in_the_right_order_decide_nothing():
+    from tvlens.attribution.fidelity import agreement
+
+    exact = torch.arange(1.0, 6.0)[:, None].repeat(1, 3)
+    assert agreement(exact, exact).passed is True
+    assert agreement(exact[:4], exact[:4]).passed is None
+    assert agreement(exact[:4], exact[:4]).spearman == pytest.approx(1)

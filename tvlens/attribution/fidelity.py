@@ -66,6 +66,8 @@ WEIGHT_QUESTIONS: tuple[ExactMethod, ...] = (
     "exact_weight_path",
 )
 SPEARMAN_TO_PASS = 0.9
+FEWEST_TO_PASS = 5
+"""Three components are in the right order by chance one time in six, five one in 120."""
 SLOPE_TO_PASS = (0.8, 1.25)
 
 
@@ -82,8 +84,8 @@ class Agreement(NamedTuple):
 
     @property
     def passed(self) -> bool | None:
-        """Spearman at least 0.9 and slope 0.8 to 1.25."""
-        if self.spearman is None or self.slope is None:
+        """Spearman at least 0.9 and slope 0.8 to 1.25; None with too few components to say."""
+        if self.n < FEWEST_TO_PASS or self.spearman is None or self.slope is None:
             return None
         low, high = SLOPE_TO_PASS
         return self.spearman >= SPEARMAN_TO_PASS and low <= self.slope <= high
