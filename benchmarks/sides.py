@@ -14,7 +14,6 @@ without tvlens.
     full              tvlens, all of ``decompose``
     modeldelta        norms, cosine and singular spectrum of every matrix's delta
     host              both models loaded with TransformerLens in float32, its default
-    host_stored       the same in the stored dtype
     imports           tvlens's weights side imported, nothing done
 """
 
@@ -91,13 +90,13 @@ def modeldelta(base: str, tuned: str) -> Work:
     return work
 
 
-def host(base: str, tuned: str, *, dtype: str = "float32") -> Work:
+def host(base: str, tuned: str) -> Work:
     """Both models as bridges at the same time."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
     from transformers import AutoModelForCausalLM
 
     def loaded(folder: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
         return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
 
     def work() -> float:
@@ -106,11 +105,6 @@ def host(base: str, tuned: str, *, dtype: str = "float32") -> Work:
         return sum(float(p.sum()) for bridge in bridges for p in bridge.parameters())
 
     return work
-
-
-def host_stored(base: str, tuned: str) -> Work:
-    """Both models as bridges, not upcast."""
-    return host(base, tuned, dtype="auto")
 
 
 def imports(base: str, tuned: str) -> Work:
@@ -127,7 +121,7 @@ SIDES: dict[str, Callable[[str, str], Work]] = {
     side.__name__: side
     for side in (
         *(plain, basic, basic_scanned, spectra, full),
-        *(modeldelta, host, host_stored, imports),
+        *(modeldelta, host, imports),
     )
 }
 
