@@ -235,6 +235,10 @@ def test_a_family_without_a_table_has_rows_and_no_attribution(tmp_path: Path) ->
     assert "no table for the family 'unheard'" in found["stages"]["attribute"]["cannot_run"]
 
 
+BOUNDED = ("directions", "overlap", "readings", "roles", "tests")
+"""Tables whose rows depend on what is found."""
+
+
 @pytest.mark.demo
 def test_the_demo_study_has_the_rows_that_its_plan_says(demo_study: Path) -> None:
     from tvlens.study.demo import demo_plan
@@ -242,13 +246,16 @@ def test_the_demo_study_has_the_rows_that_its_plan_says(demo_study: Path) -> Non
 
     plan = demo_plan().model_dump(exclude={"base", "tuned", "tuned_names"})
     found = inspection("demo:base", "demo:med", rates=RATES, **plan)
-    for stage in found["stages"].values():
-        for name, rows in stage.get("tables", {}).items():
-            made = len(pd.read_parquet(demo_study / f"{name}.parquet"))
-            if name in ("tests", "roles"):
-                assert rows["at_least"] <= made <= rows["at_most"], name
-            else:
-                assert rows["rows"] == made, name
+    planned = [s.get("tables", {}) for s in found["stages"].values()]
+    tables = {name: rows for stage in planned for name, rows in stage.items()}
+    assert {*tables} == {path.stem for path in demo_study.glob("*.parquet")}
+    for name, rows in tables.items():
+        made = len(pd.read_parquet(demo_study / f"{name}.parquet"))
+        if name in BOUNDED:
+            assert rows["at_least"] <= made <= rows["at_most"], name
+            assert name in ("roles", "tests") or made > rows["at_most"] / 4, name
+        else:
+            assert rows["rows"] == made, name
 
 
 # --- bytes --------------------------------------------------------------------------------------

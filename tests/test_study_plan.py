@@ -85,3 +85,12 @@ def test_json_never_holds_a_nan(tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", {"x": float("nan")})
     write_json(tmp_path / "a.json", {"x": 1.5})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1.5}
+
+
+@pytest.mark.parametrize("stage", ["decompose", "attribute", "graft"])
+def test_the_command_of_a_stage_alone_is_that_stages_command(stage: str) -> None:
+    plan = StudyPlan(base="a", tuned=("b",), tuned_names=("c",), stages=(stage,), keep=0.5)
+    keep = " --keep 0.5" if stage == "graft" else ""
+    assert plan.command == f"tvlens {stage} a b --tuned-name c{keep} --seed 0 --out DIR"
+    both = plan.model_copy(update={"stages": ("decompose", "attribute")})
+    assert both.command.startswith("tvlens compare a b ")

@@ -19,9 +19,12 @@ from .row_counts import (
     Asked,
     Rows,
     attribution_tables,
+    direction_rows,
     evaluation_rows,
     graft_rows,
     label_rows,
+    overlap_rows,
+    reading_rows,
     tested_rows,
     weight_rows,
 )
@@ -56,7 +59,7 @@ class Forecast:
     Attributes:
         bytes_read: Bytes it reads from the files, every pass counted.
         seconds: Time.
-        peak: Resident bytes at most.
+        peak: Anonymous bytes at most; see ``peaks``.
         tables: Rows of what it writes.
     """
 
@@ -96,7 +99,7 @@ def seconds_of(work_done: work.Work, rates: Rates) -> float:
 
 
 def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecast]:
-    """Matching, and the two stages that need no model."""
+    """Matching, and what needs no model."""
     every = work.read_bytes(pair, pair.components)
     files = sum(work.stored_bytes(pair))
     controls = len(plan.controls)
@@ -114,8 +117,18 @@ def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecas
             peaks.classify_peak(pair),
             {"tests": tested_rows(pair), "labels": label_rows(pair)},
         ),
+        "directions": (
+            every,
+            work.directions_work(pair),
+            peaks.classify_peak(pair),
+            {
+                "directions": direction_rows(pair),
+                "readings": reading_rows(pair),
+                **({"overlap": overlap_rows(pair, controls)} if controls else {}),
+            },
+        ),
     }
-    wanted = ("match", *(("decompose", "classify") if "decompose" in plan.stages else ()))
+    wanted = tuple(made) if "decompose" in plan.stages else ("match",)
     return {name: _forecast(*made[name], rates=rates) for name in wanted}
 
 

@@ -12,6 +12,8 @@ Stage = Literal["decompose", "attribute", "graft", "evaluate"]
 STAGES: tuple[Stage, ...] = ("decompose", "attribute", "graft", "evaluate")
 
 
+ALONE = ("decompose", "attribute", "graft")
+"""Stages that have a command of their own."""
 WHOLE_WAY = "-from-base"
 """What the name of a fine-tune ends in where tables hold its way from the base past the parent."""
 
@@ -127,13 +129,15 @@ class StudyPlan(BaseModel):
     @property
     def command(self) -> str:
         """The command line that runs this plan again."""
-        words = ["tvlens", "compare", self.base, *self.tuned]
-        for control in self.controls:
-            words += ["--control", control]
+        alone = self.stages[0] if len(self.stages) == 1 else "compare"
+        words = ["tvlens", alone if alone in ALONE else "compare", self.base, *self.tuned]
+        for flag, values in (("--tuned-name", self.tuned_names), ("--control", self.controls)):
+            words += [word for value in values for word in (flag, value)]
         given = {"--parent": self.parent, "--prompts": self.prompts, "--metric": self.metric}
         for flag, value in given.items():
             words += [flag, value] if value else []
         words += ["--canonical"] if self.canonical else []
+        words += ["--keep", f"{self.keep:g}"] if alone == "graft" else []
         return " ".join([*words, "--seed", str(self.seed), "--out", "DIR"])
 
     def save(self, folder: Path) -> Path:

@@ -6,6 +6,7 @@ largest in two methods, how large a graft is) or the time does (the exact sample
 bounds.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,11 @@ from tvlens.attribution.sampling import (
 )
 from tvlens.attribution.tables import NEURONS_PER_PROMPT
 from tvlens.attribution.weights import NEURONS_AT_RANDOM
-from tvlens.components import Component
+from tvlens.components import KNOWN_PARTS, Component
 from tvlens.geometry.blocks import circuits_of
 from tvlens.geometry.measures import HEAD_PARTS, KV_PARTS, NEURON_PARTS
+from tvlens.geometry.readings import ENERGY_RULES, PHI_GRID
+from tvlens.geometry.writes import HEAD_KEPT, MATRIX_KEPT, NEURONS_KEPT, WRITERS
 from tvlens.weights.layout import Layout
 from tvlens.weights.matching import Pair
 
@@ -115,6 +118,34 @@ def tested_rows(pair: Pair) -> Rows:
     peers = layout.n_heads - layout.n_heads // max(1, layout.n_kv_heads)
     statistics = {"matrix": 3 if layout.listed else 2, "head": 2 if peers >= 2 else 0, "neuron": 2}
     return Rows(0, sum(each * labels.get(kind, 0) for kind, each in statistics.items()))
+
+
+def direction_rows(pair: Pair) -> Rows:
+    """At most this many rows of ``directions``: what is kept of each matrix, head and layer."""
+    layout, most = pair.layout, 0
+    for block in pair.blocks():
+        parts = matrix_parts(block)
+        most += MATRIX_KEPT * len(parts & {*WRITERS}) + NEURONS_KEPT * ("W_out" in parts)
+        most += HEAD_KEPT * layout.n_heads * (parts >= {"W_V", "W_O"})
+    return Rows(0, most)
+
+
+def reading_rows(pair: Pair) -> Rows:
+    """At most this many rows of ``readings``: every rule for each matrix and slice of a head."""
+    layout, read = pair.layout, 0
+    for block in pair.blocks():
+        parts = matrix_parts(block) & {*KNOWN_PARTS}
+        read += len(parts) + layout.n_heads * len(parts & {*HEAD_PARTS} - {*KV_PARTS})
+        read += layout.n_kv_heads * len(parts & {*KV_PARTS})
+    return Rows(0, read * (len(ENERGY_RULES) + 1 + len(PHI_GRID) + 2))
+
+
+def overlap_rows(pair: Pair, controls: int) -> Rows:
+    """At most this many rows of ``overlap``: each component, every two of fine-tune and controls.
+
+    Embeddings of other tokens have no row.
+    """
+    return Rows(0, len(pair.components) * math.comb(1 + controls, 2))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from tvlens.attribution.weights import NODE_COUNTS, chunks
 from tvlens.components import Component
 from tvlens.geometry.blocks import circuits_of
-from tvlens.geometry.measures import KV_PARTS, NEURON_PARTS
+from tvlens.geometry.measures import HEAD_PARTS, KV_PARTS, NEURON_PARTS
+from tvlens.geometry.readout import DRAWS
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
 from tvlens.weights.layout import Layout
@@ -34,6 +35,7 @@ from .row_counts import (
     Asked,
     attribution_tables,
     candidates,
+    direction_rows,
     graft_sizes,
     label_rows,
     matrix_parts,
@@ -154,6 +156,25 @@ def classify_work(pair: Pair, controls: int = 0) -> Work:
     ]
     control.append({"entry": SCANNING * entries(pair, pair.components)})
     return added(*blocks, rows, times(controls, added(*control)))
+
+
+def directions_work(pair: Pair) -> Work:
+    """Singular directions of matrices, slices of heads and both changes; tokens of directions."""
+    layout, works = pair.layout, []
+    head = _directed(*sorted((layout.d_head, layout.d_model))) if layout.n_heads else {}
+    for block in pair.blocks():
+        works += [_directed(*_sides(pair, c)) for c in block if c.kind == "matrix"]
+        parts = matrix_parts(block)
+        of_kv, own = parts & {*KV_PARTS}, parts & {*HEAD_PARTS} - {*KV_PARTS}
+        works.append(times(layout.n_kv_heads * len(of_kv) + layout.n_heads * len(own), head))
+    read_out = 2.0 * (DRAWS + direction_rows(pair).at_most) * layout.d_model * layout.d_vocab
+    return added(*works, {"product": read_out})
+
+
+def _directed(short: int, long: int) -> Work:
+    """Directions of a matrix and of its change, and one onto the other."""
+    products = 10 * short**2 * long + 6 * short**3
+    return {"product": products, "eigen": _eigen(short, whole=2.0), "entry": 3 * short * long}
 
 
 def _eigen(size: int, *, values_only: float = 0.0, whole: float = 1.0) -> float:
