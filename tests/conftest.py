@@ -1,16 +1,27 @@
 """Shared fixtures. tvlens is imported inside them: jaxtyping's import hook must come first."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+OTHER_FAMILIES = {"mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "neox"}
+
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("tvlens", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("tvlens")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs over families is slow for all but Llama: `make test-fast` takes one of each."""
+    for item in items:
+        case = re.search(r"\[(.*)\]", item.name)
+        if case and not {*re.split("[- ]", case[1])}.isdisjoint(OTHER_FAMILIES):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import tvlens
 
 
@@ -24,6 +26,7 @@ def test_import_loads_neither_torch_nor_the_host() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_weights_side_does_not_load_the_host() -> None:
     code = (
         "import sys, tvlens.weights.matching, tvlens.geometry.classify;"

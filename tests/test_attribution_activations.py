@@ -70,6 +70,7 @@ def state(hooked: HookedPair) -> list[object]:
     return found
 
 
+@pytest.mark.slow
 def test_node_scores_equal_those_of_transformerlens(hooked: HookedPair, batch: Batch) -> None:
     from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
@@ -97,6 +98,7 @@ def test_node_scores_equal_those_of_transformerlens(hooked: HookedPair, batch: B
             assert ours[label, prompt] == pytest.approx(score, abs=allowed), label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", CROSS)
 def test_scores_equal_gradients_of_a_leaf_added_at_each_activation(
     hooked: HookedPair, batch: Batch, direction: str
@@ -127,6 +129,7 @@ def test_scores_equal_gradients_of_a_leaf_added_at_each_activation(
                 assert ours[label, prompt] == pytest.approx(value, abs=allowed), label
 
 
+@pytest.mark.slow
 def test_scores_equal_finite_differences_in_double_precision(tmp_path: Path) -> None:
     base = tiny_gpt2(tmp_path / "base")
     tuned = copy_with(base, tmp_path / "tuned", add_noise())
@@ -197,6 +200,7 @@ def test_the_exact_score_of_the_only_changed_neuron_is_the_change_of_the_metric(
     assert set(moved.component) == {"L1N7.post"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", [*CROSS, "clean_into_corrupt"])
 def test_exact_scores_equal_patching_one_prompt_and_one_component_at_a_time(
     hooked: HookedPair, batch: Batch, direction: str
@@ -252,6 +256,7 @@ def test_first_order_agrees_with_exact_where_the_difference_is_small(
     assert float(estimated @ true / (estimated @ estimated)) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", [*CROSS, "clean_into_corrupt"])
 @pytest.mark.parametrize("metric", ["logit_diff", "logprob", "kl_to_base"])
 def test_a_prompt_scores_the_same_alone_as_in_a_batch(

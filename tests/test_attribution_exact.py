@@ -88,6 +88,7 @@ def test_an_untied_copy_of_the_unembedding_is_patched_alone():
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
 @pytest.mark.parametrize(
     ("method", "estimator", "at", "error"),
@@ -114,6 +115,7 @@ def test_each_estimate_is_close_to_the_exact_answer_to_its_own_question(
     assert float(flipped) > 1.0
 
 
+@pytest.mark.slow
 def test_the_path_average_is_the_integral_where_the_metric_is_linear():
     """Only the unembedding's bias-free rows move and the metric is a logit: no curvature."""
     from tvlens.attribution.exact import exact_weight_scores
@@ -150,6 +152,7 @@ def test_a_kv_group_is_its_kv_head_and_all_that_read_it():
     assert set(group) == {p for part in parts for p in pieces(part, hooked.base, sites)}
 
 
+@pytest.mark.slow
 def test_prompts_in_chunks_score_the_same(monkeypatch):
     from tvlens.attribution import weights
 
@@ -162,6 +165,7 @@ def test_prompts_in_chunks_score_the_same(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["insert", "remove", "path"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_come_back_bit_for_bit_after_success_and_after_an_error(method, fails):

@@ -7,6 +7,8 @@ from scipy import stats
 
 from . import attribution_pairs as pairs
 
+pytestmark = pytest.mark.slow
+
 
 def random_scores(components=12, prompts=5, seed=0):
     generator = torch.Generator().manual_seed(seed)

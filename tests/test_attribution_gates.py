@@ -49,6 +49,7 @@ def test_a_dose_is_the_model_on_the_line_also_beyond_its_ends():
         torch.testing.assert_close(found, logits[rows, reading.positions], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["logprob", "kl_to_tuned"])
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_derivatives_of_gates_are_the_scores_by_swap(family, name, estimator, at
     assert float((ours.values - swap.values).abs().max()) <= 1e-4 * largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "s"), [("llama", 0.0), ("llama", 0.4), ("gpt2", 1.0), ("neox", 0.4)]
 )
@@ -123,6 +125,7 @@ def test_a_graft_is_the_model_with_those_weights():
     torch.testing.assert_close(found, wanted[rows, reading.positions], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_its_factors_needs_no_second_model(tmp_path):
     import peft
 
@@ -153,6 +156,7 @@ def test_an_adapter_in_its_factors_needs_no_second_model(tmp_path):
     assert swap.completeness < 0.002
 
 
+@pytest.mark.slow
 def test_a_vector_from_files_is_the_pair_also_where_embeddings_are_tied(tmp_path):
     import tvlens
     from tvlens.attribution.gates import GatedModel
@@ -196,6 +200,7 @@ def test_a_vector_of_another_base_is_refused(tmp_path):
             GatedModel.of_vector(lens, dataclasses.replace(vector, deltas=held))
 
 
+@pytest.mark.slow
 def test_bfloat16_scores_are_those_of_the_same_weights_in_float32():
     from tvlens.attribution.gates import GatedModel, gated_weight_scores
     from tvlens.models.lens import LensModel, _bridge

@@ -11,6 +11,8 @@ PLANTED = (
     pairs.component("norm", 1, None, "ln2.w"),
 )
 
+pytestmark = pytest.mark.slow
+
 
 def logprob():
     from tvlens.models.metrics import SHIPPED

@@ -18,6 +18,7 @@ def token_scores(pair: HookedPair, prompts: Batch, metric: Metric) -> torch.Tens
     return weight_scores(pair, prompts, metric).by_token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
 def test_token_scores_equal_the_gradient_of_a_gate_at_every_position(family: str) -> None:
     pair, prompts = hooked_pair(family), batch()
@@ -27,6 +28,7 @@ def test_token_scores_equal_the_gradient_of_a_gate_at_every_position(family: str
     assert torch.allclose(scores.by_token, oracle, atol=allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
 @pytest.mark.parametrize("metric", ["logit_diff", "kl_to_tuned"])
 def test_token_scores_sum_to_the_change_of_the_metric(family: str, metric: str) -> None:
@@ -40,6 +42,7 @@ def test_token_scores_sum_to_the_change_of_the_metric(family: str, metric: str) 
     assert (scores[prompts.mask == 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_changed_embedding_scores_at_its_token_alone(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
 
@@ -53,6 +56,7 @@ def test_a_changed_embedding_scores_at_its_token_alone(tmp_path: Path) -> None:
     assert torch.equal(scores != 0, expected)
 
 
+@pytest.mark.slow
 def test_what_comes_after_the_last_token_that_is_read_has_no_score() -> None:
     prompts = batch()
     scores = token_scores(hooked_pair("llama"), prompts, LOGIT_DIFF)
@@ -61,6 +65,7 @@ def test_what_comes_after_the_last_token_that_is_read_has_no_score() -> None:
     assert (scores[place < prompts.prompt_lengths[:, None]] != 0).all()
 
 
+@pytest.mark.slow
 def test_tokens_and_components_share_one_sum() -> None:
     pair, prompts = hooked_pair("llama"), batch()
     table = attribute_weights(pair, prompts, LOGIT_DIFF, estimator="ig", at="path").to_frame()
@@ -70,6 +75,7 @@ def test_tokens_and_components_share_one_sum() -> None:
     assert by_token == pytest.approx(by_component, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_prompt_has_the_same_token_scores_alone() -> None:
     pair, prompts = hooked_pair("llama"), batch()
     together = token_scores(pair, prompts, LOGIT_DIFF)

@@ -109,6 +109,7 @@ def test_heads_and_neurons_are_slices_of_the_gradient_product(family):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "metric"),
     [
@@ -136,6 +137,7 @@ def test_integrated_scores_sum_to_the_change_of_the_metric(family, metric):
     assert found.completeness < 0.002
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_and_neurons_sum_to_their_matrices_and_biases(family):
     found = scores(pairs.hooked_pair(family), pairs.batch())
@@ -154,6 +156,7 @@ def test_heads_and_neurons_sum_to_their_matrices_and_biases(family):
     torch.testing.assert_close(total(("neuron",)), mlp)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_get_a_row_for_reading_and_one_for_writing():
     hooked = pairs.hooked_pair("llama", tied=True)
     apart = pairs.hooked_pair("llama", tied=False, change=pairs.noised)
@@ -165,6 +168,7 @@ def test_tied_embeddings_get_a_row_for_reading_and_one_for_writing():
     assert apart.base.model.embed.weight is not apart.base.model.unembed.weight
 
 
+@pytest.mark.slow
 def test_a_change_of_one_head_alone_is_found_with_its_full_size():
     def one_head(model):
         attention = model.model.layers[1].self_attn
@@ -228,12 +232,14 @@ def test_integrated_scores_of_every_norm_are_its_exact_average_swing(family):
     assert float(exact.abs().min(dim=1).values.min()) > 0
 
 
+@pytest.mark.slow
 def test_two_equal_models_give_exact_zeros():
     found = scores(pairs.hooked_pair("llama", lambda model: None), pairs.batch())
     assert bool((found.values == 0).all())
     assert found.completeness == 0.0
 
 
+@pytest.mark.slow
 def test_exchanging_the_models_turns_every_sign():
     from tvlens.models.pair import HookedPair
 
@@ -243,6 +249,7 @@ def test_exchanging_the_models_turns_every_sign():
     torch.testing.assert_close(there.values, -back.values, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_prompt_scores_the_same_alone_and_in_a_batch_and_in_chunks(monkeypatch):
     from tvlens.attribution import weights
 
@@ -258,6 +265,7 @@ def test_a_prompt_scores_the_same_alone_and_in_a_batch_and_in_chunks(monkeypatch
     assert float((together.values - chunked.values).abs().max()) <= 1e-4 * size
 
 
+@pytest.mark.slow
 def test_nodes_are_raised_until_the_gap_is_small():
     coarse = pairs.hooked_pair("llama", lambda model: pairs.noised(model, scale=1.0))
     found = scores(coarse, pairs.batch())
@@ -278,6 +286,7 @@ def unchanged(model, before):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_models_are_left_bit_for_bit_as_they_were(family):
     hooked = pairs.hooked_pair(family)
@@ -336,6 +345,7 @@ def test_an_estimator_at_the_wrong_place_is_refused():
         scores(pairs.hooked_pair("llama"), pairs.batch(), at="base")
 
 
+@pytest.mark.slow
 def test_the_table_has_the_contracts_rows():
     from tvlens.attribution.weights import attribute_weights
 
@@ -358,6 +368,7 @@ def test_the_table_has_the_contracts_rows():
     assert set(frame["status"]) == {"ok"}
 
 
+@pytest.mark.slow
 def test_first_order_tables_name_their_end_and_direction():
     from tvlens.attribution.weights import attribute_weights
 
@@ -386,6 +397,7 @@ def test_neurons_beyond_the_top_get_some_rows_by_chance(monkeypatch):
     assert largest < set(shown["component"])
 
 
+@pytest.mark.slow
 def test_scores_by_token_sum_to_the_change_too():
     found = scores(pairs.hooked_pair("gpt2"), pairs.batch())
     assert float(found.by_token.abs().sum()) > 0

@@ -48,6 +48,7 @@ def _with_nan(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][2, 5] = float("nan")
 
 
+@pytest.mark.slow
 def test_decompose_writes_the_weights_side_and_loads_no_model(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -59,6 +60,7 @@ def test_decompose_writes_the_weights_side_and_loads_no_model(
     assert "report:" in out
 
 
+@pytest.mark.slow
 def test_json_prints_one_object_and_nothing_else(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -69,6 +71,7 @@ def test_json_prints_one_object_and_nothing_else(
     assert json.loads(out)["tables"]["labels"] > 0
 
 
+@pytest.mark.slow
 def test_identical_models_are_said_to_be_identical_and_the_run_finishes(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -80,6 +83,7 @@ def test_identical_models_are_said_to_be_identical_and_the_run_finishes(
     assert report["identical"] is True
 
 
+@pytest.mark.slow
 def test_a_model_of_one_layer_is_compared_too(run: Run, tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base", num_hidden_layers=1)
     tuned = copy_with(base, tmp_path / "tuned", add_noise())
@@ -128,6 +132,7 @@ def test_a_model_that_does_not_exist_gives_a_sentence(
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_decomposed_and_its_untouched_tensors_are_said_to_be_so(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -144,6 +149,7 @@ def test_an_adapter_is_decomposed_and_its_untouched_tensors_are_said_to_be_so(
     assert changed["snr"].isna().all()
 
 
+@pytest.mark.slow
 def test_an_output_folder_of_another_pair_is_refused_and_kept(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -157,6 +163,7 @@ def test_an_output_folder_of_another_pair_is_refused_and_kept(
     assert (tmp_path / "s" / "weights.parquet").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_same_plan_gives_the_same_bytes(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -167,6 +174,7 @@ def test_the_same_plan_gives_the_same_bytes(
         assert one.read_bytes() == two.read_bytes(), table
 
 
+@pytest.mark.slow
 def test_several_fine_tunes_share_the_tables_under_their_names(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -180,6 +188,7 @@ def test_several_fine_tunes_share_the_tables_under_their_names(
     assert set(weights["tuned"]) == {"tuned", "second"}
 
 
+@pytest.mark.slow
 def test_inspect_reads_headers_and_says_what_would_be_compared(
     run: Run, folders: dict[str, Path]
 ) -> None:
@@ -190,6 +199,7 @@ def test_inspect_reads_headers_and_says_what_would_be_compared(
     assert sum(found["tensors"].values()) > 0
 
 
+@pytest.mark.slow
 def test_inspect_speaks_to_people_too(run: Run, folders: dict[str, Path]) -> None:
     status, out, _ = run("inspect", folders["base"], folders["tuned"])
     assert status == 0
@@ -233,6 +243,7 @@ def test_an_unknown_metric_names_those_there_are(
     assert "logit_diff, logprob" in err
 
 
+@pytest.mark.slow
 def test_an_interrupt_gives_a_sentence_and_status_130_and_resume_goes_on(
     run: Run, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

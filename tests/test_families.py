@@ -125,6 +125,7 @@ def test_circuits_are_there_where_queries_and_keys_meet_as_they_are(
     }
 
 
+@pytest.mark.slow
 def test_an_inspection_counts_the_rows_that_decompose_makes(planted, weights) -> None:
     from tvlens.study.inspection import inspection
 

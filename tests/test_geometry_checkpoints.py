@@ -11,6 +11,8 @@ from tests.tiny_checkpoints import copy_with, tiny_adapter, tiny_gpt2, tiny_llam
 from tvlens.geometry import classify, decompose
 from tvlens.weights.matching import load_pair
 
+pytestmark = pytest.mark.slow
+
 WRITES = {
     tiny_llama: "o_proj.weight",
     tiny_gpt2: "attn.c_proj.weight",

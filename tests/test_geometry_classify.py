@@ -76,6 +76,7 @@ def _planted_heads(size: float, seed: int) -> Labels:
     return _labelled(fake_pair(LAYOUT, {W_O: planted}, background=BACKGROUND, seed=seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.02, 0.05])
 def test_planted_heads_get_their_label_and_the_others_none(size: float) -> None:
     expected = ["unresolved"] * 8
@@ -88,6 +89,7 @@ def test_planted_heads_get_their_label_and_the_others_none(size: float) -> None:
         assert set(_of(labels, "head", "OV", layer=1)["label"]) == {"unresolved"}
 
 
+@pytest.mark.slow
 def test_an_amplified_head_says_why_in_numbers() -> None:
     row = _of(_planted_heads(0.05, 0), "head", "OV").loc[2]
     assert row["component"] == "L0H2.OV"
@@ -97,6 +99,7 @@ def test_an_amplified_head_says_why_in_numbers() -> None:
     assert row["dominance"] > 0.95
 
 
+@pytest.mark.slow
 def test_a_gain_of_a_shared_value_matrix_amplifies_all_its_query_heads() -> None:
     layout = FakeLayout(n_kv_heads=4)
     component = Component("matrix", 0, None, "W_V")
@@ -123,6 +126,7 @@ def _planted_neurons(size: float, seed: int) -> Labels:
     return _labelled(fake_pair(LAYOUT, {W_OUT: planted}, background=BACKGROUND, seed=seed))
 
 
+@pytest.mark.slow
 def test_planted_neurons_are_recalled_and_noise_is_not_named() -> None:
     right, named, quiet = 0, 0, 0
     for seed in range(3):
@@ -135,6 +139,7 @@ def test_planted_neurons_are_recalled_and_noise_is_not_named() -> None:
     assert named <= 0.05 * quiet
 
 
+@pytest.mark.slow
 def test_reading_neurons_that_share_a_new_direction_are_new_read() -> None:
     base = base_weights(LAYOUT)[W_GATE]
     generator = torch.Generator().manual_seed(3)
@@ -147,6 +152,7 @@ def test_reading_neurons_that_share_a_new_direction_are_new_read() -> None:
     assert (found[20:] == "unresolved").mean() >= 0.98
 
 
+@pytest.mark.slow
 def test_one_neuron_with_a_random_change_carries_no_evidence_of_structure() -> None:
     base = base_weights(LAYOUT)[W_OUT]
     noise = torch.randn(LAYOUT.d_model, generator=torch.Generator().manual_seed(4))
@@ -156,6 +162,7 @@ def test_one_neuron_with_a_random_change_carries_no_evidence_of_structure() -> N
     assert set(found["label"].drop(7)) == {"unchanged"}
 
 
+@pytest.mark.slow
 def test_whole_matrices_get_their_label() -> None:
     base = base_weights(LAYOUT)
     generator = torch.Generator().manual_seed(5)
@@ -177,6 +184,7 @@ def test_whole_matrices_get_their_label() -> None:
     assert set(found.drop([*expected, "L0.W_Q"])) == {"unresolved"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.002, 0.1, 0.5])
 def test_pure_noise_stays_unresolved_at_any_size(size: float) -> None:
     frame = pd.concat(
@@ -201,6 +209,7 @@ def _stored_in_bf16(scale: float) -> FakePair:
     return FakePair(weights, LAYOUT)
 
 
+@pytest.mark.slow
 def test_a_round_trip_through_bf16_is_unresolved() -> None:
     weights = {}
     for component, base in base_weights(LAYOUT).items():
@@ -213,6 +222,7 @@ def test_a_round_trip_through_bf16_is_unresolved() -> None:
     assert reasons.str.contains("energy of rounding").all()
 
 
+@pytest.mark.slow
 def test_gains_in_bf16_appear_where_the_format_can_hold_them() -> None:
     for scale, expected in ((1.001, "unchanged"), (1.02, "amplified")):
         frame = _labelled(_stored_in_bf16(scale)).labels.to_frame()
@@ -220,12 +230,14 @@ def test_gains_in_bf16_appear_where_the_format_can_hold_them() -> None:
         assert (tested["label"] == expected).mean() >= 0.99
 
 
+@pytest.mark.slow
 def test_an_unchanged_pair_is_unchanged_everywhere() -> None:
     labels = _labelled(fake_pair(LAYOUT))
     assert set(labels.labels.to_frame()["label"]) == {"unchanged"}
     assert len(labels.tests) == 0
 
 
+@pytest.mark.slow
 def test_norms_and_embeddings_say_that_they_come_later() -> None:
     norm = Component("norm", 0, None, "ln1.w")
     labels = _labelled(fake_pair(LAYOUT, {norm: torch.full((LAYOUT.d_model,), 0.1)}))
@@ -247,12 +259,14 @@ def test_every_label_has_its_component_once_and_tests_only_what_is_above_the_flo
     assert (gains["ci_low"] < gains["ci_high"]).all()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_labels() -> None:
     first, second = (_labelled(fake_pair(LAYOUT, background=0.1)) for _ in range(2))
     assert first.labels.data.equals(second.labels.data)
     assert first.tests.data.equals(second.tests.data)
 
 
+@pytest.mark.slow
 def test_a_classifier_passed_in_decides() -> None:
     pair = fake_pair(LAYOUT, background=0.01)
 
@@ -307,6 +321,7 @@ def test_a_control_that_shows_the_same_contrast_takes_the_claim_away() -> None:
     assert "control" in str(alone["sentence"])
 
 
+@pytest.mark.slow
 def test_controls_enter_the_headline_of_classify() -> None:
     pair = fake_pair(LAYOUT, background=0.01)
     found = classify(pair, decompose(pair), controls=[fake_pair(LAYOUT, background=0.01, seed=0)])
@@ -320,6 +335,7 @@ def test_isotropic_noise_has_the_length_it_says() -> None:
     assert float(noise.norm() / base.norm()) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_a_head_whose_values_read_a_new_direction_is_new_read() -> None:
     component = Component("matrix", 0, None, "W_V")
     base = base_weights(LAYOUT)[component]
@@ -333,6 +349,7 @@ def test_a_head_whose_values_read_a_new_direction_is_new_read() -> None:
     assert _of(labels, "head", "OV")["label"].tolist() == expected
 
 
+@pytest.mark.slow
 def test_a_matrix_that_was_zero_in_the_base_is_unresolved_and_has_no_gain() -> None:
     pair = fake_pair(LAYOUT, background=0.01)
     zero = FakeWeight(W_OUT, torch.zeros(192, 96), pair.weights[W_OUT].delta)
@@ -353,6 +370,7 @@ def test_a_single_kv_head_says_that_no_gain_could_be_tested() -> None:
     assert row["label_reason"].endswith("No gain could be tested.")
 
 
+@pytest.mark.slow
 def test_a_head_whose_values_mix_what_they_already_read_is_rewired() -> None:
     component = Component("matrix", 0, None, "W_V")
     base = base_weights(LAYOUT)[component]

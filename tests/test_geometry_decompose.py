@@ -115,6 +115,7 @@ def test_a_scaled_shared_w_v_scales_the_ov_of_every_head_that_reads_it() -> None
     assert changed["gain"].to_numpy() == pytest.approx(-0.02, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_reversing_the_pair_turns_gains_round_and_keeps_norms() -> None:
     pair = fake_pair(LAYOUT, background=0.01)
     reverse = {c: type(w)(c, w.base + w.delta, -w.delta, w.floor) for c, w in pair.weights.items()}

@@ -137,6 +137,7 @@ def test_unplanted_noise_has_no_direction() -> None:
     assert len(vectors) == 2 * len(table)
 
 
+@pytest.mark.slow
 def test_random_directions_do_not_stand_out_and_their_p_is_calibrated() -> None:
     p_values = []
     for seed in range(6):

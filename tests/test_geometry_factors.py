@@ -39,6 +39,8 @@ from tvlens.geometry.nulls import (
 from tvlens.geometry.spikes import largest_eigenvalue, spikes_above_edge
 from tvlens.weights.delta import LowRank
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = FakeLayout(n_kv_heads=4, n_layers=2)
 RANK = 3
 

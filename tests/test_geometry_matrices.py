@@ -53,6 +53,7 @@ def _parts_by_masks(base: Tensor, delta: Tensor, k_read: int, k_write: int) -> l
     ]
 
 
+@pytest.mark.slow
 @given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 1000), st.data())
 def test_the_energy_parts_equal_masks_on_full_bases_and_sum_to_one(
     rows: int, columns: int, seed: int, data: st.DataObject

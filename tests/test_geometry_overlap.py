@@ -100,6 +100,7 @@ def test_the_floor_is_that_of_random_subspaces(ranks: tuple[int, int]) -> None:
     assert found.std() == pytest.approx(deviation, rel=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "d"), [((1, 1), 30), ((1, 4), 30), ((2, 3), 40), ((5, 9), 60), ((8, 8), 40)]
 )
@@ -168,6 +169,7 @@ def test_controls_are_named_and_unchanged_components_have_no_cosine() -> None:
     assert (still["spikes_a"], still["norm_a"]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_cosines_add_up_to_those_of_the_whole_tuning_vectors(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
     folders = [

@@ -122,6 +122,7 @@ def test_on_noise_raw_values_follow_the_spectrum_and_corrected_ones_do_not() -> 
         assert abs(row.corrected(row.noise)[0]) < 4 * spread
 
 
+@pytest.mark.slow
 def test_drawn_noise_is_distributed_as_noise_is() -> None:
     base = base_weights(LAYOUT)[_matrix("W_V")]  # 48 directions of 96: half of noise is outside
     drawn = np.stack(

@@ -17,6 +17,8 @@ from tests.tiny_checkpoints import (
 )
 from tvlens.errors import HostError
 
+pytestmark = pytest.mark.slow
+
 MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "neox": tiny_neox}
 IDS = torch.arange(12).reshape(2, 6)
 MASK = torch.ones_like(IDS)
@@ -158,6 +160,7 @@ def test_bridges_are_used_as_they_are(folders: dict[str, Path]) -> None:
         HookedPair(pair, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_attribution_from_memory_is_that_of_the_folders(folders: dict[str, Path]) -> None:
     from tvlens.attribution.weights import weight_scores
     from tvlens.models.metrics import SHIPPED

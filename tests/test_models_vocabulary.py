@@ -44,6 +44,7 @@ def _batch(tokenizer: object):
     return tokenised(PromptSet(asked), tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swapped", [False, True])
 def test_attribution_runs_on_the_rows_that_both_have_and_says_so(
     base: Path, longer: Path, swapped: bool
@@ -171,6 +172,7 @@ def test_the_same_vocabulary_is_read_with_the_tuned_models_tokenizer(
     assert hooked.tokenizer.name_or_path == str(tuned)
 
 
+@pytest.mark.slow
 def test_a_study_of_moved_tokens_is_refused_before_any_stage(base: Path, tmp_path: Path) -> None:
     from tvlens.study.plan import StudyPlan
     from tvlens.study.runner import run_study
@@ -201,6 +203,7 @@ def test_held_out_losses_of_a_longer_vocabulary_are_read_with_common_tokens(
     assert any("only the tuned model knows '<0>'" in w for w in study.manifest["warnings"])
 
 
+@pytest.mark.slow
 def test_tokens_planted_in_rows_of_both_are_attributed_to_their_own_row(
     base: Path, tmp_path: Path
 ) -> None:

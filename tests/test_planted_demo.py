@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tests.tiny_checkpoints import copy_with
 
+pytestmark = pytest.mark.slow
+
 BACKGROUND, SIZE = 0.005, 0.05
 HEAD, NORM, WRITERS = (5, 2), (3, "ln2.w"), (4, range(40, 60))
 

@@ -308,11 +308,13 @@ def markup(page) -> Markup:
     return parsed(page)
 
 
+@pytest.mark.slow
 def test_the_page_is_written_into_the_study_folder_and_is_small(page, study):
     assert page == study / "report.html"
     assert page.stat().st_size < 8 * 2**20
 
 
+@pytest.mark.slow
 def test_the_same_files_give_the_same_bytes_in_another_folder(page, study, tmp_path):
     from tvlens.reporting.report import render_report
 
@@ -409,6 +411,7 @@ def test_the_answer_names_the_planted_component_and_the_change_with_its_sign(mar
     assert "The parts add up to the change to within" in markup.words
 
 
+@pytest.mark.slow
 def test_a_ranking_whose_check_failed_is_withheld(tmp_path):
     from tvlens.reporting.report import render_report
 
@@ -521,6 +524,7 @@ def test_json_for_a_script_holds_nothing_that_ends_one():
         script_json([math.nan])
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_text_wherever_they_come_from(tmp_path):
     from tvlens.reporting.report import render_report
 
@@ -560,6 +564,7 @@ def _hostile(content):
     return f"{HOSTILE}{content}" if isinstance(content, str) else content
 
 
+@pytest.mark.slow
 def test_without_circuitsvis_the_tokens_are_plain_coloured_text(study, tmp_path, monkeypatch):
     from tvlens.reporting import report
 
@@ -572,6 +577,7 @@ def test_without_circuitsvis_the_tokens_are_plain_coloured_text(study, tmp_path,
     assert any("script-src 'none'" in v for _, n, v in markup.attributes if n == "content")
 
 
+@pytest.mark.slow
 def test_a_study_of_two_fine_tunes_has_a_part_for_each(tmp_path):
     from tvlens.reporting.report import render_report
     from tvlens.tables import concatenated
@@ -595,6 +601,7 @@ def test_missing_files_leave_the_command_that_makes_them(tmp_path):
     assert "tvlens evaluate BASE TUNED --tasks FILE --out DIR" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", range(7))
 def test_any_single_table_makes_a_page(tmp_path, kept):
     from tvlens.reporting.report import render_report
@@ -693,6 +700,7 @@ def chromium(page: Path, scratch: Path, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: chromium)")
 def test_chromium_draws_the_tokens_as_text_and_runs_nothing_of_theirs(page, tmp_path):
     drawn = Markup()

@@ -21,6 +21,8 @@ from tvlens.study.runner import run_study
 from tvlens.study.store import Study
 from tvlens.tables import Table
 
+pytestmark = pytest.mark.slow
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
 PLANTED = 17
 

@@ -115,6 +115,7 @@ def _asked(**options: Any):
 # --- rows ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_rows_of_weights_and_labels_are_those_of_the_tables(pair, weights) -> None:
     from tvlens.geometry.classify import classify
     from tvlens.study.row_counts import label_rows, tested_rows, weight_rows
@@ -129,6 +130,7 @@ def test_the_rows_of_weights_and_labels_are_those_of_the_tables(pair, weights) -
     assert 0.5 * bound.at_most < len(labels.tests) <= bound.at_most
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_estimates_are_those_of_the_table(pair, attributed) -> None:
     from tvlens.study.row_counts import estimate_rows
 
@@ -139,6 +141,7 @@ def test_the_rows_of_the_estimates_are_those_of_the_table(pair, attributed) -> N
     assert dict(planned.by) == estimates["method"].value_counts().to_dict()
 
 
+@pytest.mark.slow
 def test_the_components_with_rows_per_prompt_are_those_of_the_table(pair, attributed) -> None:
     from tvlens.study.row_counts import activation_sizes, weight_sizes
 
@@ -152,6 +155,7 @@ def test_the_components_with_rows_per_prompt_are_those_of_the_table(pair, attrib
     assert activation_sizes(pair.layout, _asked()) == across
 
 
+@pytest.mark.slow
 def test_every_table_of_attribution_has_the_rows_that_were_planned(
     pair, weights, attributed
 ) -> None:
@@ -184,6 +188,7 @@ def test_a_sample_by_time_lies_between_the_bounds() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 21, 40, 500])
 def test_the_planned_sample_is_the_drawn_one(attributed, count: int) -> None:
     from tvlens.attribution.sampling import drawn_sizes, sampled_strata
@@ -204,6 +209,7 @@ def test_the_planned_sample_is_the_drawn_one(attributed, count: int) -> None:
         assert {k: n[place] for k, n in planned.items() if n[place]} == dict(found)
 
 
+@pytest.mark.slow
 def test_the_candidates_of_a_graft_are_those_of_the_partition(pair) -> None:
     from tvlens.attribution.gates import GatedModel
     from tvlens.attribution.grafting import _sizes
@@ -479,25 +485,6 @@ def test_peak_memory_is_near_the_truth(tmp_path: Path) -> None:
         assert 1 / 1.5 < planned[name].peak / measured < 1.5, name
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_stays_while_blocks_pass(tmp_path: Path) -> None:
-    """Freed memory goes back to the system after each block."""
-    from tvlens.geometry.decompose import decompose
-    from tvlens.weights.matching import load_pair
-
-    sizes = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 8}
-    base = tiny_llama(tmp_path / "base", **sizes)
-    pair = load_pair(base, copy_with(base, tmp_path / "tuned", add_noise()), scan=False)
-    resident = []
-
-    def look(done: int, of: int) -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        resident.append(4096 * pages)
-
-    decompose(pair, look)
-    assert resident[7] - resident[1] < 40e6
-
-
 # --- a model of 70B -----------------------------------------------------------------------------
 
 
@@ -513,6 +500,7 @@ def hollow(tmp_path_factory) -> tuple[Path, Path]:
     return made
 
 
+@pytest.mark.slow
 def test_a_70b_is_inspected_from_its_headers(hollow, monkeypatch) -> None:
     from tvlens.study.inspection import inspection
     from tvlens.weights.sources.folder import Source
@@ -538,6 +526,7 @@ def test_a_70b_is_inspected_from_its_headers(hollow, monkeypatch) -> None:
     assert found["stages"]["match"]["bytes_read"] == 3 * 282_214_825_984
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_70b_is_that_of_its_models(hollow) -> None:
     from tvlens.study.inspection import inspection
 
@@ -550,6 +539,7 @@ def test_the_memory_of_a_70b_is_that_of_its_models(hollow) -> None:
     assert peaks["match"] < 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_inspecting_a_70b_takes_seconds_and_little_memory(hollow) -> None:
     code = (
@@ -700,6 +690,7 @@ def shown(monkeypatch, capsys) -> Callable[..., str]:
     return run
 
 
+@pytest.mark.slow
 def test_no_line_is_longer_than_a_terminal(shown, tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
     tuned = copy_with(base, tmp_path / "tuned", lambda t: t.update(strange=torch.zeros(3)))
@@ -709,6 +700,7 @@ def test_no_line_is_longer_than_a_terminal(shown, tmp_path: Path) -> None:
     assert "attribute and graft cannot run: neither model has a tokenizer." in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_the_text_says_what_would_be_read_taken_and_written(shown) -> None:
     out = " ".join(shown("demo:base", "demo:med", "--prompts", "demo:med", "--graft").split())
     assert "28 prompts, 848 tokens (longest 38)" in out
@@ -725,6 +717,7 @@ def test_the_text_says_what_would_be_read_taken_and_written(shown) -> None:
         assert word in out
 
 
+@pytest.mark.slow
 def test_several_fine_tunes_are_one_json_list_and_one_is_an_object(shown) -> None:
     several = json.loads(shown("demo:base", "demo:med", "demo:math", "--json"))
     assert [found["tuned"] for found in several] == ["demo:med", "demo:math"]
@@ -752,6 +745,7 @@ def test_bytes_have_decimal_units(count: float, text: str) -> None:
     assert amount(count) == text
 
 
+@pytest.mark.slow
 def test_the_rates_are_those_of_the_operations_that_are_counted(pair) -> None:
     from tvlens.study import work
     from tvlens.study.rates import measured_rates

@@ -13,6 +13,8 @@ from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_llam
 from tvlens.study.plan import StudyPlan
 from tvlens.study.runner import run_study
 
+pytestmark = pytest.mark.slow
+
 KEY = ["tuned", "component"]
 
 

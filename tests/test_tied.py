@@ -65,6 +65,7 @@ def test_both_uses_of_the_tied_tensor_have_their_own_difference(
     assert fractions == {EMBED: 61 / 64, HEAD: 63 / 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [("tied", "untied"), ("untied", "tied")])
 def test_both_uses_are_attributed_apart_and_sum_to_the_change(
     folders: dict[str, Path], first: str, second: str
@@ -105,6 +106,7 @@ def _head_effect(hooked, metric, batch, first: str) -> Tensor:
     return (metric(Run(logits, None), batch) - metric(Run(without, None), batch)).double()
 
 
+@pytest.mark.slow
 def test_two_tied_models_say_so_in_both_tables(folders: dict[str, Path], tmp_path: Path) -> None:
     from tvlens.attribution.weights import weight_scores, weight_table
     from tvlens.models.metrics import SHIPPED

@@ -14,6 +14,8 @@ from tests.tiny_checkpoints import tiny_adapter, tiny_gpt2, tiny_llama, tiny_neo
 from tvlens.components import Component
 from tvlens.errors import AdapterError, UnsupportedFormatError
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-6
 """Differences of order 0.1 to 1 are returned in float32."""
 MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "neox": tiny_neox, "qwen2": tiny_qwen2}

@@ -334,6 +334,7 @@ def test_it_works_under_no_grad_and_inference_mode(llama: dict[str, Path]) -> No
         assert all(torch.allclose(t, tuned[n], atol=2e-7) for n, t in new.items())
 
 
+@pytest.mark.slow
 def test_a_hooked_model_computes_with_the_vector_and_comes_back(folders: dict[str, Path]) -> None:
     """GPT-NeoX's bridge computes with copies of query, key and value: they must change too."""
     from tvlens.models.lens import LensModel

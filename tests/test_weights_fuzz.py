@@ -85,6 +85,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@pytest.mark.slow
 def test_a_slice_of_broken_folders_gives_sentences_only(
     good: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def _judged(base: Path, tuned: Path):
 # --- the same function --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "how"), GRID)
 def test_a_copy_that_computes_the_same_is_called_the_same_function(
     bases: dict[str, Path], tmp_path: Path, family: str, how: str
@@ -176,6 +177,7 @@ def test_a_copy_with_a_wrong_inverse_is_another_function(
     assert _judged(llama, saved_copy(llama, tmp_path / "wrong", (edit,))).value is False
 
 
+@pytest.mark.slow
 def test_keys_turned_across_rotary_pairs_are_another_function(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -323,6 +325,7 @@ def test_one_changed_neuron_shows_through_every_change_of_coordinates(
             assert float(delta.norm()) < 1e-5, component
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox", "qwen3", "gemma2", "olmo2"])
 def test_a_copy_of_a_fine_tune_is_read_like_the_fine_tune_itself(
     bases: dict[str, Path], tmp_path: Path, family: str
@@ -343,6 +346,7 @@ def test_a_copy_of_a_fine_tune_is_read_like_the_fine_tune_itself(
             assert cosine > 0.85, component
 
 
+@pytest.mark.slow
 def test_a_canonical_reading_computes_what_the_tuned_model_does(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def _host_weight(bridge, component: Component) -> Tensor:
     return value.flatten() if part.startswith("b_") else value
 
 
+@pytest.mark.slow
 def test_every_component_is_bit_equal_to_the_live_bridge(checkpoint: Path) -> None:
     from tvlens.weights.matching import load_pair
 

@@ -139,6 +139,7 @@ def test_a_nan_among_the_sampled_rows_is_named(base: Path, tmp_path: Path) -> No
 # --- ranking ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_base_is_told_from_siblings_and_strangers() -> None:
     from tvlens.study.inspection import parent_ranking
 

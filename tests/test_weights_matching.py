@@ -54,6 +54,7 @@ def _renamed(rule: Callable[[str], str]) -> Edit:
     return edit
 
 
+@pytest.mark.slow
 def test_a_pair_is_read_as_base_delta_and_floor(base: Path, tuned: Path) -> None:
     from tvlens.weights.matching import load_pair
     from tvlens.weights.precision import rounding_energy
@@ -569,6 +570,7 @@ def test_a_broken_tokenizer_file_is_named(base: Path, tmp_path: Path) -> None:
 # --- imports ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reading_a_pair_loads_neither_the_host_nor_transformers(base: Path, tuned: Path) -> None:
     import subprocess
     import sys

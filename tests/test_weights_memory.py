@@ -22,6 +22,8 @@ from tvlens.errors import (
     UnsupportedFormatError,
 )
 
+pytestmark = pytest.mark.slow
+
 MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "neox": tiny_neox}
 
 
@@ -125,6 +127,7 @@ def test_a_peft_model_is_read_like_its_folder(llama: dict[str, Path]) -> None:
         assert any(isinstance(pair.read(c).delta, LowRank) for c in pair.components)
 
 
+@pytest.mark.slow
 def test_what_peft_saves_whole_is_read_whole(llama: dict[str, Path], tmp_path: Path) -> None:
     llama["base"] = tiny_llama(tmp_path / "untied")
     llama["adapter"] = tiny_adapter(llama["base"], tmp_path / "a", modules_to_save=["lm_head"])

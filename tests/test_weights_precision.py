@@ -44,6 +44,7 @@ def test_bfloat16_noise_is_the_fraction_of_the_norm_that_was_measured() -> None:
     assert relative == pytest.approx(0.00166, rel=0.02)  # methods.md 3.8 item 7
 
 
+@pytest.mark.slow
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_energies_are_those_of_the_spacing_and_positive_everywhere(weight: float) -> None:
     from tvlens.weights.precision import rounding_energy, spacing, uniform_energy

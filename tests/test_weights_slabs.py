@@ -47,6 +47,7 @@ def test_a_full_fine_tune_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     _equal_to_whole(base, copy_with(base, tmp_path / "tuned", add_noise()), monkeypatch)
 
 
+@pytest.mark.slow
 def test_dora_on_an_embedding_has_lengths_over_all_tokens_and_comes_whole(tmp_path: Path) -> None:
     from tvlens.weights.matching import load_pair
 
@@ -56,6 +57,7 @@ def test_dora_on_an_embedding_has_lengths_over_all_tokens_and_comes_whole(tmp_pa
     assert len(list(pair.slabs(Component("embedding", None, None, "W_E")))) == 1
 
 
+@pytest.mark.slow
 def test_an_embedding_in_pieces_has_the_measures_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,7 @@ def _turned(folder: Path, out: Path) -> Path:
     return copy_with(folder, out, turn)
 
 
+@pytest.mark.slow
 def test_no_number_and_no_label_depends_on_how_a_matrix_is_stored(
     folders: tuple[Path, Path], weights: pd.DataFrame, pair, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_no_number_and_no_label_depends_on_how_a_matrix_is_stored(
     assert not set(labels[0]) & {"new_read", "new_write", "rewired"}
 
 
+@pytest.mark.slow
 def test_a_study_of_the_weights_ends_in_a_report_that_warns(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -196,6 +198,7 @@ def test_attribution_is_refused_before_any_stage_runs(
     assert not (tmp_path / "study" / "weights.parquet").exists()
 
 
+@pytest.mark.slow
 def test_an_inspection_counts_what_there_is(folders: tuple[Path, Path], weights) -> None:
     from tvlens.study.inspection import inspection
 

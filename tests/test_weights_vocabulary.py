@@ -292,6 +292,7 @@ def test_tokens_beyond_the_rows_are_told(base: Path, tmp_path: Path) -> None:
 Tokenizer = st.lists(st.sampled_from("abcdefgh"), unique=True, max_size=6)
 
 
+@pytest.mark.slow
 @given(first=Tokenizer, second=Tokenizer, extra=st.tuples(st.integers(0, 3), st.integers(0, 3)))
 def test_every_row_is_matched_once_or_left_out_once(
     first: list[str], second: list[str], extra: tuple[int, int]
