@@ -36,12 +36,6 @@ class FakeWeight:
     tuned_dtype: torch.dtype = torch.float32
     tied: bool = False
 
-    @property
-    def equal_fraction(self) -> float:
-        if not isinstance(self.delta, Tensor):
-            return float("nan")
-        return float((self.delta == 0).float().mean())
-
     def dense_delta(self) -> Tensor:
         return self.delta if isinstance(self.delta, Tensor) else self.delta.dense()
 

@@ -2,13 +2,22 @@
 
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tvlens.geometry.changes import singular_energies
-from tvlens.geometry.heads import Factor, circuit_cores, kv_index_of_heads, slices_of_heads
+from tvlens.geometry.heads import (
+    Factor,
+    circuit_cores,
+    circuit_sums,
+    column_products,
+    kv_index_of_heads,
+    slices_of_heads,
+)
 from tvlens.geometry.matrices import energy_split, seen, side_alignment, spectral_basis
+from tvlens.geometry.neurons import vector_measures
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -45,6 +54,21 @@ def test_cores_keep_norms_inner_products_and_spectra_of_the_dense_circuit(
         atol=1e-8,
         rtol=1e-8,
     )
+
+
+@given(st.integers(1, 3), st.integers(2, 9), st.integers(1, 3), st.floats(1e-4, 2))
+def test_products_of_columns_hold_what_the_basic_measures_of_the_cores_do(
+    heads: int, d_model: int, d_head: int, size: float
+) -> None:
+    left, right = _factors(heads, d_model, min(d_head, d_model))
+    left = Factor(left.base, size * left.delta, 1e-9 * left.base.square())
+    right = Factor(right.base, size * right.delta, 1e-9 * right.base.square())
+    cores = circuit_cores(left, right)
+    flat = (rearrange(core, "head a b -> head (a b)") for core in (cores.base, cores.delta))
+    expected = vector_measures(*flat, cores.floor_energy)
+    found = circuit_sums(column_products(left), column_products(right.swapped)).measures()
+    for name, values in expected.columns().items():
+        torch.testing.assert_close(getattr(found, name), values, rtol=1e-6, atol=1e-7)
 
 
 def test_energy_parts_and_alignments_of_cores_equal_the_dense_ones() -> None:

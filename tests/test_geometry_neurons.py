@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvlens.geometry.neurons import rows_of_neurons, vector_measures
+from tvlens.geometry.neurons import rows_of_neurons, sums_of_rows, vector_measures
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10_000))
 
@@ -97,3 +98,30 @@ def test_a_neuron_is_a_row_of_w_out_and_a_column_of_w_in() -> None:
     matrix = torch.arange(6.0).reshape(2, 3)
     assert torch.equal(rows_of_neurons(matrix, "W_out")[1], matrix[1])
     assert torch.equal(rows_of_neurons(matrix, "W_in")[1], matrix[:, 1])
+
+
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+@pytest.mark.parametrize("left_over", [1e-9, 1e-6, 1e-3, 1e-2])
+def test_what_is_left_of_a_nearly_pure_gain_keeps_its_digits(stored: str, left_over: float) -> None:
+    base, across = _random(5, 40, 2)
+    across -= (across * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True) * base
+    across *= left_over * base.norm(dim=1, keepdim=True) / across.norm(dim=1, keepdim=True)
+    delta = 0.5 * base + across
+    if stored == "columns":
+        base, delta = (rearrange(side, "a b -> b a").contiguous().T for side in (base, delta))
+    found = vector_measures(base, delta)
+    expected = torch.full_like(found.residual, left_over)
+    # rounding of delta alone moves it by 1e-16 of the gain
+    torch.testing.assert_close(found.residual, expected, rtol=1e-6, atol=0)
+
+
+def test_rows_and_columns_of_a_file_have_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvlens.geometry.neurons.ENTRIES_AT_ONCE", 50)
+    base, delta = _random(6, 30, 4)
+    delta[2, :7] = 0
+    floor = base.square()
+    turned = [rearrange(side, "a b -> b a").contiguous().T for side in (base, delta)]
+    here, there = sums_of_rows(base, delta, floor), sums_of_rows(*turned, floor)
+    for name, values in vars(here).items():
+        torch.testing.assert_close(getattr(there, name), values, msg=name)
+    assert here.equal.tolist() == [0, 0, 7, 0, 0, 0]

@@ -69,9 +69,9 @@ class Table:
         length = len(next(iter(columns.values()), ()))
         try:
             arrays = [
-                pa.array(
-                    columns.get(field.name, [None] * length), type=field.type, from_pandas=True
-                )
+                pa.array(columns[field.name], type=field.type, from_pandas=True)
+                if field.name in columns
+                else pa.nulls(length, field.type)
                 for field in schema
             ]
             return cls(name, pa.Table.from_arrays(arrays, schema=schema), order)

@@ -8,6 +8,7 @@ alone, its singular directions above all, is worked out once for all pairs.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +20,16 @@ from tvlens.tables import Table, concatenated
 from .changes import Change, Factored
 from .evidence import GATE_COLUMNS, Evidence, Keys, joined_evidence, untested
 from .head_evidence import HeadChanges, head_evidence
-from .heads import Coordinates, coordinates, cores_of, slices_of_heads
+from .heads import (
+    ColumnProducts,
+    Coordinates,
+    Factor,
+    circuit_sums,
+    column_products,
+    coordinates,
+    cores_of,
+    slices_of_heads,
+)
 from .matrices import Basis, Products, Seen, products_of, seen, spectral_basis
 from .matrix_evidence import MatrixChange, matrix_evidence
 from .measures import (
@@ -215,9 +225,8 @@ def _measure_group(
             continue
         weight, part = slice_of(state.ask.pair.read(component)), component.part or ""
         if component.kind != "matrix":
-            _keep_untested(
-                component, _whole_columns(pieces_of(weight, part), weight), weight, state
-            )
+            columns = pieces_of(weight, part).grouped(1).columns()
+            _keep_untested(component, columns, weight, state)
             continue
         base = _base_matrix(kept, component, weight, state.n_heads(part))
         _measure_matrix(component, base, weight, state)
@@ -236,10 +245,6 @@ def _base_matrix(
     if found is None or not torch.equal(found.base, weight.base):
         found = kept[component] = BaseMatrix(weight.base, component.part or "", n_heads)
     return found
-
-
-def _whole_columns(pieces: Sums, weight: Slice) -> Columns:
-    return {**pieces.grouped(1).columns(), "equal_fraction": [weight.equal_fraction]}
 
 
 def _keep_untested(component: Component, columns: Columns, weight: Slice, state: _Block) -> None:
@@ -265,8 +270,8 @@ def _measure_embedding(component: Component, state: _Block) -> None:
 def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state: _Block) -> None:
     """A matrix's row, and those of its heads or neurons, with the evidence about them."""
     pieces, spectral = pieces_of(weight, base.part), _spectral(base, weight.change, state)
-    columns = {**_whole_columns(pieces, weight), **spectral.columns}
     place, whole = state.place_of(component), pieces.grouped(1)
+    columns: Columns = {**whole.columns(), **spectral.columns}
     keys = state.add(place, key_columns([component]), _oriented(component, columns), weight)
     testable = bool(whole.delta > 0) and bool(whole.base > 0)
     if state.ask.seed is not None:
@@ -333,13 +338,18 @@ def _measure_circuit(
 ) -> None:
     """The rows of OV or QK, and the evidence about OV."""
     name, first, second = circuit
-    left, right = (_side_of_circuit(parts[part], part, state) for part in (first, second))
+    heads = Pieces("head", state.layer, name, len(state.kv_index))
+    keys = columns_of_pieces(heads, kv_index=state.kv_index.tolist())
+    if state.ask.spectra == "none":
+        products = (_columns_of_circuit(parts[p], p, state, column_products) for p in circuit[1:])
+        columns: Columns = {**circuit_sums(*products).measures().columns()}
+        state.add((CIRCUIT, number), keys, columns, None)
+        return
+    left, right = (_columns_of_circuit(parts[p], p, state, coordinates) for p in circuit[1:])
     d_model, d_head = parts[first].base.shape[0], left.base.shape[2]
     columns = circuit_columns(
         cores_of(left, right), name, d_model=d_model, d_head=d_head, spectra=state.ask.spectra
     )
-    heads = Pieces("head", state.layer, name, len(state.kv_index))
-    keys = columns_of_pieces(heads, kv_index=state.kv_index.tolist())
     keys = state.add((CIRCUIT, number), keys, columns, None)
     if state.ask.seed is not None and name == "OV":
         value = factor_of_heads(parts[first], first, state.n_heads(first)).of_heads(state.kv_index)
@@ -348,11 +358,16 @@ def _measure_circuit(
         state.evidence[CIRCUIT, number] = head_evidence(keys, ov, seed=state.seed)
 
 
-def _side_of_circuit(weight: Slice, part: str, state: _Block) -> Coordinates:
-    """One factor of a circuit in coordinates, one slice a query head."""
+FactorColumns = TypeVar("FactorColumns", Coordinates, ColumnProducts)
+
+
+def _columns_of_circuit(
+    weight: Slice, part: str, state: _Block, found: Callable[[Factor], FactorColumns]
+) -> FactorColumns:
+    """What is ``found`` of one factor of a circuit, one slice a query head."""
     factor = factor_of_heads(weight, part, state.n_heads(part))
-    found = coordinates(factor.swapped if part == "W_O" else factor)
-    return found.of_heads(state.kv_index) if part in KV_PARTS else found
+    columns = found(factor.swapped if part == "W_O" else factor)
+    return columns.of_heads(state.kv_index) if part in KV_PARTS else columns
 
 
 def _measure_neurons(

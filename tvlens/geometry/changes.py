@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Float64, Shaped
@@ -83,17 +84,15 @@ def gram(change: Change) -> Float64[Tensor, "*component b b"]:
 def cross(
     base: Float[Tensor, "*component a b"], change: Change
 ) -> Float64[Tensor, "*component b c"]:
-    """W' D."""
+    """W' D; of a matrix with itself half the products are made, as numpy's matmul knows."""
     if isinstance(change, Factored):
         return product(transposed(base), change.left) @ change.right.double()
-    found = None
+    shape = (*base.shape[:-2], base.shape[-1], change.shape[-1])
+    found = base.new_zeros(shape, dtype=torch.float64)
     for start, stop in slabs(base.shape):
-        rows = base[..., start:stop, :].double()
-        others = rows if change is base else change[..., start:stop, :].double()
-        part = transposed(rows) @ others
-        found = part if found is None else found.add_(part)
-    if found is None:  # no rows
-        return base.new_zeros((*base.shape[:-2], base.shape[-1], change.shape[-1])).double()
+        rows = base[..., start:stop, :].double().numpy()
+        others = rows if change is base else change[..., start:stop, :].double().numpy()
+        found += torch.from_numpy(np.matmul(rows.swapaxes(-1, -2), others))
     return found
 
 
@@ -137,7 +136,7 @@ def energies_of_gram(
     products: Float64[Tensor, "*component b b"],
 ) -> Float64[Tensor, "*component direction"]:
     """Squared singular values, largest first, of what has this Gram matrix."""
-    return torch.linalg.eigvalsh(products).clamp(min=0).flip(-1)
+    return torch.from_numpy(np.linalg.eigvalsh(products.numpy())).clamp(min=0).flip(-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,13 @@ change live in span[V, dV] on the left and span[O', dO'] on the right, so the tr
 two QR leave *cores* of at most 2 d_head x 2 d_head that hold every invariant measure; no
 d_model x d_model matrix is formed. QK is the content part W_Q @ W_K' (no rotary phase).
 W_V -> W_V A, W_O -> A^-1 W_O changes neither circuit; single columns of the factors do change.
+
+Where no spectrum is wanted, a third of the time is enough: with X for V or dV and Y for O or dO,
+
+    <X1 Y1, X2 Y2> = sum((X1' X2) * (Y1 Y2'))
+
+so the d_head x d_head inner products of the factors' columns hold all norms. Squares cancel in
+them: of a change of gauge is left 1e-8 of the factors' change, where cores leave 1e-15.
 """
 
 from dataclasses import dataclass
@@ -19,7 +26,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from .changes import Change, Factored, transposed, turned
+from .changes import Change, Factored, cross, gram, transposed, turned
+from .neurons import Sums, ratio
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +83,11 @@ class Coordinates:
         """Halfway between base and tuned."""
         return self.base + self.delta / 2
 
+    @property
+    def middle_energy(self) -> Float64[Tensor, "head d_head"]:
+        """Squared length of each column of the middle."""
+        return self.middle.square().sum(1)
+
     def of_heads(self, kv_index: Int[Tensor, " head"]) -> "Coordinates":
         """Those that each query head reads, one slice a query head."""
         floor = None if self.floor is None else self.floor[kv_index]
@@ -96,6 +109,56 @@ def coordinates(factor: Factor) -> Coordinates:
     if isinstance(delta, Factored):
         others = others @ delta.right.double()
     return Coordinates(own, others, floor)
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnProducts:
+    """Inner products of the columns of a factor and of its change, one slice a head.
+
+    Attributes:
+        values: X1' X2 for X1 and X2 each the base (0) or the change (1).
+        floor: Expected rounding energy of each column, None where there is none.
+    """
+
+    values: Float64[Tensor, "head form other d_head d_head"]
+    floor: Float64[Tensor, "head d_head"] | None
+
+    @property
+    def middle_energy(self) -> Float64[Tensor, "head d_head"]:
+        """Squared length of each column halfway between base and tuned."""
+        squares = torch.diagonal(self.values, dim1=-2, dim2=-1)
+        return squares[:, 0, 0] + squares[:, 0, 1] + squares[:, 1, 1] / 4
+
+    def of_heads(self, kv_index: Int[Tensor, " head"]) -> "ColumnProducts":
+        """Those that each query head reads, one slice a query head."""
+        floor = None if self.floor is None else self.floor[kv_index]
+        return ColumnProducts(self.values[kv_index], floor)
+
+
+def column_products(factor: Factor) -> ColumnProducts:
+    """The inner products of a factor [d_model, d_head]."""
+    own, mixed, changed = gram(factor.base), cross(factor.base, factor.delta), gram(factor.delta)
+    forms = torch.stack([own, mixed], 1), torch.stack([transposed(mixed), changed], 1)
+    floor = None if factor.floor is None else factor.floor.sum(1, dtype=torch.float64)
+    return ColumnProducts(torch.stack(forms, 1), floor)
+
+
+def circuit_sums(left: ColumnProducts, right: ColumnProducts) -> Sums:
+    """Norms and inner products of the circuits left @ right' and of their changes."""
+    pairs = einsum(left.values, right.values, "head a b i j, head c d i j -> head a c b d")
+    pairs = rearrange(pairs, "head a c b d -> head (a c) (b d)")  # VO, V dO, dV O, dV dO
+    base, delta = pairs[:, 0, 0], pairs[:, 1:, 1:].sum((1, 2)).clamp(min=0)
+    inner = pairs[:, 0, 1:].sum(1)
+    unknown, floor = torch.full_like(base, torch.nan), _floor_energy(left, right)
+    return Sums(
+        base=base,
+        delta=delta,
+        inner=inner,
+        residual=(delta - ratio(inner, base).nan_to_num() * inner).clamp(min=0),
+        floor=unknown if floor is None else floor,
+        equal=unknown,
+        entries=unknown,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,13 +199,16 @@ def kv_index_of_heads(n_heads: int, n_kv_heads: int) -> Int[Tensor, " head"]:
     return torch.arange(n_heads) // max(1, n_heads // max(1, n_kv_heads))
 
 
-def _floor_energy(left: Coordinates, right: Coordinates) -> Float64[Tensor, " head"] | None:
+Columns = Coordinates | ColumnProducts
+"""The columns of a factor and of its change, up to a rotation."""
+
+
+def _floor_energy(left: Columns, right: Columns) -> Float64[Tensor, " head"] | None:
     """Expected |V_mid nO + nV O_mid|^2 of independent rounding errors nO, nV."""
     if left.floor is None or right.floor is None:
         return None
-    left_norms, right_norms = (side.middle.square().sum(1) for side in (left, right))
-    from_right = einsum(left_norms, right.floor, "head k, head k -> head")
-    return from_right + einsum(left.floor, right_norms, "head k, head k -> head")
+    from_right = einsum(left.middle_energy, right.floor, "head k, head k -> head")
+    return from_right + einsum(left.floor, right.middle_energy, "head k, head k -> head")
 
 
 def cores_of(left: Coordinates, right: Coordinates) -> CircuitCores:

@@ -142,11 +142,9 @@ def placed_columns(basis: Basis, found: Seen, part: str, *, shape: tuple[int, in
 def circuit_columns(
     cores: CircuitCores, part: str, *, d_model: int, d_head: int, spectra: Spectra
 ) -> Columns:
-    """All measures of OV or QK from their cores."""
+    """All measures of OV or QK from their cores, with the spectra of both or of the change."""
     flat = [rearrange(core, "head a b -> head (a b)") for core in (cores.base, cores.delta)]
     columns: Columns = {**vector_measures(flat[0], flat[1], cores.floor_energy).columns()}
-    if spectra == "none":
-        return columns
     if spectra == "delta":
         return {**columns, **spectral_columns(cores.delta)}
     corner = min(d_head, *cores.base.shape[1:])  # the base comes first in its spans
@@ -189,19 +187,17 @@ def vocabulary(slabs: Iterable[Weight], part: str, spectra: Spectra) -> Vocabula
     sums: list[Sums] = []
     grams: list[Tensor] = []
     kinds: list[Slice] = []
-    equal = 0.0
     for weight in map(slice_of, slabs):
         kinds = kinds or [weight]
         base, change = weight.base, weight.change
         if part == "W_U":
             base, change = transposed(base), turned(change)
         sums.append(sums_of_rows(base, change, _token_rows(weight.floor, part)).grouped(1))
-        equal += weight.equal_fraction * base.numel()
         for index, made in enumerate(_grams(base, change, spectra)):
             grams = grams if len(grams) > index else [*grams, torch.zeros_like(made)]
             grams[index] += made
     whole = joined_sums(sums).grouped(1)
-    columns: Columns = {**whole.columns(), "equal_fraction": [equal / float(whole.entries)]}
+    columns: Columns = {**whole.columns()}
     return Vocabulary(columns | _gram_columns(grams, part), kinds[0])
 
 

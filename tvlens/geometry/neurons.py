@@ -15,20 +15,27 @@ matrix all of its entries. The sums of a whole follow from those of its pieces, 
 
 so a matrix is read once, at its finest cut. Inputs may be float32; sums are float64. NaN marks
 what is undefined.
+
+A residual is |d|^2 - gain <d, w>, unless it is so small a part of |d|^2 that the difference would
+lose its digits: then it is the sum of the squares of d - gain w.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Float, Float64
+from einops import einsum, rearrange
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from .changes import Change, Factored, product, slabs, transposed, turned
 
 ENTRIES_AT_ONCE = 2**16
 """Entries upcast to float64 in one step: half a MiB, which a core's own cache holds."""
+LOST_DIGITS = 1e-6
+"""Share of |d|^2 below which a residual is summed by itself: a difference of float64 numbers is
+then good to 1e-10 of its value or better above it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +94,7 @@ class Sums:
     @property
     def gain(self) -> Float64[Tensor, " component"]:
         """<d, w> / |w|^2."""
-        return _ratio(self.inner, self.base)
+        return ratio(self.inner, self.base)
 
     def grouped(self, count: int) -> "Sums":
         """The sums of ``count`` wholes, each of as many consecutive components."""
@@ -98,24 +105,24 @@ class Sums:
             for field in fields(self)
         }
         sums = {name: part.sum(1) for name, part in parts.items()}
-        gain = rearrange(_ratio(sums["inner"], sums["base"]).nan_to_num(), "group -> group 1")
-        own = _ratio(parts["inner"], parts["base"]).nan_to_num()
+        gain = rearrange(ratio(sums["inner"], sums["base"]).nan_to_num(), "group -> group 1")
+        own = ratio(parts["inner"], parts["base"]).nan_to_num()
         sums["residual"] = (parts["residual"] + (own - gain).square() * parts["base"]).sum(1)
         return Sums(**sums)
 
     def measures(self) -> VectorMeasures:
         """The measures."""
         gain, base_norm, delta_norm = self.gain, self.base.sqrt(), self.delta.sqrt()
-        residual = _ratio(self.residual.sqrt(), base_norm)
+        residual = ratio(self.residual.sqrt(), base_norm)
         return VectorMeasures(
             base_norm=base_norm,
             delta_norm=delta_norm,
-            relative_delta=_ratio(delta_norm, base_norm),
-            cos_base_tuned=_ratio(1 + gain, torch.hypot(1 + gain, residual)),
+            relative_delta=ratio(delta_norm, base_norm),
+            cos_base_tuned=ratio(1 + gain, torch.hypot(1 + gain, residual)),
             gain=gain,
             residual=residual,
-            kappa=_ratio(self.inner, base_norm * delta_norm).clamp(-1, 1),
-            snr=_ratio(self.delta, self.floor),
+            kappa=ratio(self.inner, base_norm * delta_norm).clamp(-1, 1),
+            snr=ratio(self.delta, self.floor),
             floor_norm=self.floor.sqrt(),
         )
 
@@ -130,7 +137,8 @@ def joined_sums(parts: Sequence[Sums]) -> Sums:
     return Sums(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def _ratio(over: Tensor, under: Tensor) -> Tensor:
+def ratio(over: Tensor, under: Tensor) -> Tensor:
+    """``over / under``, NaN where there is nothing to divide by."""
     return torch.where(under > 0, over / under, torch.nan)
 
 
@@ -142,18 +150,50 @@ def sums_of_rows(
     """The sums of every row, a few rows at a time."""
     if isinstance(change, Factored):
         return _sums_of_factored_rows(base, change, floor)
-    found = torch.empty((7, base.shape[0]), dtype=torch.float64)
-    for start, stop in slabs(base.shape, ENTRIES_AT_ONCE):
-        w, d = base[start:stop].double(), change[start:stop].double()
-        inner, energy = (w * d).sum(1), (w * w).sum(1)
-        gain = rearrange(_ratio(inner, energy).nan_to_num(), "row -> row 1")
-        across = d - gain * w
-        sums = (energy, (d * d).sum(1), inner, (across * across).sum(1))
-        found[:4, start:stop] = torch.stack(sums)
-        found[4, start:stop] = _floor_of_rows(floor, start, stop)
-        found[5, start:stop] = base.shape[1] - torch.count_nonzero(d, dim=1).double()
-    found[6] = base.shape[1]
-    return Sums(*found)
+    energy, delta, inner, zeros = _products(base, change)
+    residual = delta - ratio(inner, energy).nan_to_num() * inner
+    if len(small := torch.nonzero((residual < LOST_DIGITS * delta) & (energy > 0)).flatten()):
+        residual[small] = _residuals(base, change, small, inner[small] / energy[small])
+    floors = torch.full_like(energy, torch.nan)
+    if floor is not None:
+        floors = floor.sum(1, dtype=torch.float64)
+    entries = torch.full_like(energy, base.shape[1])
+    return Sums(energy, delta, inner, residual, floors, zeros, entries)
+
+
+def _products(
+    base: Float[Tensor, "component entry"], change: Float[Tensor, "component entry"]
+) -> Float64[Tensor, "4 component"]:
+    """|w|^2, |d|^2, <d, w> and the number of zeros of d of every row, in the order of storage."""
+    found = np.zeros((4, base.shape[0]))
+    if change.stride(0) >= change.stride(1):
+        for start, stop in slabs(base.shape, ENTRIES_AT_ONCE):
+            w, d = (side[start:stop].double().contiguous().numpy() for side in (base, change))
+            found[:3, start:stop] = np.vecdot(w, w), np.vecdot(d, d), np.vecdot(d, w)
+            found[3, start:stop] = np.count_nonzero(d == 0, axis=1)
+        return torch.from_numpy(found)
+    down = "entry component, entry component -> component"
+    for start, stop in slabs((base.shape[1], base.shape[0]), ENTRIES_AT_ONCE):
+        w, d = (transposed(side[:, start:stop]).double().numpy() for side in (base, change))
+        for row, (left, right) in enumerate(((w, w), (d, d), (d, w))):
+            found[row] += einsum(left, right, down)
+        found[3] += np.count_nonzero(d == 0, axis=0)
+    return torch.from_numpy(found)
+
+
+def _residuals(
+    base: Float[Tensor, "component entry"],
+    change: Float[Tensor, "component entry"],
+    rows: Int[Tensor, " row"],
+    gains: Float64[Tensor, " row"],
+) -> Float64[Tensor, " row"]:
+    """|d - gain w|^2 of some rows."""
+    parts = []
+    for start, stop in slabs((len(rows), base.shape[1]), ENTRIES_AT_ONCE):
+        w, d = (side[rows[start:stop]].double() for side in (base, change))
+        across = d - rearrange(gains[start:stop], "row -> row 1") * w
+        parts.append(across.square().sum(1))
+    return torch.cat(parts)
 
 
 def _sums_of_factored_rows(
@@ -168,7 +208,7 @@ def _sums_of_factored_rows(
     energy = torch.cat(
         [base[i:j].double().square().sum(1) for i, j in slabs(base.shape, ENTRIES_AT_ONCE)]
     )
-    gain = _ratio(inner, energy).nan_to_num()
+    gain = ratio(inner, energy).nan_to_num()
     entries = torch.full_like(energy, base.shape[1])
     unchanged = (left == 0).all(1) | (right == 0).all()
     floors = torch.full_like(energy, torch.nan)
@@ -177,12 +217,6 @@ def _sums_of_factored_rows(
     residual = (delta - gain * inner).clamp(min=0)
     equal = torch.where(unchanged, entries, torch.nan)
     return Sums(energy, delta, inner, residual, floors, equal, entries)
-
-
-def _floor_of_rows(
-    floor: Float[Tensor, "component part"] | None, start: int, stop: int
-) -> Float64[Tensor, " row"] | float:
-    return torch.nan if floor is None else floor[start:stop].double().sum(1)
 
 
 def vector_measures(

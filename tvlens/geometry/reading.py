@@ -32,11 +32,6 @@ class Weight(Protocol):
         ...
 
     @property
-    def equal_fraction(self) -> float:
-        """Share of entries that are the same number in both checkpoints."""
-        ...
-
-    @property
     def base_dtype(self) -> object:
         """Stored dtype of the base."""
         ...
@@ -121,7 +116,6 @@ class Slice:
         base: Base weights.
         change: Tuning vector.
         floor: Expected rounding energy per entry, None for adapters.
-        equal_fraction: Share of entries that are the same number in both checkpoints.
         dtypes: Stored dtypes of base and tuned.
         tied: Whether the tensor is shared with another component.
     """
@@ -129,7 +123,6 @@ class Slice:
     base: Float[Tensor, "..."]
     change: Change
     floor: Float[Tensor, "..."] | None
-    equal_fraction: float
     dtypes: tuple[str, str]
     tied: bool
 
@@ -159,7 +152,6 @@ def slice_of(weight: Weight) -> Slice:
         base=weight.base,
         change=change_of(weight),
         floor=weight.floor,
-        equal_fraction=weight.equal_fraction,
         dtypes=(dtypes[0].removeprefix("torch."), dtypes[1].removeprefix("torch.")),
         tied=bool(weight.tied),
     )

@@ -46,8 +46,6 @@ class Weight:
         delta: Tuned minus base; a ``Dora`` has length and direction apart.
         floor: Expected rounding energy per entry, None for what stores the difference
             itself: LoRA's factors and added biases. DoRA's is that of its rounded lengths.
-        equal_fraction: Share of entries that are equal in both; NaN for low-rank factors,
-            whose product is not written out.
         base_dtype: Dtype in the base's file.
         tuned_dtype: Dtype in the tuned model's or adapter's file.
         tied: The same tensor is also the unembedding.
@@ -57,10 +55,14 @@ class Weight:
     base: Float[Tensor, "..."]
     delta: Delta
     floor: Float[Tensor, "..."] | None
-    equal_fraction: float
     base_dtype: str
     tuned_dtype: str
     tied: bool
+
+    @property
+    def equal_fraction(self) -> float:
+        """Share of entries that are equal in both; NaN for factors that are not written out."""
+        return _equal_fraction(self.delta)
 
     def dense_delta(self) -> Float[Tensor, "..."]:
         """Tuned minus base, written out."""
@@ -126,7 +128,6 @@ class Pair:
             _effective(stored, place),
             delta,
             floor,
-            _equal_fraction(delta),
             self.base.tensors[name].dtype,
             tuned_dtype,
             self.layout.is_shared(component),

@@ -80,7 +80,7 @@ def rounding_energy(weights: Float32[Tensor, "..."], dtype: str) -> Float32[Tens
     """
     mantissa_bits, min_exponent = PRECISIONS[dtype]
     lowest = min_exponent - mantissa_bits
-    powers = (weights.contiguous().view(torch.int32) & EXPONENT_BITS).view(torch.float32)
+    powers = (weights.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
     step = powers.mul_(2.0**-mantissa_bits).clamp_(2.0 ** max(lowest, 1 - BIAS), LARGEST_STEP)
     return step.square_().div_(12).clamp_(min=SMALLEST_ENERGY)
 
