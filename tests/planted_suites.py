@@ -126,7 +126,7 @@ def _normal(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def _generator(*numbers: int) -> torch.Generator:
+def stream(*numbers: int) -> torch.Generator:
     """Another stream for every sequence of small numbers."""
     seed = 0
     for number in numbers:
@@ -161,7 +161,7 @@ class Ground:
         base = self.base[part]
         if name == "none":
             return torch.zeros_like(base)
-        drawn = noise(base, _generator(7, seed, self.layer, len(part), ord(part[-1])))
+        drawn = noise(base, stream(7, seed, self.layer, len(part), ord(part[-1])))
         change = self.control[part].double() if name == "control" else drawn
         return sized(change, RELATIVE, base)
 
@@ -242,7 +242,7 @@ ALL_GAIN = Plant("gain of all heads", "amplified", gain)
 def head_cases(ground: Ground, size: float, seed: int) -> list[Case]:
     """Plants in W_O, one a head, and in W_V, one a kv head; some heads stay as they are."""
     heads, kv_heads = ground.layout.n_heads, ground.layout.n_kv_heads
-    generator = _generator(1, seed, ground.layer)
+    generator = stream(1, seed, ground.layer)
     cases = []
     for some in _dealt(OUTPUT_PLANTS, heads - 2):
         places = torch.randperm(heads, generator=generator)[: len(some)].tolist()
@@ -269,7 +269,7 @@ def _head_case(
     change = torch.zeros_like(own)
     planted = {}
     for place, plant in places.items():
-        generator = _generator(2, seed, ground.layer, place, len(plant.name))
+        generator = stream(2, seed, ground.layer, place, len(plant.name))
         change[place] = sized(plant.shape(own[place], generator), size, own[place])
         share = ground.layout.n_heads // count
         for head in range(place * share, (place + 1) * share):
@@ -307,7 +307,7 @@ def neuron_cases(ground: Ground, size: float, seed: int) -> list[Case]:
 def _neuron_case(ground: Ground, part: str, size: float, seed: int) -> Case:
     rows = ground.base[part] if part == "W_out" else ground.base[part].T
     plants, count = neuron_plants(part, rows.shape[1]), max(20, len(rows) // 32)
-    generator = _generator(3, seed, ground.layer, len(part))
+    generator = stream(3, seed, ground.layer, len(part))
     order = torch.randperm(len(rows), generator=generator)
     change, planted = torch.zeros_like(rows), {}
     for number, plant in enumerate(plants):
@@ -347,7 +347,7 @@ def matrix_cases(ground: Ground, size: float, seed: int) -> list[Case]:
     for part in WHOLE:
         base = ground.base[part]
         for number, plant in enumerate(matrix_plants(part, int(ground.base["W_O"].shape[1]))):
-            generator = _generator(4, seed, ground.layer, number, len(part))
+            generator = stream(4, seed, ground.layer, number, len(part))
             change = sized(plant.shape(base, generator), size, base)
             cases.append(
                 Case("matrices", ground, {part: change}, (part,), {f"L{ground.layer}.{part}": plant})
