@@ -17,6 +17,7 @@ import torch
 
 from tests.null_suites import (
     FACTOR_SIZES,
+    OV_PARTS,
     evidence,
     factor_noise,
     gain_in_bf16,
@@ -47,7 +48,10 @@ from tests.planted_suites import (
 from tvlens.geometry.classify import labelled
 
 REAL = Path(os.environ.get("TVLENS_REAL", Path.home() / ".cache" / "tvlens" / "real"))
-NULL_PARTS = ("W_V", "W_O", "W_out", "W_gate")
+NEURON_PARTS = ("W_out", "W_gate")
+NULL_PARTS = (*OV_PARTS, *NEURON_PARTS)
+HEAD_DRAWS = 4
+"""Draws of noise for the p-values of heads: a layer has few."""
 CLASSIFIERS = (labelled, always_unresolved, by_raw_cosine)
 
 
@@ -58,6 +62,7 @@ class Model(NamedTuple):
         layers: Number of layers.
         head_layers: Layers of a seed in the suite of heads, which has few in each.
         step: Every how many layers the suites of storage look at all matrices.
+        null_step: The same of the p-values of neurons.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Model(NamedTuple):
     layers: int
     head_layers: int
     step: int
+    null_step: int
 
     def pair(self, tuned: str = "ctl") -> object:
         from tvlens.weights.matching import load_pair
@@ -81,8 +87,8 @@ class Model(NamedTuple):
             yield ground_of(pair, layer, parts)
 
 
-DEMO = Model("demo", "demo:base", 8, 2, 1)
-SMOL = Model("SmolLM2-135M", str(REAL / "base"), 30, 4, 6)
+DEMO = Model("demo", "demo:base", 8, 2, 1, 1)
+SMOL = Model("SmolLM2-135M", str(REAL / "base"), 30, 2, 6, 3)
 
 
 def planted(model: Model, family: str, seeds: Sequence[int] = SEEDS) -> pd.DataFrame:
@@ -99,8 +105,9 @@ def planted(model: Model, family: str, seeds: Sequence[int] = SEEDS) -> pd.DataF
 def factors(model: Model, *, seed: int = 20) -> pd.DataFrame:
     """Random factors: share unresolved, and the planted heads of equal size that are found."""
     rows = []
+    grounds = list(model.grounds(parts=OV_PARTS))
     for size in FACTOR_SIZES:
-        calls = factor_noise(list(model.grounds(parts=("W_V", "W_O"))), size, seed)
+        calls = factor_noise(grounds, size, seed)
         noisy, beside = calls[~calls["planted"]], calls[calls["planted"]]
         quiet = (noisy["label"] == "unresolved").mean()
         found = (beside["label"] == "amplified").mean()
@@ -109,17 +116,23 @@ def factors(model: Model, *, seed: int = 20) -> pd.DataFrame:
 
 
 def null_p_values(model: Model, *, seed: int = 20) -> pd.DataFrame:
-    """Share of p < .05 on isotropic noise, shuffled control updates, and these as they are."""
+    """Share of p < .05 on isotropic noise, shuffled control updates, and these as they are.
+
+    Heads of every layer with several draws of noise; neurons of every third layer.
+    """
     frames: dict[str, list[pd.DataFrame]] = {"isotropic": [], "shuffled": [], "control": []}
     for ground in model.grounds(parts=NULL_PARTS):
-        changes = {
-            "isotropic": isotropic(ground, NULL_PARTS, seed),
-            "shuffled": shuffled(ground, seed),
-            "control": {part: ground.control[part] for part in NULL_PARTS},
-        }
-        pairs = [pair_of(ground, change) for change in changes.values()]
-        for name, pair in zip(changes, pairs, strict=True):
-            frames[name] += evidence(ground, [pair], seed=seed)
+        changes = [("isotropic", isotropic(ground, OV_PARTS, seed + i)) for i in range(HEAD_DRAWS)]
+        changes.append(("control", {part: ground.control[part] for part in OV_PARTS}))
+        if ground.layer % model.null_step == 0:
+            changes.append(("isotropic", isotropic(ground, NEURON_PARTS, seed)))
+            changes.append(("shuffled", shuffled(ground, seed)))
+            changes.append(("control", {part: ground.control[part] for part in NEURON_PARTS}))
+        for parts in (OV_PARTS, NEURON_PARTS):
+            some = [(name, change) for name, change in changes if parts[0] in change]
+            pairs = [pair_of(ground, change) for _, change in some]
+            for (name, _), frame in zip(some, evidence(ground, pairs, seed=seed), strict=True):
+                frames[name].append(frame)
     tables = [small_p(some).assign(change=name) for name, some in frames.items()]
     return pd.concat(tables, ignore_index=True)[["change", "kind", "part", "test", "n", "below"]]
 
@@ -137,7 +150,7 @@ def fine_tune_stored(model: Model, tuned: str) -> pd.DataFrame:
     """Labels of a fine-tune that was stored in bf16, as its base was; heads of every layer."""
     frames = []
     for ground in model.grounds(tuned):
-        parts = PARTS if ground.layer % model.step == 0 else ("W_V", "W_O")
+        parts = PARTS if ground.layer % model.step == 0 else OV_PARTS
         frames += evidence(ground, [tuned_in_bf16(ground, parts)])
     return labels(frames)
 
