@@ -249,3 +249,42 @@ def test_a_small_real_fine_tune_in_bf16_is_unresolved_and_says_why(tuned: str) -
     assert set(calls["label"]) <= {"unresolved", "unchanged"}
     changed = calls[calls["label"] == "unresolved"]
     assert changed["label_reason"].str.contains("energy of rounding").mean() >= 0.99
+
+
+# --- the rules that the suites changed -----------------------------------------------------------
+
+
+def test_a_neurons_share_is_close_to_what_the_others_alone_would_give() -> None:
+    """Oracle: the common direction taken anew without each neuron."""
+    from tvlens.geometry.neuron_evidence import shared_with_others
+    from tvlens.geometry.spikes import Spikes
+
+    generator = torch.Generator().manual_seed(1)
+    rows = 0.6 * torch.randn(40, 30, generator=generator, dtype=torch.float64)
+    common = torch.nn.functional.normalize(torch.randn(30, generator=generator), dim=0).double()
+    rows[:20] += 2.5 * torch.outer(torch.randn(20, generator=generator).double(), common)
+    left, values, right = torch.linalg.svd(rows, full_matrices=False)
+    total = float(rows.square().sum())
+    spikes = Spikes(left[:, :1], values[:1], right[:1].T, total, 0.0)
+    found = shared_with_others(spikes, rows.square().sum(1))[20:, 0].square()
+    alone = []
+    for row in range(20, 40):
+        others = torch.cat([rows[:row], rows[row + 1 :]])
+        alone.append(float(rows[row] @ torch.linalg.svd(others).Vh[0]) ** 2)
+    pulled = (left[20:, 0] * values[0]).square()
+    oracle = sum(alone) / 20
+    assert float(pulled.mean()) > 1.2 * oracle
+    assert float(found.mean()) == pytest.approx(oracle, rel=0.1)
+
+
+def test_a_read_of_uncertain_alignment_is_between_and_not_rewired() -> None:
+    import numpy as np
+
+    from tvlens.geometry.evidence import placed
+
+    share, error = np.array([0.8, 0.8, 0.8]), np.full(3, 0.1)
+    for part, new in (("W_gate", "new_read"), ("W_out", "new_write")):
+        where = placed(share, np.array([0.2, 0.45, 0.8]), error, part)
+        assert where[f"share_{new}"].tolist() == [0.8, 0, 0]
+        assert where["share_between"].tolist() == [0, 0.8, 0]
+        assert where["share_within"].tolist() == [0, 0, 0.8]
