@@ -171,7 +171,10 @@ def counts(calls: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """A table for docs; shares with three decimals."""
-    rows = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in table.itertuples(index=False)]
+    rows = [
+        [f"{x:.3f}" if isinstance(x, float) else str(x) for x in row]
+        for row in table.itertuples(index=False)
+    ]
     lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -251,6 +251,29 @@ def test_a_small_real_fine_tune_in_bf16_is_unresolved_and_says_why(tuned: str) -
     assert changed["label_reason"].str.contains("energy of rounding").mean() >= 0.99
 
 
+@pytest.mark.deep
+def test_a_real_adapter_in_factors_and_its_merge_get_the_same_labels() -> None:
+    from tests.calibration import SMOL
+    from tests.geometry_pairs import FakePair, FakeWeight
+    from tests.null_suites import evidence, labels, pair_of
+    from tests.planted_suites import PARTS, ground_of
+
+    pair, frames = SMOL.pair("med-lora"), ([], [])
+    for number in (2, 14, 27):
+        ground = ground_of(pair, number, PARTS)
+        read = {part: pair.read(ground.component(part)) for part in PARTS}
+        factors = {w.component: FakeWeight(w.component, w.base, w.delta) for w in read.values()}
+        merged = {p: (own + ground.control[p]) - own for p, own in ground.base.items()}
+        both = FakePair(factors, ground.layout), pair_of(ground, merged)
+        for frame, found in zip(frames, evidence(ground, both), strict=True):
+            frame.append(found)
+    first, second = (labels(frame) for frame in frames)
+    print(pd.crosstab(first["kind"], first["label"]))
+    assert first["snr"].isna().all()
+    assert not second["snr"].isna().any()
+    assert (first["label"] == second["label"]).mean() >= 0.9999
+
+
 # --- the rules that the suites changed -----------------------------------------------------------
 
 
