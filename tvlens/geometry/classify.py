@@ -9,6 +9,7 @@
 
 A part counts if it is significant (q <= Q over all components above the rounding floor, or a
 spike above the sign-flip edge); the significant parts together must hold MINS of the energy.
+A label about structure needs more above rounding than a gain does (SNR_OF_STRUCTURE).
 new_write is no evidence for a claim on its own: after every fine-tune most of what is structured
 is unaligned with the base. The headline is therefore a contrast between MLP and attention.
 """
@@ -31,7 +32,7 @@ from tvlens.threads import one_thread
 
 from .blocks import Ask, Findings, Progress, findings_of_block, joined_findings
 from .evidence import NO_PEERS, PARTS
-from .nulls import SNR, above_rounding, benjamini_hochberg, sign_flip_test
+from .nulls import SNR, SNR_OF_STRUCTURE, above_rounding, benjamini_hochberg, sign_flip_test
 from .reading import Pair
 
 Q = 0.05
@@ -62,10 +63,12 @@ LABELS_SCHEMA = keyed_schema(
     ),
 )
 WRITES = ("W_O", "W_out")
+ROUNDING_FLOOR = "rounding floor"
+"""What decided where a change is too close to rounding."""
 LATER_KINDS = ("norm", "bias", "embedding")
 REASON_COLUMNS = (
-    *("kind", "gain", "snr", "delta_norm", "resolved", "winner", "structured_share", "dominance"),
-    *("share_gain", "alignment", "alignment_se", "decided_by"),
+    *("kind", "gain", "snr", "delta_norm", "resolved", "readable", "winner"),
+    *("structured_share", "dominance", "share_gain", "alignment", "alignment_se", "decided_by"),
 )
 """What labels and their reasons are made from, beside the counted shares."""
 
@@ -125,14 +128,15 @@ def decide(
 
 
 def with_q_values(frame: pd.DataFrame) -> pd.DataFrame:
-    """Evidence with ``significant_*``: sure already, or by BH.
+    """Evidence with ``significant_*``: sure already, or by BH; and how far above rounding.
 
-    BH runs over the components of one kind and part that are above the rounding floor.
+    BH runs over the components of one kind and part that are above the rounding floor
+    (``resolved``); ``readable`` are those far enough above it for a label about structure.
     """
     frame = frame.copy()
-    frame["resolved"] = above_rounding(
-        frame["delta_norm"].to_numpy(float), frame["snr"].to_numpy(float)
-    )
+    size, snr = frame["delta_norm"].to_numpy(float), frame["snr"].to_numpy(float)
+    frame["resolved"] = above_rounding(size, snr)
+    frame["readable"] = above_rounding(size, snr, least=SNR_OF_STRUCTURE)
     for part in PARTS:
         p_values = frame[f"p_{part}"].where(frame["resolved"])
         groups = p_values.groupby([frame["kind"], frame["part"].fillna("")])
@@ -155,9 +159,17 @@ def _label(row: Row) -> str:
     if not row["resolved"] or row["winner"] < 0:
         return "unresolved"
     part = PARTS[int(row["winner"])]
+    is_gain = part == "gain" and row["dominance"] >= TOP
+    if not is_gain and not row["readable"]:
+        return "unresolved"
     if part == "between" or row["dominance"] < TOP:
         return "mixed"
     return {"gain": _gain_label(row["gain"]), "within": "rewired"}.get(part, part)
+
+
+def _is_unreadable(row: Row) -> bool:
+    """Whether structure was found, but too close to rounding to say more."""
+    return row["winner"] >= 0 and not row["readable"]
 
 
 def _why_unresolved(row: Row) -> str:
@@ -165,6 +177,11 @@ def _why_unresolved(row: Row) -> str:
         return (
             f"The change has {row['snr']:.2g} times the energy of rounding; "
             f"{SNR:g} times are needed to say more."
+        )
+    if _is_unreadable(row):
+        return (
+            f"The change has {row['snr']:.2g} times the energy of rounding; "
+            f"{SNR_OF_STRUCTURE:g} times are needed to say where its structure lies."
         )
     if row["kind"] in LATER_KINDS:
         return (
@@ -212,7 +229,8 @@ def _reason(row: Row) -> str:
 def _decided_by(row: Row) -> str:
     if row["label"] == "unchanged":
         return "equality"
-    return str(row["decided_by"]) if row["resolved"] else "rounding floor"
+    near = not row["resolved"] or (row["label"] == "unresolved" and _is_unreadable(row))
+    return ROUNDING_FLOOR if near else str(row["decided_by"])
 
 
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:

@@ -133,10 +133,8 @@ def placed(
 ) -> dict[str, np.ndarray]:
     """Where a structured share belongs, by the bounds of its alignment with the base."""
     new = aligned + DEVIATIONS * error < NEW_HI
-    # new writes of a reading matrix are head or neuron coordinates, so its rest is rewired
-    within = ~new if part in READING_PARTS else aligned - DEVIATIONS * error > NEW_HI
-    new_part = f"new_{residual_side(part)}"
-    where = {new_part: new, "within": within & ~new, "between": ~new & ~within}
+    within = aligned - DEVIATIONS * error > NEW_HI
+    where = {f"new_{residual_side(part)}": new, "within": within, "between": ~new & ~within}
     return {f"share_{name}": np.where(mask, share, 0.0) for name, mask in where.items()}
 
 

@@ -101,7 +101,8 @@ def head_evidence(keys: Keys, heads: HeadChanges, *, seed: int) -> Evidence:
     """Gain and write space of OV against heads of other kv groups; structure of dO by spikes."""
     d_head, d_model = heads.output.base.shape[1:]
     kv, nothing = heads.group.numpy(), np.full(len(heads.group), np.nan)
-    gain = own_versus_others(factor_swap(heads.value, heads.output).z.numpy(), kv)
+    swap = factor_swap(heads.value, heads.output)
+    gain = own_versus_others(swap.z.numpy(), kv, alike=swap.of_mates(kv))
     out_spans = spans_of(heads.output.base)
     spans = share_in_spans(heads.output.delta, out_spans).nan_to_num()
     space = own_versus_others(spans.numpy(), kv)

@@ -25,7 +25,7 @@ from .matrices import Basis, self_alignment
 from .matrix_evidence import relative_alignment
 from .neurons import Sums
 from .nulls import Peers, neuron_gain, unit_alignment_spread
-from .spikes import spikes_above_edge
+from .spikes import Spikes, spikes_above_edge
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def neuron_structure(neurons: NeuronChanges, *, seed: int) -> NeuronStructure:
         return NeuronStructure(nothing, np.ones(len(nothing)), nothing + torch.nan, 0)
     gain = rearrange(sums.gain.nan_to_num(), "neuron -> neuron 1")
     spikes = spikes_above_edge(Remainder(neurons.base, neurons.change, gain), left, seed=seed)
-    inside, rank = spikes.read * spikes.values, len(spikes.values)
+    inside, rank = shared_with_others(spikes, sums.residual), len(spikes.values)
     found, chance = inside.square().sum(1), rank / d_model
     share = (found / sums.delta - chance) / (1 - chance)
     of_rest = (found / sums.residual).nan_to_num().clamp(max=1).numpy()
@@ -88,6 +88,27 @@ def neuron_structure(neurons: NeuronChanges, *, seed: int) -> NeuronStructure:
     coordinates = neurons.basis.coordinates(spikes.write, residual_side(neurons.part))
     aligned = _alignments(inside, coordinates, neurons.basis, d_model)
     return NeuronStructure(share.clamp(min=0).nan_to_num(), p_value, aligned, rank)
+
+
+def shared_with_others(
+    spikes: Spikes, energy: Float64[Tensor, " neuron"]
+) -> Float64[Tensor, "neuron spike"]:
+    """Each neuron's coordinates along the common spikes as the other neurons alone have them.
+
+    A neuron pulls every spike towards itself. To first order (the secular equation of a rank-one
+    update of the Gram matrix) its coordinate without that pull is 1 - h times as long, h = r^2 /
+    (s^2 - m), with r^2 its energy outside the spikes, s the singular value and m the mean energy
+    of a direction that is no spike. A spike of one neuron's own making vanishes.
+
+    Args:
+        spikes: Spikes of the neurons' changes.
+        energy: Energy of each neuron's change.
+    """
+    inside = spikes.read * spikes.values
+    rest = rearrange((energy - inside.square().sum(1)).clamp(min=0), "neuron -> neuron 1")
+    others = max(1, min(len(spikes.read), len(spikes.write)) - len(spikes.values))
+    own = rest / (spikes.values.square() - rest.sum() / others).clamp(min=1e-300)
+    return inside * (1 - own).clamp(min=0)
 
 
 def _alignments(

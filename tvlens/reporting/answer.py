@@ -29,6 +29,7 @@ from .scores import (
 
 GAP_BAR = 0.002  # contract: nodes are raised until the parts add up to within 0.2 %
 FINEST = 1e-6  # below this a gap is the rounding of float32 forward passes
+ROUNDING_FLOOR = "rounding floor"  # what geometry.classify says decided such a label
 
 
 class Statement(NamedTuple):
@@ -113,7 +114,19 @@ def kinds(study: StudyFolder, tuned: str) -> list[Statement]:
         listed = [f"{counts[x]:,} {x.replace('_', ' ')}" for x in LABELS[::-1] if x in counts]
         things = labelled_things(kind, rows)
         sentences.append(f"{len(rows):,} {things}: {', '.join(listed)}")
-    return [Statement(question, "; ".join(sentences) + ".")]
+    return [Statement(question, "; ".join(sentences) + "." + _near_rounding(labels))]
+
+
+def _near_rounding(labels: pd.DataFrame) -> str:
+    """Why labels are missing where storage has taken the change, empty where it has not."""
+    near = int((labels["decided_by"] == ROUNDING_FLOOR).sum())
+    if not near:
+        return ""
+    return (
+        f" {percent(near / len(labels))} of these are unresolved because the change is too close "
+        "to the rounding of the stored weights: what a coarse format kept of it says more about "
+        "the format than about the training. Checkpoints stored in float32 would show more."
+    )
 
 
 def headline(study: StudyFolder, tuned: str) -> list[Statement]:
