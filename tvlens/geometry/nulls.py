@@ -319,7 +319,7 @@ def sign_flip_test(differences: Float[np.ndarray, " pair"], *, seed: int) -> Sig
         vectorized=True,
         n_resamples=SIGN_DRAWS,
         batch=SIGN_DRAWS,
-        random_state=seed,
+        random_state=seed,  # type: ignore[call-arg]  # `rng` from scipy 1.15 on
     )
     draws = len(found.null_distribution)
     drawn = draws < 2.0 ** len(differences)
