@@ -73,7 +73,7 @@ def test_the_effect_of_a_layer_is_the_mean_size_of_its_matrices_scores():
     found = effect_of_layers(
         table(
             rows("weight_ig", {first: 0.0, second: -4.0}, spread=2.0),
-            rows("weight_ig", {out: 6.0, MATRIX: 100.0, HEADS[0]: 100.0}),
+            rows("weight_ig", {out: 6.0, MATRIX: 100.0, HEADS[0]._replace(part="W_O"): 100.0}),
             rows("weight_first_order_base", {first: 100.0}),
         ),
         ("W_O", "W_out"),

@@ -242,6 +242,25 @@ def test_p_counts_the_sign_patterns_of_blocks(block: int) -> None:
     assert found.p_floor == 2 / len(flipped)
 
 
+def test_the_last_layers_have_the_first_ones_as_neighbours() -> None:
+    """All layers count in as many blocks, so turning the circle changes nothing."""
+    values = np.array([2.0, 1.5, 0.0, 0.3, 0.1, -0.4, 0.2, 0.0, 1.8])
+    weights = np.full(9, 1 / 9)
+    turned = [spread(np.roll(values, by), weights, 2) for by in range(9)]
+    errors = [one.error for one in turned if one is not None]
+    assert len(errors) == 9
+    assert errors == pytest.approx([errors[0]] * 9)
+
+
+def test_an_interval_that_holds_0_is_not_significant_where_blocks_cannot_tell() -> None:
+    """Eight layers of one sign whose neighbours are alike: four blocks cannot reach 0.05."""
+    found = judged(_contrast([0.9, 0.9, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01]), seed=0)
+    assert found is not None
+    assert found.flips.p_value < LEVEL < found.blocks.p_floor
+    assert found.interval[0] < 0 < found.interval[1]
+    assert not found.significant
+
+
 def test_blocks_of_one_layer_are_students_interval() -> None:
     values = _noise(12, 3)
     found = spread(values, np.full(12, 1 / 12), 1)
