@@ -246,8 +246,9 @@ def evaluation_table():
 SENTENCE = "No difference between MLP and attention (p = 0.4)."
 
 
-def contrasts_table() -> Table:
+def contrasts_table():
     from tvlens.geometry.contrasts import CONTRASTS_SCHEMA
+    from tvlens.tables import Table
 
     columns = {
         "base": ["base"] * 2,
