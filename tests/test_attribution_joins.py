@@ -6,6 +6,7 @@ import pytest
 from tvlens.attribution.joins import (
     circuit_agreement,
     circuits_table,
+    effect_of_layers,
     role,
     roles_table,
     size_and_effect,
@@ -63,6 +64,21 @@ def test_where_an_effect_arises_and_where_it_passes():
     assert found["written"].tolist() == [2.0, 2.0, 0.0, 0.0]
     assert found["passing"].tolist() == [3.0, 0.0, 3.0, 0.0]
     assert found["site"].tolist() == ["L0H0", "L0H1", "L0H2", "L0H3"]
+
+
+def test_the_effect_of_a_layer_is_the_mean_size_of_its_matrices_scores():
+    """Scores that cancel over prompts count; other parts, kinds and methods do not."""
+    first, second = (Component("matrix", layer, None, "W_O") for layer in (0, 1))
+    out = Component("matrix", 0, None, "W_out")
+    found = effect_of_layers(
+        table(
+            rows("weight_ig", {first: 0.0, second: -4.0}, spread=2.0),
+            rows("weight_ig", {out: 6.0, MATRIX: 100.0, HEADS[0]._replace(part="W_O"): 100.0}),
+            rows("weight_first_order_base", {first: 100.0}),
+        ),
+        ("W_O", "W_out"),
+    )
+    assert found == pytest.approx({0: (2.0 + 6.0) / 2, 1: 4.0})
 
 
 def test_a_score_counts_only_above_its_interval_and_a_hundredth_of_the_change():

@@ -39,3 +39,20 @@ def test_weight_scores_sum_to_the_change_on_the_real_pair() -> None:
     scores = _scores(str(REAL / "base"), str(REAL / "med"), str(PROMPTS), "logprob", most=8)
     print(f"SmolLM2 med logprob: gap {scores.completeness:.3%} with {scores.nodes} nodes")
     assert scores.completeness <= 0.002
+
+
+def test_noise_on_smollm2_shows_no_contrast(tmp_path: Path) -> None:
+    from tests.noise_copies import noise_of_relative_size
+    from tests.tiny_checkpoints import copy_with
+    from tvlens.geometry.contrasts import contrasts_table
+    from tvlens.geometry.decompose import decompose
+    from tvlens.weights.matching import load_pair
+
+    assert (REAL / "base" / "config.json").is_file(), "make it with examples/real_models first"
+    edit = noise_of_relative_size(0.002, only=("o_proj", "down_proj"))
+    noise = copy_with(REAL / "base", tmp_path / "noise", edit)
+    weights = decompose(load_pair(str(REAL / "base"), str(noise), scan=False)).to_frame()
+    for row in contrasts_table(weights).to_frame().itertuples():
+        print(f"{row.claim}: {row.mean:+.5f}, {row.ci_low:+.5f} to {row.ci_high:+.5f}")
+        assert abs(row.mean) < 0.005
+        assert row.verdict == "not supported"

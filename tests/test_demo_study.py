@@ -16,7 +16,16 @@ def _table(study: Path, name: str) -> pd.DataFrame:
 
 
 def test_every_file_of_the_contract_is_there(demo_study: Path) -> None:
-    tables = ("weights", "tests", "labels", "prompts", "attribution", "fidelity", "findings")
+    tables = (
+        "weights",
+        "tests",
+        "labels",
+        "contrasts",
+        "prompts",
+        "attribution",
+        "fidelity",
+        "findings",
+    )
     for name in (*(f"{t}.parquet" for t in (*tables, "evaluation")), "study.yaml", "report.html"):
         assert (demo_study / name).is_file(), name
     assert not list(demo_study.glob("*.partial"))
@@ -98,3 +107,30 @@ def test_the_answer_gives_the_controls_loss_beside_the_fine_tunes(demo_study: Pa
     page = (demo_study / "report.html").read_text("utf-8")
     losses = _table(demo_study, "evaluation").set_index(["model", "task"])["value"]
     assert f"(ctl {losses['ctl', 'medical']:.4g})" in page
+
+
+def test_contrasts_are_counted_by_the_scores_of_both_matrices(demo_study: Path) -> None:
+    """The oracle groups the attribution rows itself."""
+    frame = _table(demo_study, "contrasts")
+    assert len(frame) == 8  # two claims, raw and minus the control, alike and weighted
+    scores = _table(demo_study, "attribution")
+    scores = scores[(scores["method"] == "weight_ig") & (scores["kind"] == "matrix")]
+    sizes = [
+        sum(scores.loc[scores["component"] == f"L{layer}.{part}", "score"].abs().mean()
+            for part in ("W_O", "W_out"))
+        for layer in range(8)
+    ]  # fmt: skip
+    for row in frame[frame["weighting"] == "weight_ig"].itertuples():
+        np.testing.assert_allclose(row.weight_by_layer, np.array(sizes) / sum(sizes))
+        difference = row.attention_by_layer - row.mlp_by_layer
+        assert row.mean == pytest.approx(float(difference @ row.weight_by_layer))
+
+
+def test_raw_contrasts_are_differences_in_the_weights_table(demo_study: Path) -> None:
+    weights = _table(demo_study, "weights").set_index("component")
+    frame = _table(demo_study, "contrasts")
+    for claim, column in (("newness", "g_write"), ("amplification", "amplification")):
+        own = [weights.loc[f"L{n}.W_O", column] - weights.loc[f"L{n}.W_out", column]
+               for n in range(8)]  # fmt: skip
+        row = frame[(frame["claim"] == claim) & (frame["against"] == "raw")].iloc[0]
+        assert row["mean"] == pytest.approx(np.mean(own))

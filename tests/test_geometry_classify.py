@@ -21,7 +21,7 @@ from tests.geometry_pairs import (
 from tvlens.components import Component
 from tvlens.errors import StudyError
 from tvlens.geometry import Labels, classify, decompose
-from tvlens.geometry.classify import decide, headline
+from tvlens.geometry.classify import decide
 
 LAYOUT = FakeLayout()
 BACKGROUND = 0.002  # what a short real fine-tune does
@@ -293,40 +293,14 @@ def test_decide_needs_energy_significance_and_dominance() -> None:
     assert found.dominance[:3] == pytest.approx([5 / 6, 1, 0.5])
 
 
-def _weights_with(difference: list[float]) -> pd.DataFrame:
-    rows = [("W_O", layer, 0.0) for layer in range(len(difference))]
-    rows += [("W_out", layer, value) for layer, value in enumerate(difference)]
-    frame = pd.DataFrame(rows, columns=["part", "layer", "g_write"])
-    return frame.assign(kind="matrix")
-
-
-def test_the_headline_supports_refuses_or_cannot_tell() -> None:
-    noise = np.random.default_rng(0).normal(scale=0.03, size=24)
-    assert headline(_weights_with(list(noise - 0.2)))["verdict"] == "supported"
-    assert headline(_weights_with(list(noise + 0.2)))["verdict"] == "not supported"
-    assert headline(_weights_with(list(noise - noise.mean())))["verdict"] == "not supported"
-    assert headline(_weights_with(list(10 * (noise - noise.mean()))))["verdict"] == "cannot tell"
-    few = headline(_weights_with([-0.3, -0.3, -0.3, -0.3]))
-    assert (few["verdict"], few["p_floor"]) == ("cannot tell", 0.125)
-    assert "0.12" in str(few["sentence"])
-
-
-def test_a_control_that_shows_the_same_contrast_takes_the_claim_away() -> None:
-    noise = np.random.default_rng(1).normal(scale=0.02, size=24)
-    both = _weights_with(list(noise - 0.2))
-    alone, against = headline(both), headline(both, [both])
-    assert alone["verdict"] == "supported"
-    assert against["verdict"] == "not supported"
-    assert against["mean"] == pytest.approx(0)
-    assert "control" in str(alone["sentence"])
-
-
 @pytest.mark.slow
-def test_controls_enter_the_headline_of_classify() -> None:
+def test_controls_enter_the_contrasts_of_classify() -> None:
     pair = fake_pair(LAYOUT, background=0.01)
     found = classify(pair, decompose(pair), controls=[fake_pair(LAYOUT, background=0.01, seed=0)])
-    assert found.headline["controls"] == 1
-    assert found.headline["mean"] == pytest.approx(0, abs=1e-9)
+    quoted = found.contrasts.where(headline=True).to_frame()
+    assert quoted["against"].tolist() == ["minus controls"] * 2
+    assert quoted["mean"].tolist() == pytest.approx([0, 0], abs=1e-9)
+    assert quoted["sentence"][0] in found._repr_html_()
 
 
 def test_isotropic_noise_has_the_length_it_says() -> None:
@@ -359,7 +333,7 @@ def test_a_matrix_that_was_zero_in_the_base_is_unresolved_and_has_no_gain() -> N
     assert row[["gain", "kappa", "e_global", "g_write"]].isna().all()
     found = classify(pair, weights)
     assert set(_of(found, "neuron", "W_out")["label"]) == {"unresolved"}
-    assert found.headline["n_layers"] == 1
+    assert set(found.contrasts.to_frame()["n_layers"]) == {1}
 
 
 def test_a_single_kv_head_says_that_no_gain_could_be_tested() -> None:

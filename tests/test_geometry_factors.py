@@ -246,7 +246,7 @@ def test_several_fine_tunes_in_one_pass_are_each_what_they_are_alone() -> None:
         assert found.weights.data.equals(weights.data)
         assert found.labels.labels.data.equals(alone.labels.data)
         assert found.labels.tests.data.equals(alone.tests.data)
-        assert found.labels.headline == alone.headline
+        assert found.labels.contrasts.data.equals(alone.contrasts.data)
 
 
 @pytest.mark.parametrize("spectra", ["none", "delta"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from tvlens.geometry.changes import gram, singular_energies, transposed
 from tvlens.geometry.matrices import (
     alignment,
+    amplification,
     effective_rank,
     energy_split,
     row_space,
@@ -83,6 +84,29 @@ def test_gains_of_single_directions_are_scale() -> None:
     parts = _parts(base, u * (s * signs) @ vh, 3, 3)
     assert parts[0] + parts[1] == pytest.approx(1, abs=1e-9)
     assert parts[1] > 0.5
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (9, 9)])
+def test_amplification_is_1_of_a_gain_minus_1_of_an_attenuation_and_0_of_both(
+    shape: tuple[int, int],
+) -> None:
+    base = _normal(*shape)
+    basis = spectral_basis(base)
+    u, s, vh = torch.linalg.svd(base, full_matrices=False)
+    signs = torch.where(torch.arange(len(s)) % 2 == 0, 1.0, -1.0).double()
+    half = u * signs @ vh  # as much energy one way as the other, but for a middle one
+    for delta, net in ((0.03 * base, 1.0), (-0.03 * base, -1.0), (half, signs.mean())):
+        found = float(amplification(seen(basis, delta)))
+        assert found == pytest.approx(float(net), abs=1e-9)
+
+
+def test_amplification_of_noise_is_0_on_average_whatever_the_shape() -> None:
+    for shape in ((10, 40), (20, 20)):
+        basis = spectral_basis(_normal(*shape))
+        net = [float(amplification(seen(basis, _normal(*shape, seed=s)))) for s in range(2, 402)]
+        spread = (3 * min(shape)) ** 0.5 / (shape[0] * shape[1])  # of sum C|C|, each C normal
+        assert np.std(net) == pytest.approx(spread, rel=0.15)
+        assert abs(np.mean(net)) < 3 * spread / 20
 
 
 def test_a_new_write_direction_lands_in_new_write_and_a_new_read_in_new_read() -> None:

@@ -1,5 +1,7 @@
 """Null models: calibrated on noise, equal to their definition by loops."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -183,5 +185,17 @@ def test_sign_flips_enumerate_few_layers_and_name_the_smallest_p() -> None:
     mixed = sign_flip_test(np.array([1.0, -1.0]), seed=0)
     assert mixed.p_value == 1.0
     many = sign_flip_test(np.full(30, 0.1), seed=0)
-    assert many.p_value == pytest.approx(1 / 20001)
+    assert many.p_value == many.p_floor == pytest.approx(2 / 20001)
     assert many.mean == pytest.approx(0.1)
+    one = sign_flip_test(np.array([3.0]), seed=0)
+    assert (one.p_value, one.p_floor) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("count", [2, 5, 9])
+def test_sign_flips_count_the_patterns_that_reach_the_mean(count: int) -> None:
+    found = np.random.default_rng(count).normal(0.4, size=count)
+    reached = 0
+    for signs in itertools.product((1, -1), repeat=count):
+        flipped = sum(sign * value for sign, value in zip(signs, found, strict=True))
+        reached += abs(flipped) >= abs(sum(found)) - 1e-12
+    assert sign_flip_test(found, seed=0).p_value == pytest.approx(reached / 2**count)

@@ -243,6 +243,30 @@ def evaluation_table():
     return Table.of("evaluation", schema, columns)
 
 
+SENTENCE = "No difference between MLP and attention (p = 0.4)."
+
+
+def contrasts_table():
+    from tvlens.geometry.contrasts import CONTRASTS_SCHEMA
+    from tvlens.tables import Table
+
+    columns = {
+        "base": ["base"] * 2,
+        "tuned": ["med"] * 2,
+        "claim": ["newness"] * 2,
+        "against": ["raw", "minus controls"],
+        "weighting": ["none"] * 2,
+        "mean": [0.5, 0.125],
+        "verdict": ["supported", "cannot tell"],
+        "sentence": ["Raw differences are not quoted.", SENTENCE],
+        "headline": [False, True],
+        "layers": [[0, 1]] * 2,
+        "attention_by_layer": [[0.5, 0.75]] * 2,
+        "mlp_by_layer": [[0.25, 0.25]] * 2,
+    }
+    return Table.of("contrasts", CONTRASTS_SCHEMA, columns)
+
+
 def write_json_files(folder: Path) -> None:
     tensors = [{"base": "a", "tuned": "a", "status": "compared", "reason": ""}] * 70
     tensors += [{"base": "lm_head", "tuned": None, "status": "tied", "reason": "tied to embed"}]
@@ -260,7 +284,6 @@ def write_json_files(folder: Path) -> None:
         "versions": {"tvlens": "0.1.0", "torch": "2.13.0"},
         "command": "tvlens compare demo:base demo:med --prompts demo:med --out DIR",
         "inputs": {"base": {"model.safetensors": "ab" * 32}},
-        "headline": {"med": {"sentence": "No difference between MLP and attention (p = 0.4)."}},
         "stages": {"decompose": {"seconds": 3.5, "peak_resident_bytes": 10**9}},
         "seed": 0,
     }
@@ -280,6 +303,7 @@ def write_study(folder: Path, tables=None) -> Path:
     made = tables or (
         weights_table(),
         labels_table(),
+        contrasts_table(),
         attribution_table(),
         fidelity_table(),
         prompts_table(),
@@ -402,7 +426,8 @@ def test_the_answer_counts_labels_and_repeats_the_headline(markup):
     new = int(((labels["kind"] == "neuron") & (labels["label"] == "new_write")).sum())
     assert f"{LAYERS * NEURONS:,} neurons: " in markup.words
     assert f"{new:,} new write" in markup.words
-    assert "No difference between MLP and attention (p = 0.4)." in markup.words
+    assert SENTENCE in markup.words
+    assert "Raw differences are not quoted." not in markup.words
 
 
 def test_the_answer_names_the_planted_component_and_the_change_with_its_sign(markup):

@@ -179,7 +179,8 @@ def test_a_study_of_the_weights_ends_in_a_report_that_warns(
     assert result.exit_code == 0, result.output
     assert "no table for the family 'opt'" in result.output
     study = Study(out)
-    assert "Cannot tell" in study.manifest["headline"]["tuned"]["sentence"]
+    assert "cannot tell: too few layers (no layer has both W_O and W_out" in result.output
+    assert set(study.contrasts.to_frame()["n_layers"]) == {0}
     page = (out / "report.html").read_text("utf-8")
     assert "no table for the family" in page
     assert "L1.self_attn.out_proj.weight" in page

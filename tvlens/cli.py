@@ -375,7 +375,7 @@ def study_summary(study: "Study") -> dict[str, object]:
         "study": str(study.folder),
         "report": str(study.folder / "report.html"),
         "identical": manifest["identical"],
-        "headline": manifest.get("headline", {}),
+        "headline": _headlines(study),
         "graft": {
             name: facts["graft"]
             for name, facts in manifest.get("facts", {}).items()
@@ -387,6 +387,19 @@ def study_summary(study: "Study") -> dict[str, object]:
     }
 
 
+def _headlines(study: "Study") -> dict[str, list[dict[str, object]]]:
+    """The contrasts to quote, by fine-tune: claim, verdict, sentence and the numbers behind it."""
+    if "contrasts" not in study.tables:
+        return {}
+    rows = study.contrasts.where(headline=True).data.to_pylist()
+    listed = ("layers", "by_layer")
+    found: dict[str, list[dict[str, object]]] = {}
+    for row in rows:
+        kept = {name: value for name, value in row.items() if not name.endswith(listed)}
+        found.setdefault(row["tuned"], []).append(kept)
+    return found
+
+
 def _summary_text(summary: dict[str, object]) -> str:
     lines = [f"warning: {text}" for text in summary["warnings"]]  # type: ignore[attr-defined]
     for name, same in summary["identical"].items():  # type: ignore[attr-defined]
@@ -394,8 +407,8 @@ def _summary_text(summary: dict[str, object]) -> str:
             lines.append(
                 f"{name}: identical to the base, bit for bit; there is nothing to explain."
             )
-    for name, headline in summary["headline"].items():  # type: ignore[attr-defined]
-        lines.append(f"{name}: {headline.get('sentence', '')}")
+    for name, quoted in summary["headline"].items():  # type: ignore[attr-defined]
+        lines += [f"{name}: {contrast['sentence']}" for contrast in quoted]
     for name, graft in summary["graft"].items():  # type: ignore[attr-defined]
         lines += [f"{name}: {found['sentence']}" for found in graft.values()]
     return "\n".join([*lines, f"report: {summary['report']}"])

@@ -1,6 +1,7 @@
 """Weights beside effects: what the size of a change foretells, and where an effect arises.
 
-Three questions, each a join of tables on the key:
+Three questions, each a join of tables on the key (a fourth, whether MLP or attention writes newer
+directions where it matters, is ``contrasts`` weighted by ``effect_of_layers``):
 
 - *Does size predict effect?* Spearman's rho between the length of a site's tuning vector and the
   mean size of its score, kind by kind.
@@ -115,6 +116,21 @@ def _mean_effects(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["prompt"].isna() == (rows["kind"] == "neuron")]
     means = rows.groupby(["kind", "component"], sort=False)["score"].mean().abs()
     return means.rename_axis(["kind", "scored"]).to_frame("effect")
+
+
+def effect_of_layers(attribution: Table, parts: Sequence[str]) -> dict[int, float]:
+    """What the metric owes to some matrices of each layer: mean |weight_ig| over prompts and parts.
+
+    Sizes are taken before the mean, so a layer whose effects cancel over prompts counts as well.
+
+    Args:
+        attribution: Rows of one fine-tune.
+        parts: Parts of the matrices, such as ``W_O``.
+    """
+    rows = attribution.where(method="weight_ig", kind="matrix").to_frame()
+    rows = rows[rows["part"].isin(parts) & rows["prompt"].notna()]
+    means = rows["score"].abs().groupby(rows["layer"]).mean()
+    return {int(layer): float(mean) for layer, mean in means.items()}  # type: ignore[arg-type]
 
 
 def roles_table(attribution: Table) -> Table:

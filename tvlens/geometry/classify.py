@@ -11,7 +11,8 @@ A part counts if it is significant (q <= Q over all components above the roundin
 spike above the sign-flip edge); the significant parts together must hold MINS of the energy.
 A label about structure needs more above rounding than a gain does (SNR_OF_STRUCTURE).
 new_write is no evidence for a claim on its own: after every fine-tune most of what is structured
-is unaligned with the base. The headline is therefore a contrast between MLP and attention.
+is unaligned with the base. The headline is therefore a contrast of MLP and attention
+(``contrasts``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from jaxtyping import Bool, Float
-from scipy import stats
 
 from tvlens.components import Component
 from tvlens.errors import StudyError
@@ -31,8 +31,9 @@ from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
 from .blocks import Ask, Findings, Progress, findings_of_block, joined_findings
+from .contrasts import WRITES, contrasts_table
 from .evidence import NO_PEERS, PARTS
-from .nulls import SNR, SNR_OF_STRUCTURE, above_rounding, benjamini_hochberg, sign_flip_test
+from .nulls import SNR, SNR_OF_STRUCTURE, above_rounding, benjamini_hochberg
 from .reading import Pair
 
 Q = 0.05
@@ -42,10 +43,6 @@ MINS = 0.10
 fine-tunes on general text show (a true but empty effect of kappa^2 = .003)."""
 TOP = 2 / 3
 """Share of the structured energy that one part must hold to name the component."""
-SMALLEST_CLAIM = 0.05
-"""Difference in G_rel between MLP and attention that 30 layers can see with 80 % power."""
-CLAIM_P = 0.05
-"""Level of the headline test."""
 
 TESTS_SCHEMA = keyed_schema(
     *((name, pa.string()) for name in ("side", "statistic", "null")),
@@ -62,7 +59,6 @@ LABELS_SCHEMA = keyed_schema(
         for name in ("share_new", "share_amplified", "structured_share", "dominance")
     ),
 )
-WRITES = ("W_O", "W_out")
 ROUNDING_FLOOR = "rounding floor"
 """What decided where a change is too close to rounding."""
 LATER_KINDS = ("norm", "bias", "embedding")
@@ -86,19 +82,20 @@ class Labels:
     Attributes:
         tests: Component x side x statistic x null.
         labels: One row a component.
-        headline: The paired contrast of MLP and attention writes, with its verdict as a sentence.
+        contrasts: MLP against attention, with verdicts and the sentences to quote.
     """
 
     tests: Table
     labels: Table
-    headline: dict[str, object]
+    contrasts: Table
 
     def where(self, **equal: object) -> Table:
         """The labels whose columns equal the given values."""
         return self.labels.where(**equal)
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.headline['sentence']}</p>{self.labels._repr_html_()}"
+        quoted = self.contrasts.where(headline=True).to_frame()["sentence"]
+        return f"<p>{' '.join(quoted)}</p>{self.labels._repr_html_()}"
 
 
 class Decision(NamedTuple):
@@ -271,73 +268,8 @@ def adjusted_tests(tests: pd.DataFrame, resolved: pd.Series) -> pd.DataFrame:
     return tests
 
 
-def _paired_difference(weights: pd.DataFrame) -> pd.Series:
-    """G_rel on the write side of W_out minus that of W_O, by layer; absent where one is null."""
-    matrices = weights[weights["kind"] == "matrix"]
-    by_layer = matrices.pivot_table(index="layer", columns="part", values="g_write")
-    if not {*WRITES} <= set(by_layer.columns):
-        return pd.Series(dtype=float)
-    return (by_layer["W_out"] - by_layer["W_O"]).dropna()
-
-
-def _verdict(mean: float, half: float, p_value: float, p_floor: float) -> tuple[str, str]:
-    """Verdict and its reason; the claim is that MLPs write less along the base (mean < 0)."""
-    if p_floor > CLAIM_P:
-        return "cannot tell", f"with so few layers p cannot fall below {p_floor:.2g}"
-    if p_value <= CLAIM_P:
-        if mean < 0:
-            return "supported", "MLP writes are less aligned with the base than attention writes"
-        return "not supported", "MLP writes are more aligned with the base than attention writes"
-    if mean - half > -SMALLEST_CLAIM:
-        return "not supported", f"a difference of -{SMALLEST_CLAIM} would have been seen"
-    return "cannot tell", "the difference is within its own uncertainty"
-
-
-def headline(
-    weights: pd.DataFrame, controls: Sequence[pd.DataFrame] = (), *, seed: int = 0
-) -> dict[str, object]:
-    """The contrast: does the MLP write newer directions than attention, layer by layer?
-
-    Args:
-        weights: Frame of the table ``weights``.
-        controls: The same for control fine-tunes; their mean contrast is subtracted.
-        seed: Seed of the sign flips, where there are too many layers to enumerate.
-    """
-    by_layer = _paired_difference(weights)
-    others = [_paired_difference(control) for control in controls]
-    if others:
-        by_layer = (by_layer - sum(others) / len(others)).dropna()  # aligned by layer
-    difference = by_layer.to_numpy(float)
-    count = len(difference)
-    measure = "G_rel write side, W_out minus W_O" + (", minus control" if others else "")
-    known: dict[str, object] = {"measure": measure, "n_layers": count, "controls": len(others)}
-    if count == 0:
-        return {**known, "verdict": "cannot tell", "sentence": "Cannot tell: nothing to compare."}
-    test = sign_flip_test(difference, seed=seed)
-    half = np.inf
-    if count > 1:
-        half = float(stats.t.ppf(0.975, count - 1) * difference.std(ddof=1) / np.sqrt(count))
-    verdict, why = _verdict(test.mean, half, test.p_value, test.p_floor)
-    scope = "" if others else " Without a control this says nothing about the domain."
-    sentence = (
-        f"MLP newer than attention: {verdict} (mean difference {test.mean:+.3f} +- {half:.3f} over "
-        f"{count} layers, p = {test.p_value:.3g}, smallest possible {test.p_floor:.2g}; "
-        f"{why}).{scope}"
-    )
-    return {
-        **known,
-        "mean": test.mean,
-        "half_interval": half if count > 1 else None,
-        "p_value": test.p_value,
-        "p_floor": test.p_floor,
-        "draws": test.draws,
-        "verdict": verdict,
-        "sentence": sentence,
-    }
-
-
 def _write_matrices(pair: Pair) -> list[list[Component]]:
-    """W_O and W_out of every block, all that the contrast of a control needs."""
+    """W_O and W_out of every block, all that the contrasts need of a control."""
     return [[c for c in block if c.part in WRITES] for block in pair.blocks()]
 
 
@@ -357,9 +289,9 @@ def classify(
     Args:
         pair: Base and tuned checkpoint.
         weights: Its table from ``decompose``.
-        controls: Pairs of the same base with control fine-tunes; the headline subtracts them.
+        controls: Pairs of the same base with control fine-tunes; the contrasts subtract them.
         classifier: Evidence to labels; ``labelled`` where None.
-        seed: Seed of the one sign-flip draw a matrix and of the headline's flips.
+        seed: Seed of the one sign-flip draw a matrix and of the contrasts' flips.
 
     Raises:
         StudyError: ``weights`` is of another pair.
@@ -381,7 +313,7 @@ class Geometry:
 
     Attributes:
         weights: The table ``weights``.
-        labels: Tests, labels and the headline.
+        labels: Tests, labels and contrasts.
     """
 
     weights: Table
@@ -404,9 +336,9 @@ def decompose_and_classify(
 
     Args:
         pairs: Base and each fine-tune.
-        controls: Pairs of the same base with control fine-tunes; the headlines subtract them.
+        controls: Pairs of the same base with control fine-tunes; the contrasts subtract them.
         classifier: Evidence to labels; ``labelled`` where None.
-        seed: Seed of the one sign-flip draw a matrix and of the headline's flips.
+        seed: Seed of the one sign-flip draw a matrix and of the contrasts' flips.
         progress: Called after every block.
     """
     found, others = _examined(pairs, controls, seed=seed, progress=progress)
@@ -458,7 +390,7 @@ def labels_of(
         weights: Frame of the table ``weights``.
         controls: The same for control fine-tunes.
         classifier: Evidence to labels; ``labelled`` where None.
-        seed: Seed of the headline's flips.
+        seed: Seed of the contrasts' flips.
     """
     evidence = found.evidence
     if evidence is None:
@@ -470,7 +402,7 @@ def labels_of(
     return Labels(
         tests=_table("tests", TESTS_SCHEMA, tests, names, order="effect"),
         labels=_table("labels", LABELS_SCHEMA, calls, names, order="structured_share"),
-        headline=headline(weights, controls, seed=seed),
+        contrasts=contrasts_table(weights, controls, seed=seed),
     )
 
 

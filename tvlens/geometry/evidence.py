@@ -11,7 +11,7 @@ A frame of evidence has one row a component. Five candidate parts of the energy 
 ``share_*`` is the part's share, ``p_*`` a p-value that still needs its false discovery rate, and
 ``sure_*`` true where another rule has already established the part (spikes above the edge).
 Structure alone is no finding: every gradient update has it. Hence a new part needs an alignment
-whose upper bound is below NEW_HI, and a claim needs the contrast of ``classify``'s headline.
+whose upper bound is below NEW_HI, and a claim needs ``contrasts``.
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,6 +17,12 @@ directions i = 1..d in order of their singular value:
 
 Chance is 0 and a pure gain is 1 for G_rel. The d - r null directions of W are tied: they share
 the mean weight -r/d, whatever order an algorithm returns them in.
+
+Energy shares do not know a gain from an attenuation. The net share does:
+
+    amplification = sum_i C_ii |C_ii| / |D|^2
+
+Chance is 0 whatever the shape (noise has C_ii of both signs), a pure gain 1, a pure attenuation -1.
 Functions take any number of leading component axes, so all heads of a layer go at once.
 
 Only the shorter side's directions are kept. With that side last, V comes from W' W, and U = W V / S
@@ -252,6 +258,11 @@ def energy_split(basis: Basis, found: Seen, *, k_read: int, k_write: int) -> Ene
     new_both = total - diagonal.square().sum(-1) - existing - new_write - new_read
     parts = (gain.square() * base_energy, channel.square().sum(-1), existing, new_read, new_write)
     return EnergySplit(*(part.clamp(min=0) / total for part in (*parts, new_both)))
+
+
+def amplification(found: Seen) -> Float[Tensor, "*component"]:
+    """Share of the energy in gains of single directions less that in attenuations."""
+    return (found.channels * found.channels.abs()).sum(-1) / found.total
 
 
 def alignment(

@@ -24,6 +24,7 @@ from .matrices import (
     EnergySplit,
     Products,
     Seen,
+    amplification,
     delta_energies,
     effective_rank,
     energy_split,
@@ -75,6 +76,7 @@ WEIGHTS_SCHEMA = keyed_schema(
     ("intruders", pa.int32()),
     ("g_self_write", pa.float64()),
     ("g_self_read", pa.float64()),
+    ("amplification", pa.float64()),
 )
 SIDED_COLUMNS = (
     *("e_reroute", "e_new_read", "e_new_write", "k_read", "k_write"),
@@ -136,7 +138,8 @@ def placed_columns(basis: Basis, found: Seen, part: str, *, shape: tuple[int, in
     split = energy_split(basis, found, k_read=k_read, k_write=k_write)
     count = basis.values.shape[:-1].numel()
     ks: Columns = {"k_read": [k_read] * count, "k_write": [k_write] * count}
-    return {**vars(sides), **named_split(split, part), **ks}
+    own: Columns = {"amplification": amplification(found)}
+    return {**vars(sides), **named_split(split, part), **ks, **own}
 
 
 def circuit_columns(
@@ -152,6 +155,7 @@ def circuit_columns(
     columns |= spectral_columns(cores.delta, basis=basis)
     found = _seen_in_corner(basis, cores.delta)
     columns |= vars(side_alignment(basis, found, d_read=d_model, d_write=d_model))
+    columns["amplification"] = amplification(found)
     if d_head >= d_model:  # every direction exists already: nothing can be new
         return columns
     split = energy_split(basis, found, k_read=d_head, k_write=d_head)

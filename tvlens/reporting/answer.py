@@ -28,6 +28,7 @@ from .scores import (
 )
 
 GAP_BAR = 0.002  # contract: nodes are raised until the parts add up to within 0.2 %
+QUESTIONS = {"newness": "Do MLPs write newer?", "amplification": "Does attention amplify?"}
 FINEST = 1e-6  # below this a gap is the rounding of float32 forward passes
 ROUNDING_FLOOR = "rounding floor"  # what geometry.classify says decided such a label
 
@@ -130,12 +131,16 @@ def _near_rounding(labels: pd.DataFrame) -> str:
 
 
 def headline(study: StudyFolder, tuned: str) -> list[Statement]:
-    """The contrast that the classification stage stated."""
-    found = study.manifest.get("headline") or {}
-    found = found if isinstance(found, dict) else {}
-    own = found.get(tuned, found)
-    sentence = own.get("sentence") if isinstance(own, dict) else own
-    return [Statement("In one contrast", str(sentence))] if sentence else []
+    """The verdicts on MLP against attention, as the table of contrasts words them."""
+    frame = study.table("contrasts", tuned)
+    return [
+        Statement(
+            QUESTIONS.get(row.claim, str(row.claim)),
+            str(row.sentence),
+            "withheld" if str(row.verdict).startswith("cannot tell") else "said",
+        )
+        for row in rows_of(frame[frame["headline"].fillna(False).astype(bool)])
+    ]
 
 
 def matters(study: StudyFolder, tuned: str) -> list[Statement]:

@@ -117,6 +117,10 @@ MARKS: dict[str, Mark] = {
     "new_read": Mark("#b88600", "M-1-4h2v3h3v2h-3v3h-2v-3h-3v-2h3Z"),
     "new_write": Mark("#3a9bdc", "M0-4.6L1.4-1.4L4.6 0L1.4 1.4L0 4.6L-1.4 1.4L-4.6 0L-1.4-1.4Z"),
 }
+SERIES: dict[str, Mark] = {
+    "raw": Mark("#8a8a94", "M-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0"),
+    "minus controls": Mark("#0072b2", "M0-4.2L3.6 0L0 4.2L-3.6 0Z"),
+}
 OTHER_MARK = Mark("#8a8a94", "M-1.5-1.5h3v3h-3Z")
 LABELS = tuple(MARKS)
 
@@ -139,13 +143,21 @@ class Group:
     total: int
 
 
+class ScatterWords(NamedTuple):
+    """The texts of a scatter."""
+
+    title: str
+    caption: str
+    x_title: str
+    y_title: str
+
+
 @dataclass(frozen=True)
 class Scatter:
     """A scatter ready to draw."""
 
     name: str
-    x_title: str
-    y_title: str
+    words: ScatterWords
     width: float
     height: float
     left: float
@@ -155,9 +167,8 @@ class Scatter:
     groups: tuple[Group, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    zero: float | None
-    total: int
-    drawn: int
+    x_zero: float | None
+    y_zero: float | None
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -283,47 +294,79 @@ def label_scatter(name: str, frame: pd.DataFrame, *, tooltips: bool = True) -> S
         frame: Columns ``component gain residual label``, no nulls.
         tooltips: Whether each mark names its component.
     """
-    left, right, top, bottom, width, height = 62.0, 664.0, 14.0, 372.0, 680.0, 424.0
     drawn = frame.iloc[sampled_by_label(frame["label"])]
-    x_low, x_high = _limits(drawn["gain"])
-    y_low, y_high = _limits(drawn["residual"], from_zero=True)
-    x = left + (drawn["gain"] - x_low) / (x_high - x_low) * (right - left)
-    y = bottom - (drawn["residual"] - y_low) / (y_high - y_low) * (bottom - top)
-    placed = drawn.assign(x=x.round(1), y=y.round(1))
+    titles = [
+        f"{component}: gain {number(gain)}, residual {number(residual)}"
+        for component, gain, residual in zip(
+            *(drawn[c] for c in ("component", "gain", "residual")), strict=True
+        )
+    ]
+    few = ": evenly spaced within each label, rare labels first" if len(drawn) < len(frame) else ""
+    words = ScatterWords(
+        "Neurons: gain against residual",
+        "Neurons (write vectors, W_out): gain against residual, coloured by label. "
+        f"{len(drawn):,} of {len(frame):,} neurons are drawn{few}.",
+        "gain along the base vector  ⟨delta, w⟩ / |w|²",
+        "residual",
+    )
+    points = drawn[["label"]].assign(x=drawn["gain"], y=drawn["residual"], title=titles)
+    points = points if tooltips else points.assign(title="")
+    return scatter(name, words, points, totals=frame["label"].value_counts(), positive=True)
+
+
+def scatter(
+    name: str,
+    words: ScatterWords,
+    points: pd.DataFrame,
+    *,
+    totals: pd.Series | None = None,
+    positive: bool = False,
+    height: float = 358.0,
+) -> Scatter:
+    """Points to be drawn, grouped by label.
+
+    Args:
+        name: Part of the figure's id.
+        words: Its texts.
+        points: Columns ``x y label title``, no nulls.
+        totals: How many there are of each label, where not all are drawn.
+        positive: Whether y starts at 0.
+        height: Of the area that holds the points.
+    """
+    left, right, top, width = 62.0, 664.0, 14.0, 680.0
+    bottom = top + height
+    x_low, x_high = _limits(points["x"])
+    y_low, y_high = _limits(points["y"], from_zero=positive)
+    x = left + (points["x"] - x_low) / (x_high - x_low) * (right - left)
+    y = bottom - (points["y"] - y_low) / (y_high - y_low) * (bottom - top)
+    placed = points.assign(x=x.round(1), y=y.round(1))
+    totals = points["label"].value_counts() if totals is None else totals
     return Scatter(
         name=name,
-        x_title="gain along the base vector  <delta, w> / |w|²".replace("<", "⟨").replace(">", "⟩"),
-        y_title="residual",
+        words=words,
         width=width,
-        height=height,
+        height=bottom + 52,
         left=left,
         right=right,
         top=top,
         bottom=bottom,
-        groups=_groups(placed, frame["label"].value_counts(), tooltips),
+        groups=_groups(placed, totals),
         x_ticks=_round_ticks(x_low, x_high, left, right),
         y_ticks=_round_ticks(y_low, y_high, bottom, top),
-        zero=left - x_low / (x_high - x_low) * (right - left) if x_low < 0 < x_high else None,
-        total=len(frame),
-        drawn=len(drawn),
+        x_zero=left - x_low / (x_high - x_low) * (right - left) if x_low < 0 < x_high else None,
+        y_zero=bottom + y_low / (y_high - y_low) * (bottom - top) if y_low < 0 < y_high else None,
     )
 
 
-def _groups(placed: pd.DataFrame, totals: pd.Series, tooltips: bool) -> tuple[Group, ...]:
-    known = [label for label in LABELS if label in totals.index]
-    others = sorted(set(totals.index) - set(LABELS))
+def _groups(placed: pd.DataFrame, totals: pd.Series) -> tuple[Group, ...]:
+    marks = {**MARKS, **SERIES}
+    known = [label for label in marks if label in totals.index]
+    others = sorted(set(totals.index) - set(marks))
     groups = []
     for label in [*others, *known]:
         rows = placed[placed["label"] == label]
-        points = (
-            Point(x, y, f"{component}: gain {number(gain)}, residual {number(residual)}")
-            if tooltips
-            else Point(x, y, "")
-            for component, gain, residual, x, y in zip(
-                *(rows[c] for c in ("component", "gain", "residual", "x", "y")), strict=True
-            )
-        )
-        groups.append(Group(label, MARKS.get(label, OTHER_MARK), tuple(points), int(totals[label])))
+        points = (Point(*row) for row in zip(*(rows[c] for c in Point._fields), strict=True))
+        groups.append(Group(label, marks.get(label, OTHER_MARK), tuple(points), int(totals[label])))
     return tuple(groups)
 
 

@@ -22,6 +22,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "weights": (*_KEYS, "base_norm", "delta_norm", "relative_delta", "gain", "residual", "snr"),
     "labels": (*_KEYS, "label", "label_reason", "decided_by", "share_new", "share_amplified"),
     "tests": (*_KEYS, "statistic", "null", "effect", "p_value", "q_value", "m"),
+    "contrasts": (
+        *("base", "tuned", "claim", "measure", "against", "weighting", "n_layers", "attention"),
+        *("mlp", "mean", "ci_low", "ci_high", "p_value", "p_floor", "block", "p_block"),
+        *("p_block_floor", "detectable", "level", "power", "verdict", "sentence", "headline"),
+        *("layers", "attention_by_layer", "mlp_by_layer"),
+    ),
     "directions": (
         *(*_KEYS, "label", "share", "promoted", "suppressed", "top_z", "random_z"),
         *("random_z_99", "p_value", "q_value", "stands_out"),
@@ -71,6 +77,7 @@ _MADE_BY = {
     "weights": "decompose",
     "tests": "decompose",
     "labels": "decompose",
+    "contrasts": "decompose",
     "directions": "decompose",
     "readings": "decompose",
     "prompts": "attribute",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from .answer import Statement, answer
+from .contrast_tables import contrast_plots, contrasts_table
 from .datatable import DataTable
 from .direction_tables import directions_table, readings_table
 from .effect_tables import fidelity_tables, ranking_tables
@@ -24,6 +25,8 @@ class ModelPart:
         statements: The answer.
         size_tables: Where the tuning vector is, and the largest changes.
         size_maps: Heat maps of relative change.
+        contrasts: MLP against attention.
+        contrast_plots: The same layer by layer.
         label_table: Labels by kind.
         scatter: Neurons by gain and residual.
         directions: What is written, by name.
@@ -42,6 +45,8 @@ class ModelPart:
     statements: list[Statement]
     size_tables: list[DataTable]
     size_maps: list[HeatMap]
+    contrasts: DataTable | None
+    contrast_plots: list[Scatter]
     label_table: DataTable | None
     scatter: Scatter | None
     directions: DataTable | None
@@ -58,15 +63,17 @@ class ModelPart:
 def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = True) -> ModelPart:
     """Everything about one tuned model; ``place`` numbers its ids."""
     slug = f"m{place}"
-    weights = study.table("weights", tuned)
+    weights, contrasts = study.table("weights", tuned), study.table("contrasts", tuned)
     tokens, note = token_texts(study, tuned, slug)
-    names = ("weights", "labels", "directions", "readings", "attribution", "fidelity", "curves")
+    names = ("weights", "contrasts", "labels", "directions", "readings", "attribution", "fidelity")
     return ModelPart(
         slug=slug,
         name=study.title(tuned),
         statements=answer(study, tuned),
         size_tables=[] if weights.empty else [places_table(weights), largest_table(study, tuned)],
         size_maps=[heat_map(grid, tooltips=tooltips) for grid in size_grids(weights, slug)],
+        contrasts=contrasts_table(contrasts),
+        contrast_plots=contrast_plots(contrasts, slug, tooltips=tooltips),
         label_table=label_table(study, tuned),
         scatter=neuron_scatter(study, tuned, slug, tooltips=tooltips),
         directions=directions_table(study.table("directions", tuned)),
@@ -76,6 +83,6 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         fidelity=fidelity_tables(study.table("fidelity", tuned)),
         grafts=graft_tables(study, tuned),
         tokens=tokens,
-        missing={name: study.missing(name) for name in (*names, "prompts")},
+        missing={name: study.missing(name) for name in (*names, "curves", "prompts")},
         notes={"tokens": note},
     )

@@ -81,7 +81,7 @@ def label_table(study: StudyFolder, tuned: str) -> DataTable | None:
     return DataTable(
         "Labels by kind. Heads, kv heads and neurons are finer cuts of the matrices: never add "
         "them. “New direction” is new read or new write; any gradient update looks like one, so "
-        "read the contrast in the answer before this table.",
+        "read the contrasts above before this table.",
         ("kind", "all", *(label.replace("_", " ") for label in labels)),
         rows,
     )

@@ -19,6 +19,7 @@ from .row_counts import (
     Asked,
     Rows,
     attribution_tables,
+    contrast_rows,
     direction_rows,
     evaluation_rows,
     graft_rows,
@@ -115,7 +116,11 @@ def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecas
             every + controls * 4 * files,
             work.classify_work(pair, controls),
             peaks.classify_peak(pair),
-            {"tests": tested_rows(pair), "labels": label_rows(pair)},
+            {
+                "tests": tested_rows(pair),
+                "labels": label_rows(pair),
+                "contrasts": contrast_rows(pair, controls, weighted="attribute" in plan.stages),
+            },
         ),
         "directions": (
             every,

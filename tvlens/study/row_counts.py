@@ -25,6 +25,7 @@ from tvlens.attribution.tables import NEURONS_PER_PROMPT
 from tvlens.attribution.weights import NEURONS_AT_RANDOM
 from tvlens.components import KNOWN_PARTS, Component
 from tvlens.geometry.blocks import circuits_of
+from tvlens.geometry.contrasts import MEASURES, WRITES
 from tvlens.geometry.measures import HEAD_PARTS, KV_PARTS, NEURON_PARTS
 from tvlens.geometry.readings import ENERGY_RULES, PHI_GRID
 from tvlens.geometry.writes import HEAD_KEPT, MATRIX_KEPT, NEURONS_KEPT, WRITERS
@@ -118,6 +119,13 @@ def tested_rows(pair: Pair) -> Rows:
     peers = layout.n_heads - layout.n_heads // max(1, layout.n_kv_heads)
     statistics = {"matrix": 3 if layout.listed else 2, "head": 2 if peers >= 2 else 0, "neuron": 2}
     return Rows(0, sum(each * labels.get(kind, 0) for kind, each in statistics.items()))
+
+
+def contrast_rows(pair: Pair, controls: int, *, weighted: bool) -> Rows:
+    """Rows of ``contrasts``: each claim raw, minus every control and their mean; and weighted."""
+    known = any(matrix_parts(block) & {*WRITES} for block in pair.blocks())
+    subtracted = (controls if controls > 1 else 0) + (controls > 0) if known else 0
+    return Rows.exactly(len(MEASURES) * (1 + subtracted) * (1 + weighted))
 
 
 def direction_rows(pair: Pair) -> Rows:

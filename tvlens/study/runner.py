@@ -163,11 +163,30 @@ class _Run:
 
     def join(self) -> None:
         """Write what needs the tables of two stages, as far as they are there."""
+        study = Study(self.folder)
+        if "attribution" not in study.tables:
+            return
+        if "contrasts" in study.tables:
+            self._join_contrasts(study)
+        if "weights" in study.tables and not self._renumbered():
+            self._join_sizes(study)
+
+    def _join_contrasts(self, study: Study) -> None:
+        """The contrasts with layers counted by what the metric owes to them, beside the others."""
+        from tvlens.attribution.joins import effect_of_layers
+        from tvlens.geometry.contrasts import WRITES, with_weighted
+
+        parts = []
+        for pair in self.pairs:
+            scores = study.attribution.where(tuned=pair.tuned_name)
+            weights = effect_of_layers(scores, WRITES)
+            own = study.contrasts.where(tuned=pair.tuned_name)
+            parts.append(with_weighted(own, weights, seed=self.plan.seed))
+        concatenated("contrasts", parts).save(self.folder)
+
+    def _join_sizes(self, study: Study) -> None:
         from tvlens.attribution.joins import size_and_effect
 
-        study = Study(self.folder)
-        if not {"weights", "attribution"} <= set(study.tables) or self._renumbered():
-            return
         parts = [
             size_and_effect(
                 study.weights.where(tuned=pair.tuned_name),
@@ -214,9 +233,6 @@ class _Run:
             "device": self.plan.device,
             "stages": self.measured,
             "warnings": list(dict.fromkeys(self.warnings)),
-            "headline": {
-                name: facts["headline"] for name, facts in self.facts.items() if "headline" in facts
-            },
             "facts": self.facts,
         }
         write_json(self.folder / MANIFEST, content)

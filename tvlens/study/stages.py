@@ -1,6 +1,7 @@
 """The stages of a study: each takes a plan and all pairs and yields tables.
 
-    decompose   Pair -> weights, tests, labels, directions, readings; all pairs -> lineage, overlap
+    decompose   Pair -> weights, tests, labels, contrasts, directions, readings;
+                all pairs -> lineage, overlap
     attribute   HookedPair, prompts, metric -> prompts, attribution, fidelity, findings, roles
     graft       base, tuning vector, prompts, metric -> curves, grafts
     evaluate    models, held-out texts -> evaluation
@@ -127,12 +128,12 @@ def _decomposed(
         name, labels = pair.tuned_name, geometry.labels
         say(f"directions: {name}")
         written = written_directions(pair, labels.labels, seed=plan.seed)
-        tables = (geometry.weights, labels.tests, labels.labels)
+        tables = (geometry.weights, labels.tests, labels.labels, labels.contrasts)
         yield (
             name,
             StageOutput(
                 (*tables, written.directions, written.readings),
-                {**facts[name], "headline": labels.headline},
+                facts[name],
                 warnings.get(name, ()),
                 vectors={"directions": written.vectors},
             ),

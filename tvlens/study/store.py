@@ -36,6 +36,7 @@ TABLES = (
     "weights",
     "tests",
     "labels",
+    "contrasts",
     "directions",
     "readings",
     "lineage",
@@ -111,6 +112,11 @@ class Study:
     def labels(self) -> Table:
         """One label a component."""
         return self.table("labels")
+
+    @property
+    def contrasts(self) -> Table:
+        """MLP against attention: raw, minus controls, weighted by effect; with verdicts."""
+        return self.table("contrasts")
 
     @property
     def directions(self) -> Table:
