@@ -96,14 +96,16 @@ def test_amplification_is_1_of_a_gain_minus_1_of_an_attenuation_and_0_of_both(
     signs = torch.where(torch.arange(len(s)) % 2 == 0, 1.0, -1.0).double()
     half = u * signs @ vh  # as much energy one way as the other, but for a middle one
     for delta, net in ((0.03 * base, 1.0), (-0.03 * base, -1.0), (half, signs.mean())):
-        found = float(amplification(seen(basis, delta)))
+        found = float(amplification(basis, seen(basis, delta)))
         assert found == pytest.approx(float(net), abs=1e-9)
 
 
 def test_amplification_of_noise_is_0_on_average_whatever_the_shape() -> None:
     for shape in ((10, 40), (20, 20)):
         basis = spectral_basis(_normal(*shape))
-        net = [float(amplification(seen(basis, _normal(*shape, seed=s)))) for s in range(2, 402)]
+        net = [
+            float(amplification(basis, seen(basis, _normal(*shape, seed=s)))) for s in range(2, 402)
+        ]
         spread = (3 * min(shape)) ** 0.5 / (shape[0] * shape[1])  # of sum C|C|, each C normal
         assert np.std(net) == pytest.approx(spread, rel=0.15)
         assert abs(np.mean(net)) < 3 * spread / 20

@@ -137,9 +137,11 @@ class ColumnProducts:
 
 def column_products(factor: Factor) -> ColumnProducts:
     """The inner products of a factor [d_model, d_head]."""
-    own, mixed, changed = gram(factor.base), cross(factor.base, factor.delta), gram(factor.delta)
+    base, delta = factor.base.double(), factor.delta
+    delta = delta if isinstance(delta, Factored) else delta.double()
+    own, mixed, changed = gram(base), cross(base, delta), gram(delta)
     forms = torch.stack([own, mixed], 1), torch.stack([transposed(mixed), changed], 1)
-    floor = None if factor.floor is None else factor.floor.sum(1, dtype=torch.float64)
+    floor = None if factor.floor is None else factor.floor.sum(1).double()
     return ColumnProducts(torch.stack(forms, 1), floor)
 
 

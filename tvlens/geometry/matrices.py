@@ -260,9 +260,13 @@ def energy_split(basis: Basis, found: Seen, *, k_read: int, k_write: int) -> Ene
     return EnergySplit(*(part.clamp(min=0) / total for part in (*parts, new_both)))
 
 
-def amplification(found: Seen) -> Float[Tensor, "*component"]:
-    """Share of the energy in gains of single directions less that in attenuations."""
-    return (found.channels * found.channels.abs()).sum(-1) / found.total
+def amplification(basis: Basis, found: Seen) -> Float[Tensor, "*component"]:
+    """Share of the energy in gains of single directions less that in attenuations.
+
+    NaN where the base has no direction that could be amplified.
+    """
+    share = (found.channels * found.channels.abs()).sum(-1) / found.total
+    return torch.where(basis.rank > 0, share, torch.nan)
 
 
 def alignment(

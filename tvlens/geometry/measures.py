@@ -138,7 +138,7 @@ def placed_columns(basis: Basis, found: Seen, part: str, *, shape: tuple[int, in
     split = energy_split(basis, found, k_read=k_read, k_write=k_write)
     count = basis.values.shape[:-1].numel()
     ks: Columns = {"k_read": [k_read] * count, "k_write": [k_write] * count}
-    own: Columns = {"amplification": amplification(found)}
+    own: Columns = {"amplification": amplification(basis, found)}
     return {**vars(sides), **named_split(split, part), **ks, **own}
 
 
@@ -155,7 +155,7 @@ def circuit_columns(
     columns |= spectral_columns(cores.delta, basis=basis)
     found = _seen_in_corner(basis, cores.delta)
     columns |= vars(side_alignment(basis, found, d_read=d_model, d_write=d_model))
-    columns["amplification"] = amplification(found)
+    columns["amplification"] = amplification(basis, found)
     if d_head >= d_model:  # every direction exists already: nothing can be new
         return columns
     split = energy_split(basis, found, k_read=d_head, k_write=d_head)

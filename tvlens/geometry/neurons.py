@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
@@ -156,7 +156,7 @@ def sums_of_rows(
         residual[small] = _residuals(base, change, small, inner[small] / energy[small])
     floors = torch.full_like(energy, torch.nan)
     if floor is not None:
-        floors = floor.sum(1, dtype=torch.float64)
+        floors = floor.sum(1).double()  # of positive terms: no digits cancel
     entries = torch.full_like(energy, base.shape[1])
     return Sums(energy, delta, inner, residual, floors, zeros, entries)
 
@@ -166,17 +166,17 @@ def _products(
 ) -> Float64[Tensor, "4 component"]:
     """|w|^2, |d|^2, <d, w> and the number of zeros of d of every row, in the order of storage."""
     found = np.zeros((4, base.shape[0]))
+    sides = base.numpy(), change.numpy()
     if change.stride(0) >= change.stride(1):
         for start, stop in slabs(base.shape, ENTRIES_AT_ONCE):
-            w, d = (side[start:stop].double().contiguous().numpy() for side in (base, change))
+            w, d = (side[start:stop].astype(np.float64, order="C") for side in sides)
             found[:3, start:stop] = np.vecdot(w, w), np.vecdot(d, d), np.vecdot(d, w)
             found[3, start:stop] = np.count_nonzero(d == 0, axis=1)
         return torch.from_numpy(found)
-    down = "entry component, entry component -> component"
     for start, stop in slabs((base.shape[1], base.shape[0]), ENTRIES_AT_ONCE):
-        w, d = (transposed(side[:, start:stop]).double().numpy() for side in (base, change))
+        w, d = (side.T[start:stop].astype(np.float64, order="C") for side in sides)
         for row, (left, right) in enumerate(((w, w), (d, d), (d, w))):
-            found[row] += einsum(left, right, down)
+            found[row] += np.einsum("ij, ij -> j", left, right)
         found[3] += np.count_nonzero(d == 0, axis=0)
     return torch.from_numpy(found)
 

@@ -31,8 +31,8 @@ from .sources.folder import Source
 from .vocabulary import RowMatch
 
 VOCABULARY_PARTS = ("W_E", "W_U")
-SLAB = 1 << 20
-"""Entries of a vocabulary matrix that are read at once: 4 MiB in float32."""
+SLAB = 1 << 22
+"""Entries of a vocabulary matrix that are read at once: 16 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
