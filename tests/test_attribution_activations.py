@@ -10,10 +10,12 @@ from scipy.stats import spearmanr, t
 
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_gpt2, tiny_llama
 from tvlens.attribution.activations import (
+    activation_scores,
     activation_sites,
     attribute_activations,
     exact_activations,
 )
+from tvlens.attribution.directions import question
 from tvlens.components import Component
 from tvlens.errors import HostError, MetricError, PromptError
 from tvlens.models import SHIPPED, Batch, HookedPair, Metric, Run
@@ -263,7 +265,10 @@ def test_a_prompt_scores_the_same_alone_as_in_a_batch(
     hooked: HookedPair, batch: Batch, direction: str, metric: str
 ) -> None:
     asked = [Component("head", 0, 1), Component("neuron", 1, 3), Component("head", 1, 0)]
-    for function in (attribute_activations, exact_activations):
+    vanishes = (metric, direction) == ("kl_to_base", "tuned_into_base")
+    for function in (
+        (exact_activations,) if vanishes else (attribute_activations, exact_activations)
+    ):
         more = (asked,) if function is exact_activations else ()
         together = scores(function(hooked, batch, SHIPPED[metric], *more, direction=direction))
         allowed = 1e-5 * largest(together) + 3e-6  # fp32 noise of another matmul shape
@@ -277,9 +282,9 @@ def test_a_prompt_scores_the_same_alone_as_in_a_batch(
 def test_scores_do_not_depend_on_how_many_prompts_run_at_once(
     hooked: HookedPair, batch: Batch
 ) -> None:
-    whole = scores(attribute_activations(hooked, batch, LOGIT_DIFF, direction=CROSS[0]))
-    split = scores(
-        attribute_activations(hooked, batch, LOGIT_DIFF, direction=CROSS[0], rows_at_once=3)
+    asked = question(hooked, LOGIT_DIFF, CROSS[0])
+    whole, split = (
+        scores(activation_scores(asked, batch, rows_at_once=rows).table()) for rows in (16, 3)
     )
     assert whole.keys() == split.keys()
     for key, value in whole.items():
@@ -391,6 +396,29 @@ def test_requests_that_cannot_be_met_are_refused_by_name(
     coarse = HookedPair((base_folder, base_folder), dtype=torch.bfloat16)
     with pytest.raises(HostError, match="float32"):
         exact_activations(coarse, batch, LOGIT_DIFF, [Component("head", 0, 0)], direction=CROSS[0])
+
+
+@pytest.mark.parametrize(
+    ("end", "direction", "at"),
+    [
+        ("base", "tuned_into_base", ""),
+        ("tuned", "base_into_tuned", ""),
+        ("base", "corrupt_into_clean", "base"),
+        ("tuned", "zero_ablation", "tuned"),
+    ],
+)
+def test_a_distance_to_the_very_run_that_is_differentiated_is_explained(
+    hooked: HookedPair, batch: Batch, end: str, direction: str, at: str
+) -> None:
+    metric = SHIPPED[f"kl_to_{end}"]
+    with pytest.raises(MetricError, match=f"distance to the {end} model.*gradient.*is zero"):
+        attribute_activations(hooked, batch, metric, direction=direction, at=at)
+    other = SHIPPED["kl_to_tuned" if end == "base" else "kl_to_base"]
+    assert largest(scores(attribute_activations(hooked, batch, other, direction=direction, at=at)))
+    exact = exact_activations(
+        hooked, batch, metric, [Component("head", 0, 1)], direction=direction, at=at
+    )
+    assert largest(scores(exact)) > 0
 
 
 def test_only_prompts_with_a_corrupt_are_patched_and_keep_their_numbers(hooked: HookedPair) -> None:

@@ -305,3 +305,22 @@ def test_four_components_in_the_right_order_decide_nothing():
     assert agreement(exact, exact).passed is True
     assert agreement(exact[:4], exact[:4]).passed is None
     assert agreement(exact[:4], exact[:4]).spearman == pytest.approx(1)
+
+
+def test_a_component_counts_once_in_the_series_it_was_drawn_for(checked):
+    from tvlens.attribution.sampling import drawn_sizes
+    from tvlens.attribution.series import group_of, keys
+
+    estimates, _, fidelity = checked
+    frame = estimates.to_frame()
+    rows = frame[(frame["direction"] == "base_into_tuned") & (frame["prompt"] == 0)]
+    rows = rows[rows["method"] == "cross_model_first_order"]
+    groups = keys(rows).map(group_of).value_counts().to_dict()
+    planned = drawn_sizes(groups, 42)
+    found = fidelity.to_frame()
+    found = found[(found["direction"] == "base_into_tuned") & (found["kind"] != "all")]
+    found = found[found["method"] == "cross_model_first_order"]
+    assert len(found) == 2 * len(planned)
+    for row in found.itertuples():
+        part = row.part if isinstance(row.part, str) else None
+        assert row.n <= planned[row.kind, part][row.stratum == "random"], (row.kind, row.stratum)

@@ -147,12 +147,19 @@ def test_the_components_with_rows_per_prompt_are_those_of_the_table(pair, attrib
 
     made = attributed["attribution"]
     made = made[made["prompt"] == 0]
-    ig = made[made["method"] == "weight_ig"]["kind"].value_counts().to_dict()
+    ig = _groups(made[made["method"] == "weight_ig"])
     planned = weight_sizes(pair, _asked())
-    assert {kind: size for kind, size in planned.items() if size} == ig
+    assert {group: size for group, size in planned.items() if size} == ig
     across = made[(made["estimator"] != "exact") & (made["direction"] == "base_into_tuned")]
-    across = across[across["space"] == "activation"]["kind"].value_counts().to_dict()
+    across = _groups(across[across["space"] == "activation"])
     assert activation_sizes(pair.layout, _asked()) == across
+
+
+def _groups(frame: pd.DataFrame) -> Counter:
+    """Rows of every kind, activations of heads and neurons part by part."""
+    from tvlens.attribution.series import group_of, keys
+
+    return Counter(map(group_of, keys(frame)))
 
 
 @pytest.mark.slow
@@ -182,16 +189,30 @@ def test_a_sample_by_time_lies_between_the_bounds() -> None:
     few, many = Asked(prompts=28).samples
     assert (few.count, few.prompts) == (21, 4)
     assert (many.count, many.prompts) == (210, 16)
-    assert drawn_sizes({"head": 100, "neuron": 1064}, 400) == {
-        "head": (50, 50),
-        "neuron": (150, 64),
+    assert drawn_sizes({("head", "z"): 100, ("neuron", "post"): 1064}, 400) == {
+        ("head", "z"): (50, 50),
+        ("neuron", "post"): (150, 64),
     }
+
+
+def test_every_activation_of_a_kind_gets_its_share_of_the_sample() -> None:
+    from tvlens.attribution.sampling import drawn_sizes
+
+    sizes = {("neuron", "pre"): 1064, ("head", "z"): 8, ("head", "q"): 8, ("bias", None): 0}
+    drawn = drawn_sizes(sizes, 30)
+    assert drawn == {
+        ("head", "q"): (4, 4),
+        ("head", "z"): (4, 4),
+        ("neuron", "pre"): (7, 7),
+    }
+    assert [*drawn] == [("head", "q"), ("head", "z"), ("neuron", "pre")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 21, 40, 500])
 def test_the_planned_sample_is_the_drawn_one(attributed, count: int) -> None:
     from tvlens.attribution.sampling import drawn_sizes, sampled_strata
+    from tvlens.attribution.series import group_of
     from tvlens.attribution.tables import ATTRIBUTION_SCHEMA
     from tvlens.tables import Table
 
@@ -199,13 +220,9 @@ def test_the_planned_sample_is_the_drawn_one(attributed, count: int) -> None:
     frame = frame[frame["method"] == "weight_ig"]
     columns = {name: frame[name].astype(object).to_list() for name in ATTRIBUTION_SCHEMA.names}
     drawn = sampled_strata(Table.of("attribution", ATTRIBUTION_SCHEMA, columns), count=count)
-    sizes = frame[frame["prompt"] == 0]["kind"].value_counts().to_dict()
-    from tvlens.attribution.sampling import CHECKED_KINDS
-
-    sizes = {kind: sizes[kind] for kind in CHECKED_KINDS if kind in sizes}
-    planned = drawn_sizes(sizes, count)
+    planned = drawn_sizes(_groups(frame[frame["prompt"] == 0]), count)
     for place, stratum in enumerate(("top", "random")):
-        found = Counter(component.kind for component in drawn[stratum])
+        found = Counter(map(group_of, drawn[stratum]))
         assert {k: n[place] for k, n in planned.items() if n[place]} == dict(found)
 
 

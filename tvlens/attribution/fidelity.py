@@ -6,6 +6,7 @@ Each estimate is held against the exact quantity that asks the same question:
     weight_first_order_tuned    exact_weight_remove     alone out of the tuned model
     weight_ig                   exact_weight_path       average over the line, at equal nodes
     cross_model_first_order     exact_activation        one activation carried over
+    (and every other estimate of an activation)
 
 The exact average costs two passes a node, so it is often taken at fewer nodes than the estimate;
 the estimate is then made once more at just those nodes for the comparison, and how well the nodes
@@ -40,12 +41,15 @@ from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.tables import Table, concatenated
 
+from .directions import CORRUPTED
 from .exact import ExactMethod, exact_weight_table, noise_floor
+from .patching import exact_activations
 from .sampling import CHECKED_PROMPTS, checked_rows, own_nodes, planned_sample, sampled_strata
 from .series import (
     FEWEST,
     SAME_QUESTION,
     Series,
+    group_of,
     of_method,
     rank_agreement,
     scores_by_series,
@@ -56,10 +60,17 @@ from .weights import chunks, method_run, weight_scores
 
 logger = logging.getLogger(__name__)
 
-CHECK_SCHEMA = FIDELITY_SCHEMA.append(pa.field("direction", pa.string())).append(
-    pa.field("tuned", pa.string())
+CHECK_SCHEMA = pa.schema(
+    [
+        *FIDELITY_SCHEMA,
+        ("direction", pa.string()),
+        ("tuned", pa.string()),
+        ("at", pa.string()),
+        ("part", pa.string()),
+    ]
 )
-"""A cross-model estimate is made in two directions under one method label."""
+"""One method label stands for several directions and models; heads and neurons have several
+activations."""
 WEIGHT_QUESTIONS: tuple[ExactMethod, ...] = (
     "exact_weight_insert",
     "exact_weight_remove",
@@ -166,14 +177,15 @@ def fidelity_table(
     guesses, truths = scores_by_series(estimates), scores_by_series(exact)
     alike = scores_by_series(at_equal_nodes) if at_equal_nodes is not None else {}
     rows = []
-    for (method, direction), guess in {**guesses, **alike}.items():
-        truth = truths.get((SAME_QUESTION.get(method, ""), direction))
+    for (method, direction, at), guess in {**guesses, **alike}.items():
+        truth = truths.get((SAME_QUESTION.get(method, ""), direction, at))
         if truth is None:
             continue
-        for kind, stratum, keys in _groups(strata, truth.index):
+        for (kind, part), stratum, keys in _groups(strata, guess, truth):
             found = agreement(*_aligned(guess, truth, keys), seed=seed, noise=noise)
             rows.append(
-                {"method": method, "direction": direction, "kind": kind, "stratum": stratum}
+                {"method": method, "direction": direction, "at": at}
+                | {"kind": kind, "part": part, "stratum": stratum}
                 | {"metric_change": change, **found._asdict()}
                 | {"passed": found.passed if stratum == "random" else None}
                 | (_sums(guesses, truths, keys) if method.startswith("weight") else {})
@@ -184,16 +196,17 @@ def fidelity_table(
 
 
 def _groups(
-    strata: Mapping[str, Sequence[Component]], known: pd.Index
-) -> list[tuple[str, str, list[Component]]]:
-    there = set(known)
+    strata: Mapping[str, Sequence[Component]], guess: pd.DataFrame, truth: pd.DataFrame
+) -> list[tuple[tuple[str, str | None], str, list[Component]]]:
+    """Kind and part, stratum, components; of what was patched, groups that the estimate knows."""
+    there, known = set(truth.index), set(map(group_of, guess.index))
     groups = []
     for stratum, drawn in strata.items():
-        components = [c for c in drawn if c in there]
-        for kind in dict.fromkeys(c.kind for c in components):
-            groups.append((kind, stratum, [c for c in components if c.kind == kind]))
+        components = [c for c in drawn if c in there and group_of(c) in known]
+        for group in dict.fromkeys(map(group_of, components)):
+            groups.append((group, stratum, [c for c in components if group_of(c) == group]))
         if components:
-            groups.append(("all", stratum, components))
+            groups.append((("all", None), stratum, components))
     return groups
 
 
@@ -281,25 +294,21 @@ def check_fidelity(
         exact_weight_table(hooked, checked, metric, wanted, method=question, nodes=nodes or own)
         for question in questions
     ]
-    for exact, drawn in _checked_activations(
-        hooked, batch, metric, attribution, count, size=len(checked), seed=seed
-    ):
-        tables.append(exact)
-        strata = {name: [*strata[name], *drawn[name]] for name in strata}
-    exact, alike = concatenated("attribution", tables, order="score"), None
+    alike = None
     if "weight_ig" in methods and nodes not in (None, own):
         alike = _at_nodes(hooked, checked, metric, wanted, nodes)
-    change, noise = _mean_change(hooked, metric, checked), noise_floor(hooked, checked, metric)
-    found = fidelity_table(
-        attribution,
-        exact,
-        strata,
-        change=change,
-        seed=seed,
-        noise=noise,
-        at_equal_nodes=alike,
+    exact = concatenated("attribution", tables, order="score")
+    series = [(attribution.where(space="weight"), exact, strata)]
+    series += _checked_activations(
+        hooked, batch, metric, attribution, count, size=len(checked), seed=seed
     )
-    return exact, found
+    change, noise = _mean_change(hooked, metric, checked), noise_floor(hooked, checked, metric)
+    found = [
+        fidelity_table(*each, change=change, seed=seed, noise=noise, at_equal_nodes=alike)
+        for each in series
+    ]
+    patched = concatenated("attribution", [exact for _, exact, _ in series], order="score")
+    return patched, concatenated("fidelity", found)
 
 
 def _at_nodes(
@@ -339,19 +348,31 @@ def _checked_activations(
     *,
     size: int,
     seed: int,
-) -> Iterator[tuple[Table, dict[str, list[Component]]]]:
-    """Exact rows and strata of every activation series that is in ``attribution``."""
-    from .activations import exact_activations
-
+) -> Iterator[tuple[Table, Table, dict[str, list[Component]]]]:
+    """Estimates, exact rows and strata of every activation series that is in ``attribution``."""
     frame = attribution.to_frame()
     frame = frame[(frame["space"] == "activation") & frame["method"].isin(SAME_QUESTION)]
-    for method, direction, at in frame[["method", "direction", "at"]].drop_duplicates().to_numpy():
-        rows = batch.with_corrupt() if direction == "clean_into_corrupt" else batch
-        series = attribution.where(method=method, direction=direction)
-        drawn = sampled_strata(series, count=count, seed=seed)
+    for direction, at in frame[["direction", "at"]].drop_duplicates().to_numpy():
+        same = attribution.where(space="activation", direction=direction, at=at)
+        drawn = _drawn(same, count, seed)
         wanted = [component for part in drawn.values() for component in part]
+        rows = batch.with_corrupt() if direction in CORRUPTED else batch
         checked = checked_rows(rows, seed, size)
-        yield exact_activations(hooked, checked, metric, wanted, direction=direction, at=at), drawn
+        exact = exact_activations(
+            hooked, checked, metric, wanted, direction=direction, at=at, mean_over=rows
+        )
+        yield same, exact, drawn
+
+
+def _drawn(series: Table, count: int, seed: int) -> dict[str, list[Component]]:
+    """The sample of a series; of several estimators each draws what none before it has drawn."""
+    drawn: dict[str, list[Component]] = {"random": [], "top": []}
+    for method in dict.fromkeys(series.data["method"].to_pylist()):
+        known = {component for part in drawn.values() for component in part}
+        found = sampled_strata(series.where(method=method), count=count, seed=seed)
+        for stratum, components in found.items():
+            drawn[stratum] += [c for c in components if c not in known]
+    return drawn
 
 
 def _mean_change(hooked: HookedPair, metric: Metric, batch: Batch) -> float:

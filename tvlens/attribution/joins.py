@@ -35,6 +35,8 @@ COUNTS = 0.01
 """Share of the metric's mean change below which a site's score is not worth a role."""
 _CONFIDENCE = 0.95
 _PRODUCTS = ("OV", "QK")
+_OUTPUTS = ("z", "post")
+"""What a head and a neuron give on: the activation that stands for the whole site."""
 _SITES = ("head", "kv_head", "neuron")
 
 Scores = dict[Component, Float[np.ndarray, " prompt"]]
@@ -177,7 +179,8 @@ def role(written: Interval, passing: Interval, change: float) -> Role:
 def circuits_table(attribution: Table) -> Table | None:
     """Scores of clean into corrupt in the base and in the tuned model; None without both."""
     frame = attribution.to_frame()
-    frame = frame[(frame["method"] == "activation_first_order") & frame["prompt"].notna()]
+    asked = (frame["method"] == "activation_first_order") & frame["prompt"].notna()
+    frame = frame[asked & (frame["direction"] == "clean_into_corrupt")]
     base, tuned = (_scores(frame[frame["at"] == end], whole=False) for end in ("base", "tuned"))
     components = [c for c in tuned if c in base]
     if not components:
@@ -233,6 +236,7 @@ def _mean_change(attribution: Table) -> float:
 def _by_site(frame: pd.DataFrame, method: str) -> Scores:
     """Scores of one method by site; across models: the tuned activation into the base."""
     rows = frame[(frame["method"] == method) & (frame["direction"] == "tuned_into_base")]
+    rows = rows[rows["part"].isna() | rows["part"].isin(_OUTPUTS)]
     return _scores(rows, whole=True)
 
 

@@ -14,7 +14,7 @@ from tvlens.models.prompts import Batch
 from tvlens.models.replay import replay
 from tvlens.tables import Table
 
-from .series import keys
+from .series import group_of, keys
 from .tables import NEURONS_PER_PROMPT
 from .weights import NODE_COUNTS, chunks
 
@@ -24,6 +24,8 @@ CHECKED_PROMPTS = (16, 8, 4)
 LEAST, WANTED, MOST = 21, 35, 210
 """Components of a plan: three of each kind, five of each kind (so that each has three random
 ones), and what is enough for any interval."""
+Group = tuple[str, str | None]
+"""A kind, and the activation's name where components of it have several."""
 FEWER_NODES = (8, 5, 3)
 """Nodes of the exact average, in turn, where the run's own are too dear; the estimate is compared
 at the same nodes."""
@@ -58,7 +60,7 @@ def planned_sample(
     """
     frame = attribution.to_frame()
     activations = frame[frame["space"] == "activation"]
-    series = len(activations[["method", "direction", "at"]].drop_duplicates())
+    series = len(activations[["direction", "at"]].drop_duplicates())
     nodes = own_nodes(attribution)
     planned = Sample(0, nodes, 0)
     for prompts in CHECKED_PROMPTS:
@@ -138,51 +140,60 @@ def checked_rows(batch: Batch, seed: int, size: int) -> Batch:
 def sampled_strata(attribution: Table, *, count: int, seed: int = 0) -> dict[str, list[Component]]:
     """About ``count`` components spread over the kinds: half the largest, half random.
 
-    A kind with fewer components than its share gives the rest of its share to the others. Rows
-    over all prompts (``prompt`` null) are passed over: there is nothing to compare by prompt.
+    Activations of heads and neurons are spread part by part. A kind with fewer components than
+    its share gives the rest of its share to the others. Rows over all prompts (``prompt`` null)
+    are passed over: there is nothing to compare by prompt.
     """
     frame = attribution.to_frame()
     frame = frame[frame["prompt"].notna()]
     frame = frame.assign(key=keys(frame), size=frame["score"].abs())
     sizes = frame.groupby("key", sort=False)["size"].mean()
     ranked = [*sizes.sort_values(ascending=False, kind="stable").index]
-    by_kind = {kind: [c for c in ranked if c.kind == kind] for kind in CHECKED_KINDS}
-    sizes = drawn_sizes({kind: len(found) for kind, found in by_kind.items() if found}, count)
+    groups = sorted(dict.fromkeys(map(group_of, ranked)), key=_place)
+    by_group = {group: [c for c in ranked if group_of(c) == group] for group in groups}
+    sizes = drawn_sizes({group: len(found) for group, found in by_group.items()}, count)
     rng, strata = np.random.default_rng(seed), {"random": [], "top": []}
-    for kind, (top, at_random) in sizes.items():
-        found = by_kind[kind]
-        rest = found[_first_of_rest(kind, len(found), top) :]
+    for group, (top, at_random) in sizes.items():
+        found = by_group[group]
+        rest = found[_first_of_rest(group, len(found), top) :]
         drawn = rng.permutation(len(rest))[:at_random]
         strata["top"] += found[:top]
         strata["random"] += [rest[i] for i in sorted(drawn)]
     return strata
 
 
-def drawn_sizes(sizes: Mapping[str, int], count: int) -> dict[str, tuple[int, int]]:
-    """How many of each kind ``sampled_strata`` takes as the largest and how many at random.
+def drawn_sizes(sizes: Mapping[Group, int], count: int) -> dict[Group, tuple[int, int]]:
+    """How many of each group ``sampled_strata`` takes as the largest and how many at random.
 
     Args:
-        sizes: Components of each kind that have a row for every prompt.
+        sizes: Components of each group that have a row for every prompt; groups in any order.
         count: Components that are asked for in all.
     """
     drawn = {}
-    for kind, share in _shares(sizes, count).items():
+    there = {group: sizes[group] for group in sorted(sizes, key=_place) if sizes[group]}
+    for group, share in _shares(there, count).items():
         top = share // 2
-        rest = sizes[kind] - _first_of_rest(kind, sizes[kind], top)
-        drawn[kind] = top, min(share - top, rest)
+        rest = there[group] - _first_of_rest(group, there[group], top)
+        drawn[group] = top, min(share - top, rest)
     return drawn
 
 
-def _first_of_rest(kind: str, size: int, top: int) -> int:
+def _place(group: Group) -> tuple[int, str]:
+    """Groups in the order of ``CHECKED_KINDS``, parts of a kind by name."""
+    kind, part = group
+    return CHECKED_KINDS.index(kind), part or ""
+
+
+def _first_of_rest(group: Group, size: int, top: int) -> int:
     """Where those begin that are drawn at random: neurons beyond the top have rows of their own."""
-    return NEURONS_PER_PROMPT if kind == "neuron" and size > NEURONS_PER_PROMPT else top
+    return NEURONS_PER_PROMPT if group[0] == "neuron" and size > NEURONS_PER_PROMPT else top
 
 
-def _shares(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """``count`` dealt evenly, none getting more than its size; smallest kinds first."""
+def _shares(sizes: Mapping[Group, int], count: int) -> dict[Group, int]:
+    """``count`` dealt evenly, none getting more than its size; smallest groups first."""
     shares, left = {}, count
-    order = sorted(sizes, key=lambda kind: sizes[kind])
-    for place, kind in enumerate(order):
-        shares[kind] = min(sizes[kind], left // (len(order) - place))
-        left -= shares[kind]
-    return {kind: shares[kind] for kind in sizes}
+    order = sorted(sizes, key=lambda group: sizes[group])
+    for place, group in enumerate(order):
+        shares[group] = min(sizes[group], left // (len(order) - place))
+        left -= shares[group]
+    return {group: shares[group] for group in sizes}

@@ -15,13 +15,17 @@ SAME_QUESTION = {
     "weight_first_order_base": "exact_weight_insert",
     "weight_first_order_tuned": "exact_weight_remove",
     "weight_ig": "exact_weight_path",
-    "cross_model_first_order": "exact_activation",
-    "cross_model_ig": "exact_activation",
-    "activation_first_order": "exact_activation",
+    **{
+        f"{within}_{estimator}": "exact_activation"
+        for within in ("cross_model", "activation")
+        for estimator in ("first_order", "ig", "qk_fix", "atp_star")
+    },
 }
 """The exact method that asks what an estimate estimates."""
-Series = tuple[str, str]
-"""Method and direction."""
+Series = tuple[str, str, str]
+"""Method, direction, and the model where it was asked."""
+CUT_BY_PART = ("head", "kv_head", "neuron")
+"""Kinds whose activations are ranked part by part: a query is not compared with an output."""
 FEWEST = 3
 """Components below which a rank correlation says nothing."""
 RESAMPLES = 1_000
@@ -30,21 +34,26 @@ _KEY = ("kind", "layer", "index", "part")
 
 
 def scores_by_series(table: Table) -> dict[Series, pd.DataFrame]:
-    """Scores [component, prompt] of every method and direction, from rows that have a prompt."""
+    """Scores [component, prompt] of every series, from rows that have a prompt."""
     frame = table.to_frame()
     frame = frame[frame["prompt"].notna()]
     frame = frame.assign(key=keys(frame))
     return {
-        (str(series[0]), str(series[1])): rows.drop_duplicates(["key", "prompt"]).pivot(
-            index="key", columns="prompt", values="score"
-        )
-        for series, rows in frame.groupby(["method", "direction"], sort=False)
+        (str(series[0]), str(series[1]), str(series[2])): rows.drop_duplicates(
+            ["key", "prompt"]
+        ).pivot(index="key", columns="prompt", values="score")
+        for series, rows in frame.groupby(["method", "direction", "at"], sort=False)
     }
 
 
 def of_method(scores: Mapping[Series, pd.DataFrame], method: str) -> pd.DataFrame | None:
     """The scores of a weight method, which has one direction."""
-    return next((frame for (name, _), frame in scores.items() if name == method), None)
+    return next((frame for (name, *_), frame in scores.items() if name == method), None)
+
+
+def group_of(component: Component) -> tuple[str, str | None]:
+    """Kind, and the activation's name where components of one kind have several."""
+    return component.kind, component.part if component.kind in CUT_BY_PART else None
 
 
 def keys(frame: pd.DataFrame) -> pd.Series:

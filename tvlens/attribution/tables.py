@@ -19,7 +19,14 @@ from tvlens.components import Component, Kind, key_columns
 from tvlens.errors import HostError
 from tvlens.tables import Table, concatenated, keyed_schema
 
-Direction = Literal["tuned_into_base", "base_into_tuned", "clean_into_corrupt"]
+Direction = Literal[
+    "tuned_into_base",
+    "base_into_tuned",
+    "clean_into_corrupt",
+    "corrupt_into_clean",
+    "zero_ablation",
+    "mean_ablation",
+]
 
 ATTRIBUTION_SCHEMA = keyed_schema(
     ("method", pa.string()),

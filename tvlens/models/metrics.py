@@ -103,7 +103,7 @@ def _masked_sum(values: Float[Tensor, "batch pos"], mask: Tensor) -> Float[Tenso
 def _logit_diff(run: Run, batch: Batch) -> Float[Tensor, " batch"]:
     where = run.logits.device
     rows = torch.arange(len(batch), device=where)
-    last = run.logits[rows, (batch.prompt_lengths - 1).to(where)].float()
+    last = run.logits[rows, batch.last_of_prompt.to(where)].float()
     answer = torch.stack([ids[0] for ids in batch.answer_ids]).to(where)
     wrong = torch.stack([ids[0] for ids in batch.wrong_ids]).to(where)
     return last[rows, answer] - last[rows, wrong]

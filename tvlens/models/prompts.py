@@ -1,7 +1,8 @@
 """Prompts: read from a file, checked line by line, tokenised once for both models.
 
 One sequence of token ids serves base and fine-tune, so that positions align. Rows are padded on
-the right: a causal model's real tokens never see what follows them.
+the right: a causal model's real tokens never see what follows them. A ``Batch`` padded on the left
+gives the same numbers to rounding.
 """
 
 import hashlib
@@ -195,7 +196,7 @@ class Batch:
     """Token ids of prompts, ready for both models.
 
     Attributes:
-        ids: Prompt and answer, padded on the right.
+        ids: Prompt and answer, padded on one side.
         mask: 1 at real tokens.
         prompt_lengths: Tokens before the answer; of a document all of them.
         answer_ids: Tokens of each answer, empty where there is none.
@@ -229,12 +230,13 @@ class Batch:
         wrongs: Sequence[Sequence[int]] | None = None,
         corrupts: Sequence[Sequence[int]] | None = None,
         pad: int = 0,
+        side: Literal["left", "right"] = "right",
     ) -> "Batch":
         """A batch of token ids; ``corrupts`` are prompts, the answer is appended to them too."""
         nothing: list[list[int]] = [[] for _ in prompts]
         answer, wrong, corrupt = (list(x) if x else nothing for x in (answers, wrongs, corrupts))
         rows = [[*p, *a] for p, a in zip(prompts, answer, strict=True)]
-        ids, mask = _padded([_long(row) for row in rows], pad)
+        ids, mask = _padded([_long(row) for row in rows], pad, side)
         return cls(
             ids=ids,
             mask=mask,
@@ -258,13 +260,23 @@ class Batch:
         return self.mask.sum(1)
 
     @property
+    def starts(self) -> Int[Tensor, " batch"]:
+        """The place of every row's first real token: 0 where it is padded on the right."""
+        return self.mask.argmax(1) if self.mask.numel() else self.prompt_lengths.clone()
+
+    @property
+    def last_of_prompt(self) -> Int[Tensor, " batch"]:
+        """The place of the last token before every row's answer."""
+        return self.starts + self.prompt_lengths - 1
+
+    @property
     def scored(self) -> Bool[Tensor, "batch pos"]:
         """The tokens whose probability counts: the answer's, or all but the first of a document.
 
         The logits that predict the token at position p are those at p - 1.
         """
         place = torch.arange(self.ids.shape[1])[None]
-        return (place >= self._first_scored[:, None]) & self.mask.bool()
+        return (place >= (self.starts + self._first_scored)[:, None]) & self.mask.bool()
 
     @property
     def answer_positions(self) -> Bool[Tensor, "batch pos"]:
@@ -279,11 +291,12 @@ class Batch:
     def rows(self, chosen: Sequence[int]) -> "Batch":
         """The given rows, trimmed to the longest of them."""
         pick = torch.tensor(list(chosen), dtype=torch.long)
-        width = int(self.mask[pick].sum(1).max()) if len(pick) else 0
+        used = self.mask[pick].any(0).nonzero().flatten().tolist()
+        span = slice(used[0], used[-1] + 1) if used else slice(0, 0)
         return replace(
             self,
-            ids=self.ids[pick, :width],
-            mask=self.mask[pick, :width],
+            ids=self.ids[pick, span],
+            mask=self.mask[pick, span],
             prompt_lengths=self.prompt_lengths[pick],
             answer_ids=[self.answer_ids[i] for i in chosen],
             wrong_ids=[self.wrong_ids[i] for i in chosen],
@@ -299,8 +312,9 @@ class Batch:
         Rows have different numbers of them; the longest sets the width, and what lies past a
         row's end is the last place of the batch.
         """
-        start = self._first_scored - 1
-        width = int((self.lengths - start).max()) if len(self) else 0
+        before = self._first_scored - 1
+        width = int((self.lengths - before).max()) if len(self) else 0
+        start = self.starts + before
         return (start[:, None] + torch.arange(width)[None]).clamp_max(self.ids.shape[1] - 1)
 
     def cut_to_answers(self) -> "Batch":
@@ -336,11 +350,14 @@ class Batch:
         """The same rows with the corrupt prompts' tokens in place of the prompts'.
 
         Raises:
-            PromptError: Some row has no corrupt prompt.
+            PromptError: Some row has no corrupt prompt, or one of another length.
         """
         if any(len(ids) == 0 for ids in self.corrupt_ids):
             raise PromptError("some prompts have no 'corrupt'.", hint="Use with_corrupt() first.")
-        ids, _ = _padded(self.corrupt_ids, 0, self.ids.shape[1])
+        if [len(ids) for ids in self.corrupt_ids] != self.lengths.tolist():
+            raise PromptError("some corrupt prompts have another token length than their prompt.")
+        ids = self.ids.clone()
+        ids[self.mask.bool()] = torch.cat(self.corrupt_ids)
         return replace(self, ids=ids)
 
 
@@ -349,14 +366,15 @@ def _long(ids: Sequence[int]) -> Tensor:
 
 
 def _padded(
-    rows: Sequence[Tensor], pad: int, width: int = 0
+    rows: Sequence[Tensor], pad: int, side: Literal["left", "right"]
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    width = max([width, *(len(row) for row in rows)])
+    width = max([0, *(len(row) for row in rows)])
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
+        start = width - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
     return ids, mask
 
 

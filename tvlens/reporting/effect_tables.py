@@ -1,5 +1,7 @@
 """What matters, beside exact patching, and how far each estimate can be trusted."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -100,7 +102,7 @@ def fidelity_tables(frame: pd.DataFrame) -> list[DataTable]:
         (
             str(row.method),
             row.direction.replace("_", " ") if isinstance(row.direction, str) else NOTHING,
-            kind_words(str(row.kind)),
+            _what(row),
             str(row.stratum),
             verdict(row.passed) if row.stratum == "random" else NOTHING,
             number(row.n),
@@ -126,6 +128,13 @@ def fidelity_tables(frame: pd.DataFrame) -> list[DataTable]:
     )
     tables = (agreement.without_empty_columns(), _sums_table(frame))
     return [table for table in tables if table.rows]
+
+
+def _what(row: Any) -> str:
+    """The plural of a kind, with the activation's name where components of it have several."""
+    part = getattr(row, "part", None)
+    words = kind_words(str(row.kind))
+    return f"{words}, {part}" if isinstance(part, str) else words
 
 
 def _sums_table(frame: pd.DataFrame) -> DataTable:

@@ -57,7 +57,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "fidelity": (
         *("tuned", "method", "kind", "stratum", "n", "spearman", "spearman_worst", "slope"),
         *("sign_agreement", "ci_low", "ci_high", "sum_insert", "sum_remove", "sum_ig"),
-        *("metric_change", "passed", "direction"),
+        *("metric_change", "passed", "direction", "at", "part"),
     ),
     "findings": (*_KEYS, "insert", "remove", "ig", "finding", "role"),
     "curves": (

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvlens.attribution.grafting import RANDOM_SETS
+from tvlens.attribution.nodes import DEFAULT_PARTS, NODES
 from tvlens.attribution.sampling import (
-    CHECKED_KINDS,
     CHECKED_PROMPTS,
     LEAST,
     MOST,
+    Group,
     Sample,
     drawn_sizes,
 )
+from tvlens.attribution.series import group_of
 from tvlens.attribution.tables import NEURONS_PER_PROMPT
 from tvlens.attribution.weights import NEURONS_AT_RANDOM
 from tvlens.components import KNOWN_PARTS, Component
@@ -197,7 +199,7 @@ class Asked:
         return {**within, "tuned_into_base": self.prompts, "base_into_tuned": self.prompts}
 
 
-def weight_sizes(pair: Pair, asked: Asked) -> dict[str, int]:
+def weight_sizes(pair: Pair, asked: Asked) -> dict[Group, int]:
     """Components with rows per prompt in weight space, by kind; a tied W_U is one of its own."""
     layout = pair.layout
     disjoint: Counter[str] = Counter(str(c.kind) for c in pair.components)
@@ -207,16 +209,18 @@ def weight_sizes(pair: Pair, asked: Asked) -> dict[str, int]:
         "kv_head": layout.n_layers * layout.n_kv_heads,
         "neuron": asked.neurons(layout),
     }
-    return {**disjoint, **fine}
+    return {(kind, None): count for kind, count in {**disjoint, **fine}.items()}
 
 
-def activation_sizes(layout: Layout, asked: Asked) -> dict[str, int]:
+def activation_sizes(layout: Layout, asked: Asked) -> dict[Group, int]:
     """The same of activations: heads, neurons, each block's two outputs, the embedding."""
-    return {
-        "head": layout.n_layers * layout.n_heads,
-        "node": 2 * layout.n_layers + 1,
-        "neuron": asked.neurons(layout),
-    }
+    each = {"head": layout.n_layers * layout.n_heads, "neuron": asked.neurons(layout)}
+    each["kv_head"] = layout.n_layers * layout.n_kv_heads
+    found: Counter[Group] = Counter()
+    for cut, _ in (NODES[part] for part in DEFAULT_PARTS):
+        whole = layout.n_layers if cut.layered else 1
+        found[group_of(Component(cut.kind, part=cut.part))] += each.get(cut.kind, whole)
+    return dict(found)
 
 
 def estimate_rows(pair: Pair, asked: Asked) -> Rows:
@@ -237,12 +241,8 @@ def estimate_rows(pair: Pair, asked: Asked) -> Rows:
     return _summed(found)
 
 
-def _drawn(sizes: Mapping[str, int], count: int) -> int:
-    return sum(top + drawn for top, drawn in drawn_sizes(_present(sizes), count).values())
-
-
-def _present(sizes: Mapping[str, int]) -> dict[str, int]:
-    return {kind: sizes[kind] for kind in CHECKED_KINDS if sizes.get(kind)}
+def _drawn(sizes: Mapping[Group, int], count: int) -> int:
+    return sum(top + drawn for top, drawn in drawn_sizes(sizes, count).values())
 
 
 def exact_rows(pair: Pair, asked: Asked) -> Rows:
@@ -264,9 +264,9 @@ def fidelity_rows(pair: Pair, asked: Asked) -> Rows:
     return Rows(few, many)
 
 
-def _groups(sizes: Mapping[str, int], count: int) -> int:
+def _groups(sizes: Mapping[Group, int], count: int) -> int:
     """Kinds and strata with a component, and one group for every stratum that has any."""
-    drawn = drawn_sizes(_present(sizes), count).values()
+    drawn = drawn_sizes(sizes, count).values()
     filled = [sum(pair[stratum] > 0 for pair in drawn) for stratum in (0, 1)]
     return sum(filled) + sum(kinds > 0 for kinds in filled)
 
