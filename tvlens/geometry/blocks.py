@@ -36,6 +36,7 @@ from .measures import (
     spectral_columns,
     vocabulary,
 )
+from .norm_evidence import NormChange
 from .neuron_evidence import NeuronChanges, neuron_evidence
 from .neurons import Sums, change_of_neurons, rows_of_neurons
 from .nulls import Peers, peers_of
@@ -72,17 +73,20 @@ class Findings:
     Attributes:
         weights: Rows of the table ``weights``.
         evidence: Evidence about the same components, None where none was asked for.
+        norms: Changes of norms, which are judged when those of all layers are known.
     """
 
     weights: Table
     evidence: Evidence | None
+    norms: Sequence[NormChange] = ()
 
 
 def joined_findings(parts: Sequence[Findings]) -> Findings:
     """The findings of several blocks, in order."""
     weights = concatenated("weights", [part.weights for part in parts], order="relative_delta")
     evidence = [part.evidence for part in parts if part.evidence is not None]
-    return Findings(weights, joined_evidence(evidence) if evidence else None)
+    norms = [norm for part in parts for norm in part.norms]
+    return Findings(weights, joined_evidence(evidence) if evidence else None, norms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +136,7 @@ class _Block:
         circuits: Those that the attention computes.
         rows: Tables by their place.
         evidence: The same of evidence.
+        norms: Changes of norms.
     """
 
     writer: Writer
@@ -141,6 +146,7 @@ class _Block:
     circuits: Sequence[Circuit]
     rows: dict[Place, Table] = field(default_factory=dict)
     evidence: dict[Place, Evidence] = field(default_factory=dict)
+    norms: list[NormChange] = field(default_factory=list)
 
     @property
     def seed(self) -> int:
@@ -168,7 +174,7 @@ class _Block:
         tables = [self.rows[place] for place in sorted(self.rows)]
         parts = [self.evidence[place] for place in sorted(self.evidence)]
         weights = concatenated("weights", tables, order="relative_delta")
-        return Findings(weights, joined_evidence(parts) if parts else None)
+        return Findings(weights, joined_evidence(parts) if parts else None, self.norms)
 
 
 def findings_of_block(asks: Sequence[Ask]) -> list[Findings]:
@@ -247,6 +253,8 @@ def _keep_untested(component: Component, columns: Columns, weight: Slice, state:
     keys = state.add(place, key_columns([component]), _oriented(component, columns), weight)
     if state.ask.seed is not None:
         state.evidence[place] = untested(keys)
+        if component.kind == "norm" and isinstance(weight.change, Tensor):
+            state.norms.append(NormChange(keys, weight.base.double(), weight.change.double()))
 
 
 def _oriented(component: Component, columns: Columns) -> Columns:

@@ -30,15 +30,13 @@ from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
 from .blocks import Ask, Findings, Progress, findings_of_block, joined_findings
-from .evidence import NO_PEERS, PARTS
+from .evidence import MINS, PARTS, Evidence, replaced
+from .norm_evidence import norm_evidence
 from .nulls import SNR, above_rounding, benjamini_hochberg, sign_flip_test
 from .reading import Pair
 
 Q = 0.05
 """False discovery rate of a labelled part."""
-MINS = 0.10
-"""Least structured share of the energy: 30 times the largest significant gain that ordinary
-fine-tunes on general text show (a true but empty effect of kappa^2 = .003)."""
 TOP = 2 / 3
 """Share of the structured energy that one part must hold to name the component."""
 SMALLEST_CLAIM = 0.05
@@ -62,10 +60,10 @@ LABELS_SCHEMA = keyed_schema(
     ),
 )
 WRITES = ("W_O", "W_out")
-LATER_KINDS = ("norm", "bias", "embedding")
+LATER_KINDS = ("bias", "embedding")
 REASON_COLUMNS = (
     *("kind", "gain", "snr", "delta_norm", "resolved", "winner", "structured_share", "dominance"),
-    *("share_gain", "alignment", "alignment_se", "decided_by"),
+    *("share_gain", "alignment", "alignment_se", "spikes", "remark", "decided_by"),
 )
 """What labels and their reasons are made from, beside the counted shares."""
 
@@ -171,10 +169,10 @@ def _why_unresolved(row: Row) -> str:
             f"The change is {row['delta_norm']:.3g} long; {row['kind']} components are not "
             "classified yet."
         )
-    untested = " No gain could be tested." if row["decided_by"] == NO_PEERS else ""
+    remark = f" {row['remark']}" if row["remark"] else ""
     return (
         f"Significant parts hold {row['structured_share']:.2g} of the energy of the change, "
-        f"{MINS:.2g} are needed; the rest cannot be told from noise.{untested}"
+        f"{MINS:.2g} are needed; the rest cannot be told from noise.{remark}"
     )
 
 
@@ -184,6 +182,8 @@ def _why_structured(row: Row) -> str:
     aligned = ""
     if row["alignment"] == row["alignment"]:  # not NaN
         aligned = f" (alignment {row['alignment']:.2f} +- {row['alignment_se']:.2f}, gain is 1)"
+    if row["kind"] == "norm" and row["label"] == "rewired":
+        return f"{share}{inside}in single channels ({row['spikes']:g} of them)."
     if row["label"] == "rewired":
         return f"{share}{inside}where the base already reads or writes{aligned}."
     if row["label"] == "mixed":
@@ -442,9 +442,7 @@ def labels_of(
         classifier: Evidence to labels; ``labelled`` where None.
         seed: Seed of the headline's flips.
     """
-    evidence = found.evidence
-    if evidence is None:
-        raise ValueError("labels need findings with evidence: give Ask a seed.")
+    evidence = _settled(found)
     rows = with_q_values(evidence.frame)
     calls = (classifier or labelled)(rows)
     tests = adjusted_tests(evidence.tests, rows.loc[rows["resolved"], "component"])
@@ -454,6 +452,15 @@ def labels_of(
         labels=_table("labels", LABELS_SCHEMA, calls, names, order="structured_share"),
         headline=headline(weights, controls, seed=seed),
     )
+
+
+def _settled(found: Findings) -> Evidence:
+    """The evidence with what needs all layers at once: norms are held against each other."""
+    if found.evidence is None:
+        raise ValueError("labels need findings with evidence: give Ask a seed.")
+    if not found.norms:
+        return found.evidence
+    return replaced(found.evidence, norm_evidence(found.norms))
 
 
 def _table(

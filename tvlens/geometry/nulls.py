@@ -140,18 +140,38 @@ def own_versus_others(
     The variance over peers is shrunk to the layer's median. Heads that share a kv head share
     weights, so they are no peers. None where fewer than two peers are left: nothing is testable.
     """
-    peers = group[:, None] != group[None, :]
+    return own_versus_peers(np.diag(values), values, group[:, None] != group[None, :])
+
+
+def own_versus_peers(
+    own: Float[np.ndarray, " component"],
+    values: Float[np.ndarray, "component peer"],
+    peers: Bool[np.ndarray, "component peer"],
+    *,
+    typical: Bool[np.ndarray, " component"] | None = None,
+    least: float = 0.0,
+) -> OwnVersusOthers | None:
+    """Moderated t of own values against those with peers; None where one has fewer than two.
+
+    Args:
+        own: A component's statistic on its own base weights.
+        values: The same on those of others.
+        peers: Which of them are peers.
+        typical: Components whose spread enters the median; all where None.
+        least: Variance below which no value of the statistic varies.
+    """
     counts = peers.sum(1)
     others = int(counts.min())
     if others < 2:  # one peer has no spread to compare with
         return None
     mean = np.where(peers, values, 0).sum(1) / counts
     spread = (np.where(peers, values - mean[:, None], 0) ** 2).sum(1) / (counts - 1)
+    median = np.median(spread if typical is None or not typical.any() else spread[typical])
     freedom = others - 1
     prior = max(2, freedom)
-    moderated = (prior * np.median(spread) + freedom * spread) / (prior + freedom)
+    moderated = np.maximum(least, (prior * median + freedom * spread) / (prior + freedom))
     error = np.sqrt(moderated * (1 + 1 / others))
-    return OwnVersusOthers(np.diag(values) - mean, error, prior + freedom, others)
+    return OwnVersusOthers(own - mean, error, prior + freedom, others)
 
 
 @dataclass(frozen=True, eq=False)
