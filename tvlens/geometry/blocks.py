@@ -17,6 +17,7 @@ from tvlens.components import KNOWN_PARTS, Component, Pieces, columns_of_pieces,
 from tvlens.tables import Table, concatenated
 
 from .changes import Change, Factored
+from .embedding_evidence import embedding_evidence
 from .evidence import GATE_COLUMNS, Evidence, Keys, joined_evidence, untested
 from .head_evidence import HeadChanges, head_evidence
 from .heads import Coordinates, coordinates, cores_of, slices_of_heads
@@ -36,9 +37,9 @@ from .measures import (
     spectral_columns,
     vocabulary,
 )
-from .norm_evidence import NormChange
 from .neuron_evidence import NeuronChanges, neuron_evidence
 from .neurons import Sums, change_of_neurons, rows_of_neurons
+from .norm_evidence import NormChange
 from .nulls import Peers, peers_of
 from .reading import Layout, Pair, Slice, factor_of_heads, kv_index_of, slice_of
 
@@ -248,13 +249,14 @@ def _whole_columns(pieces: Sums, weight: Slice) -> Columns:
     return {**pieces.grouped(1).columns(), "equal_fraction": [weight.equal_fraction]}
 
 
-def _keep_untested(component: Component, columns: Columns, weight: Slice, state: _Block) -> None:
+def _keep_untested(component: Component, columns: Columns, weight: Slice, state: _Block) -> Keys:
     place = state.place_of(component)
     keys = state.add(place, key_columns([component]), _oriented(component, columns), weight)
     if state.ask.seed is not None:
         state.evidence[place] = untested(keys)
         if component.kind == "norm" and isinstance(weight.change, Tensor):
             state.norms.append(NormChange(keys, weight.base.double(), weight.change.double()))
+    return keys
 
 
 def _oriented(component: Component, columns: Columns) -> Columns:
@@ -266,8 +268,12 @@ def _oriented(component: Component, columns: Columns) -> Columns:
 
 def _measure_embedding(component: Component, state: _Block) -> None:
     slabs = state.ask.pair.slabs(component)
-    found = vocabulary(slabs, component.part or "", state.ask.spectra)
-    _keep_untested(component, found.columns, found.weight, state)
+    seed = None if state.ask.seed is None else state.seed
+    found = vocabulary(slabs, component.part or "", state.ask.spectra, seed=seed)
+    keys = _keep_untested(component, found.columns, found.weight, state)
+    whole = found.sums.grouped(1)
+    if seed is not None and bool(whole.delta > 0) and bool(whole.base > 0):
+        state.evidence[state.place_of(component)] = embedding_evidence(keys, found)
 
 
 def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state: _Block) -> None:

@@ -60,7 +60,7 @@ LABELS_SCHEMA = keyed_schema(
     ),
 )
 WRITES = ("W_O", "W_out")
-LATER_KINDS = ("bias", "embedding")
+LATER_KINDS = ("bias",)
 REASON_COLUMNS = (
     *("kind", "gain", "snr", "delta_norm", "resolved", "winner", "structured_share", "dominance"),
     *("share_gain", "alignment", "alignment_se", "spikes", "remark", "decided_by"),
