@@ -238,10 +238,10 @@ def test_an_unchanged_pair_is_unchanged_everywhere() -> None:
 
 
 @pytest.mark.slow
-def test_norms_and_embeddings_say_that_they_come_later() -> None:
-    norm = Component("norm", 0, None, "ln1.w")
-    labels = _labelled(fake_pair(LAYOUT, {norm: torch.full((LAYOUT.d_model,), 0.1)}))
-    row = labels.labels.to_frame().set_index("component").loc["L0.ln1.w"]
+def test_biases_say_that_they_are_not_classified() -> None:
+    bias, base = Component("bias", 0, None, "b_O"), torch.randn(LAYOUT.d_model)
+    pair = FakePair({bias: FakeWeight(bias, base, 0.1 * base)}, LAYOUT)
+    row = _labelled(pair).labels.to_frame().set_index("component").loc["L0.b_O"]
     assert row["label"] == "unresolved"
     assert "not classified yet" in row["label_reason"]
 

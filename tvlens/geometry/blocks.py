@@ -18,6 +18,7 @@ from tvlens.components import KNOWN_PARTS, Component, Pieces, columns_of_pieces,
 from tvlens.tables import Table, concatenated
 
 from .changes import Change, Factored
+from .embedding_evidence import embedding_evidence
 from .evidence import GATE_COLUMNS, Evidence, Keys, joined_evidence, untested
 from .head_evidence import HeadChanges, head_evidence
 from .heads import (
@@ -48,6 +49,7 @@ from .measures import (
 )
 from .neuron_evidence import NeuronChanges, neuron_evidence
 from .neurons import Sums, change_of_neurons, rows_of_neurons
+from .norm_evidence import NormChange
 from .nulls import Peers, peers_of
 from .reading import Layout, Pair, Slice, factor_of_heads, kv_index_of, slice_of
 
@@ -82,17 +84,20 @@ class Findings:
     Attributes:
         weights: Rows of the table ``weights``.
         evidence: Evidence about the same components, None where none was asked for.
+        norms: Changes of norms, which are judged when those of all layers are known.
     """
 
     weights: Table
     evidence: Evidence | None
+    norms: Sequence[NormChange] = ()
 
 
 def joined_findings(parts: Sequence[Findings]) -> Findings:
     """The findings of several blocks, in order."""
     weights = concatenated("weights", [part.weights for part in parts], order="relative_delta")
     evidence = [part.evidence for part in parts if part.evidence is not None]
-    return Findings(weights, joined_evidence(evidence) if evidence else None)
+    norms = [norm for part in parts for norm in part.norms]
+    return Findings(weights, joined_evidence(evidence) if evidence else None, norms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +147,7 @@ class _Block:
         circuits: Those that the attention computes.
         rows: Tables by their place.
         evidence: The same of evidence.
+        norms: Changes of norms.
     """
 
     writer: Writer
@@ -151,6 +157,7 @@ class _Block:
     circuits: Sequence[Circuit]
     rows: dict[Place, Table] = field(default_factory=dict)
     evidence: dict[Place, Evidence] = field(default_factory=dict)
+    norms: list[NormChange] = field(default_factory=list)
 
     @property
     def seed(self) -> int:
@@ -178,7 +185,7 @@ class _Block:
         tables = [self.rows[place] for place in sorted(self.rows)]
         parts = [self.evidence[place] for place in sorted(self.evidence)]
         weights = concatenated("weights", tables, order="relative_delta")
-        return Findings(weights, joined_evidence(parts) if parts else None)
+        return Findings(weights, joined_evidence(parts) if parts else None, self.norms)
 
 
 def findings_of_block(asks: Sequence[Ask]) -> list[Findings]:
@@ -247,11 +254,14 @@ def _base_matrix(
     return found
 
 
-def _keep_untested(component: Component, columns: Columns, weight: Slice, state: _Block) -> None:
+def _keep_untested(component: Component, columns: Columns, weight: Slice, state: _Block) -> Keys:
     place = state.place_of(component)
     keys = state.add(place, key_columns([component]), _oriented(component, columns), weight)
     if state.ask.seed is not None:
         state.evidence[place] = untested(keys)
+        if component.kind == "norm" and isinstance(weight.change, Tensor):
+            state.norms.append(NormChange(keys, weight.base.double(), weight.change.double()))
+    return keys
 
 
 def _oriented(component: Component, columns: Columns) -> Columns:
@@ -263,8 +273,12 @@ def _oriented(component: Component, columns: Columns) -> Columns:
 
 def _measure_embedding(component: Component, state: _Block) -> None:
     slabs = state.ask.pair.slabs(component)
-    found = vocabulary(slabs, component.part or "", state.ask.spectra)
-    _keep_untested(component, found.columns, found.weight, state)
+    seed = None if state.ask.seed is None else state.seed
+    found = vocabulary(slabs, component.part or "", state.ask.spectra, seed=seed)
+    keys = _keep_untested(component, found.columns, found.weight, state)
+    whole = found.sums.grouped(1)
+    if seed is not None and bool(whole.delta > 0) and bool(whole.base > 0):
+        state.evidence[state.place_of(component)] = embedding_evidence(keys, found)
 
 
 def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state: _Block) -> None:

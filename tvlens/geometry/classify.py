@@ -32,15 +32,13 @@ from tvlens.threads import one_thread
 
 from .blocks import Ask, Findings, Progress, findings_of_block, joined_findings
 from .contrasts import WRITES, contrasts_table
-from .evidence import NO_PEERS, PARTS
+from .evidence import MINS, PARTS, Evidence, replaced
+from .norm_evidence import norm_evidence
 from .nulls import SNR, SNR_OF_STRUCTURE, above_rounding, benjamini_hochberg
 from .reading import Pair
 
 Q = 0.05
 """False discovery rate of a labelled part."""
-MINS = 0.10
-"""Least structured share of the energy: 30 times the largest significant gain that ordinary
-fine-tunes on general text show (a true but empty effect of kappa^2 = .003)."""
 TOP = 2 / 3
 """Share of the structured energy that one part must hold to name the component."""
 
@@ -61,10 +59,11 @@ LABELS_SCHEMA = keyed_schema(
 )
 ROUNDING_FLOOR = "rounding floor"
 """What decided where a change is too close to rounding."""
-LATER_KINDS = ("norm", "bias", "embedding")
+LATER_KINDS = ("bias",)
 REASON_COLUMNS = (
     *("kind", "gain", "snr", "delta_norm", "resolved", "readable", "winner"),
-    *("structured_share", "dominance", "share_gain", "alignment", "alignment_se", "decided_by"),
+    *("structured_share", "dominance", "share_gain", "alignment", "alignment_se"),
+    *("spikes", "remark", "decided_by"),
 )
 """What labels and their reasons are made from, beside the counted shares."""
 
@@ -185,10 +184,10 @@ def _why_unresolved(row: Row) -> str:
             f"The change is {row['delta_norm']:.3g} long; {row['kind']} components are not "
             "classified yet."
         )
-    untested = " No gain could be tested." if row["decided_by"] == NO_PEERS else ""
+    remark = f" {row['remark']}" if row["remark"] else ""
     return (
         f"Significant parts hold {row['structured_share']:.2g} of the energy of the change, "
-        f"{MINS:.2g} are needed; the rest cannot be told from noise.{untested}"
+        f"{MINS:.2g} are needed; the rest cannot be told from noise.{remark}"
     )
 
 
@@ -198,6 +197,8 @@ def _why_structured(row: Row) -> str:
     aligned = ""
     if row["alignment"] == row["alignment"]:  # not NaN
         aligned = f" (alignment {row['alignment']:.2f} +- {row['alignment_se']:.2f}, gain is 1)"
+    if row["kind"] == "norm" and row["label"] == "rewired":
+        return f"{share}{inside}in single channels ({row['spikes']:g} of them)."
     if row["label"] == "rewired":
         return f"{share}{inside}where the base already reads or writes{aligned}."
     if row["label"] == "mixed":
@@ -392,9 +393,7 @@ def labels_of(
         classifier: Evidence to labels; ``labelled`` where None.
         seed: Seed of the contrasts' flips.
     """
-    evidence = found.evidence
-    if evidence is None:
-        raise ValueError("labels need findings with evidence: give Ask a seed.")
+    evidence = _settled(found)
     rows = with_q_values(evidence.frame)
     calls = (classifier or labelled)(rows)
     tests = adjusted_tests(evidence.tests, rows.loc[rows["resolved"], "component"])
@@ -404,6 +403,15 @@ def labels_of(
         labels=_table("labels", LABELS_SCHEMA, calls, names, order="structured_share"),
         contrasts=contrasts_table(weights, controls, seed=seed),
     )
+
+
+def _settled(found: Findings) -> Evidence:
+    """The evidence with what needs all layers at once: norms are held against each other."""
+    if found.evidence is None:
+        raise ValueError("labels need findings with evidence: give Ask a seed.")
+    if not found.norms:
+        return found.evidence
+    return replaced(found.evidence, norm_evidence(found.norms))
 
 
 def _table(

@@ -12,6 +12,7 @@ from torch import Tensor
 from .changes import Change, Factored, energy, gram, transposed, turned
 from .evidence import (
     BY_PEERS,
+    NO_GAIN_TEST,
     NO_PEERS,
     TEST_COLUMNS,
     Evidence,
@@ -129,6 +130,7 @@ def head_evidence(keys: Keys, heads: HeadChanges, *, seed: int) -> Evidence:
         share_new_read=(1 - from_right) * (reads.share * reads.outside).numpy(),
         sure_new_read=reads.found,
         decided_by=BY_PEERS if gain is not None else NO_PEERS,
+        remark="" if gain is not None else NO_GAIN_TEST,
     )
     tests = [
         statistic_rows(keys, name, side=side, null="own_versus_other", effect=found.effect,

@@ -194,13 +194,14 @@ def seen(basis: Basis, delta: Change, products: Products | None = None) -> Seen:
     if isinstance(delta, Factored):
         found = _seen_factors(basis, delta.turned if basis.turned else delta)
     else:
-        found = _seen_products(basis, products or products_of(basis, delta))
+        found = seen_products(basis, products or products_of(basis, delta))
     if basis.turned:
         return Seen(transposed(found.core), found.write, found.read, found.total)
     return found
 
 
-def _seen_products(basis: Basis, products: Products) -> Seen:
+def seen_products(basis: Basis, products: Products) -> Seen:
+    """A change in the directions of its base, the shorter side last, from products alone."""
     short, inverse = basis.short, rearrange(basis.inverse, "... a -> ... a 1")
     from_long = inverse * (transposed(short) @ products.cross)
     onto_short = (short * (products.own @ short)).sum(-2).clamp(min=0)

@@ -83,6 +83,27 @@ def relative_alignment(
     return alignment(energies, total, rank, d_model) / self_alignment(basis, d_model)
 
 
+def structure_of(
+    shares: Float64[Tensor, " spike"],
+    vectors: Float64[Tensor, "d_model spike"],
+    basis: Basis,
+    part: str,
+) -> MatrixStructure:
+    """Spikes that are no gains, by their alignment on the residual side."""
+    if not len(shares):
+        return MatrixStructure(0.0, np.nan, np.nan, 0)
+    if part not in KNOWN_PARTS:  # which side would be the residual stream?
+        return MatrixStructure(float(shares.sum()), np.nan, np.nan, len(shares))
+    weight, d_model = shares / shares.sum(), len(vectors)
+    coordinates = basis.coordinates(vectors, residual_side(part))
+    relative = relative_alignment(coordinates, vectors.square().sum(0), basis, d_model)
+    spread = unit_alignment_spread(d_model) / abs(float(self_alignment(basis, d_model)))
+    error = float(weight.square().sum().sqrt()) * spread
+    return MatrixStructure(
+        float(shares.sum()), float((weight * relative).sum()), error, len(shares)
+    )
+
+
 def gain_cosines(
     read: Float64[Tensor, "d_in triplet"],
     write: Float64[Tensor, "d_out triplet"],
@@ -113,21 +134,8 @@ def matrix_structure(one: MatrixChange, gain: float, left: float, *, seed: int) 
         return MatrixStructure(0.0, np.nan, np.nan, 0)
     spikes = _spikes(one, gain, left, seed=seed)
     plain = gain_cosines(spikes.read, spikes.write, one.base).abs() <= GAIN_COSINE
-    shares = spikes.shares[plain]
-    if not len(shares):
-        return MatrixStructure(0.0, np.nan, np.nan, 0)
-    if one.part not in KNOWN_PARTS:  # which side would be the residual stream?
-        return MatrixStructure(float(shares.sum()), np.nan, np.nan, len(shares))
-    side = residual_side(one.part)
-    vectors = (spikes.write if side == "write" else spikes.read)[:, plain]
-    weight, d_model = shares / shares.sum(), len(vectors)
-    coordinates = one.basis.coordinates(vectors, side)
-    relative = relative_alignment(coordinates, vectors.square().sum(0), one.basis, d_model)
-    spread = unit_alignment_spread(d_model) / abs(float(self_alignment(one.basis, d_model)))
-    error = float(weight.square().sum().sqrt()) * spread
-    return MatrixStructure(
-        float(shares.sum()), float((weight * relative).sum()), error, len(shares)
-    )
+    vectors = (spikes.write if residual_side(one.part) == "write" else spikes.read)[:, plain]
+    return structure_of(spikes.shares[plain], vectors, one.basis, one.part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,12 +160,12 @@ class MatrixGain:
         return self.kappa**2 + max(0.0, self.scale)
 
 
-def matrix_gain(one: MatrixChange) -> MatrixGain:
+def matrix_gain(found: Seen, basis: Basis, size: int) -> MatrixGain:
     """Global and single gains of a matrix; chance is r / (m n) +- sqrt(2 r) / (m n)."""
-    channels, total, values = one.found.channels, one.found.total, one.basis.values
+    channels, total, values = found.channels, found.total, basis.values
     inner, energy = (channels * values).sum(), values.square().sum()
     kappa = float(inner / (energy * total).sqrt())
-    rank, size = float(one.basis.rank), one.base.numel()
+    rank = float(basis.rank)
     scale = float(channels.square().sum() / total) - kappa**2 - rank / size
     return MatrixGain(float(inner / energy), kappa, scale, (2 * rank) ** 0.5 / size)
 
@@ -171,13 +179,21 @@ def matrix_evidence(keys: Keys, one: MatrixChange, left: float, *, seed: int) ->
         left: Share of the change's energy that its global gain leaves.
         seed: Seed of the one draw of signs.
     """
-    own, spread = matrix_gain(one), cosine_spread(*one.base.shape)
+    own = matrix_gain(one.found, one.basis, one.base.numel())
+    rest = matrix_structure(one, own.gain, left, seed=seed)
+    return whole_evidence(keys, own, rest, shape=(one.base.shape[0], one.base.shape[1]))
+
+
+def whole_evidence(
+    keys: Keys, own: MatrixGain, rest: MatrixStructure, *, shape: tuple[int, int]
+) -> Evidence:
+    """Evidence from the gains and the structure of one matrix."""
+    spread, part = cosine_spread(*shape), str(keys["part"][0])
     p_kappa = 2 * stats.norm.sf(abs(own.kappa) / spread)
     p_scale = stats.norm.sf(own.scale / own.scale_spread)
     limit = stats.norm.sf(GAIN_Z)
-    rest = matrix_structure(one, own.gain, left, seed=seed)
     share = rest.share * (1 - own.kappa**2)
-    where = placed(np.array([share]), np.array([rest.aligned]), np.array([rest.error]), one.part)
+    where = placed(np.array([share]), np.array([rest.aligned]), np.array([rest.error]), part)
     frame = evidence_frame(
         keys,
         share_gain=own.share,
@@ -198,7 +214,7 @@ def matrix_evidence(keys: Keys, one: MatrixChange, left: float, *, seed: int) ->
     if not np.isnan(rest.aligned):
         z = rest.aligned / rest.error
         tests.append(
-            statistic_rows(keys, "g_rel_of_spikes", side=residual_side(one.part), null="isotropic",
+            statistic_rows(keys, "g_rel_of_spikes", side=residual_side(part), null="isotropic",
                       effect=[rest.aligned], half_interval=Z95 * rest.error,
                       p_value=2 * stats.norm.sf(abs(z)), k=rest.spikes)
         )  # fmt: skip

@@ -16,7 +16,7 @@ from tvlens.components import (
 )
 from tvlens.tables import Table, keyed_schema
 
-from .changes import Change, Factored, energies_of_gram, gram, transposed, turned
+from .changes import Change, Factored, cross, energies_of_gram, gram, transposed, turned
 from .heads import CircuitCores
 from .matrices import (
     K_FRACTION,
@@ -35,6 +35,7 @@ from .matrices import (
 )
 from .neurons import Sums, joined_sums, sums_of_rows, vector_measures
 from .reading import Slice, Weight, slice_of
+from .spikes import flipped_gram
 
 BASIC_COLUMNS = (
     "base_norm",
@@ -180,14 +181,28 @@ class Vocabulary:
     Attributes:
         columns: Its measures.
         weight: Its first piece, which knows the dtypes.
+        sums: Those of every token.
+        grams: Of the change and the base; for evidence also of the two, and of the change with
+            other signs.
     """
 
     columns: Columns
     weight: Slice
+    sums: Sums
+    grams: Sequence[Float[Tensor, "d_model d_model"]]
 
 
-def vocabulary(slabs: Iterable[Weight], part: str, spectra: Spectra) -> Vocabulary:
-    """The measures of an embedding from its pieces; memory is one piece and two d_model Grams."""
+def vocabulary(
+    slabs: Iterable[Weight], part: str, spectra: Spectra, *, seed: int | None = None
+) -> Vocabulary:
+    """The measures of an embedding from its pieces; memory is one piece and d_model Grams.
+
+    Args:
+        slabs: Its pieces.
+        part: Which embedding it is.
+        spectra: Whose singular values.
+        seed: Seed of the draw of signs; None where no evidence is wanted.
+    """
     sums: list[Sums] = []
     grams: list[Tensor] = []
     kinds: list[Slice] = []
@@ -196,13 +211,15 @@ def vocabulary(slabs: Iterable[Weight], part: str, spectra: Spectra) -> Vocabula
         base, change = weight.base, weight.change
         if part == "W_U":
             base, change = transposed(base), turned(change)
-        sums.append(sums_of_rows(base, change, _token_rows(weight.floor, part)).grouped(1))
-        for index, made in enumerate(_grams(base, change, spectra)):
-            grams = grams if len(grams) > index else [*grams, torch.zeros_like(made)]
-            grams[index] += made
-    whole = joined_sums(sums).grouped(1)
+        sums.append(sums_of_rows(base, change, _token_rows(weight.floor, part)))
+        made = _grams(base, change, spectra)
+        if seed is not None:
+            made += [cross(base, change), flipped_gram(change, seed=seed + len(sums))]
+        grams = [old + new for old, new in zip(grams or [0] * len(made), made, strict=True)]
+    tokens = joined_sums(sums)
+    whole = tokens.grouped(1)
     columns: Columns = {**whole.columns()}
-    return Vocabulary(columns | _gram_columns(grams, part), kinds[0])
+    return Vocabulary(columns | _gram_columns(grams, part), kinds[0], tokens, grams)
 
 
 def _token_rows(floor: Tensor | None, part: str) -> Tensor | None:

@@ -157,19 +157,43 @@ def own_versus_others(
         group: The kv head of each.
         alike: Correlation of a row's values at two heads of one kv group under noise.
     """
-    peers = group[:, None] != group[None, :]
+    peers, groups = group[:, None] != group[None, :], len(np.unique(group)) - 1
+    return own_versus_peers(np.diag(values), values, peers, groups=groups, alike=alike)
+
+
+def own_versus_peers(
+    own: Float[np.ndarray, " component"],
+    values: Float[np.ndarray, "component peer"],
+    peers: Bool[np.ndarray, "component peer"],
+    *,
+    typical: Bool[np.ndarray, " component"] | None = None,
+    least: float = 0.0,
+    groups: int = 0,
+    alike: float = 0.0,
+) -> OwnVersusOthers | None:
+    """Moderated t of own values against those with peers; None where one has fewer than two.
+
+    Args:
+        own: A component's statistic on its own base weights.
+        values: The same on those of others.
+        peers: Which of them are peers.
+        typical: Components whose spread enters the median; all where None.
+        least: Variance below which no value of the statistic varies.
+        groups: Number of groups that peers fall into; every peer is its own where 0.
+        alike: Correlation of values within a group under noise.
+    """
     counts = peers.sum(1)
     others = int(counts.min())
     if others < 2:  # one peer has no spread to compare with
         return None
-    of_mean, freedom = _of_correlated_peers(others, len(np.unique(group)) - 1, alike)
+    of_mean, freedom = _of_correlated_peers(others, groups or others, alike)
     mean = np.where(peers, values, 0).sum(1) / counts
     spread = (np.where(peers, values - mean[:, None], 0) ** 2).sum(1) / counts / (1 - of_mean)
-    prior = max(2.0, freedom)
-    typical = np.median(spread) * freedom / stats.chi2.median(freedom)
-    moderated = (prior * typical + freedom * spread) / (prior + freedom)
+    median = np.median(spread if typical is None or not typical.any() else spread[typical])
+    prior, expected = max(2.0, freedom), median * freedom / stats.chi2.median(freedom)
+    moderated = np.maximum(least, (prior * expected + freedom * spread) / (prior + freedom))
     error = np.sqrt(moderated * (1 + of_mean))
-    return OwnVersusOthers(np.diag(values) - mean, error, prior + freedom, others)
+    return OwnVersusOthers(own - mean, error, prior + freedom, others)
 
 
 def _of_correlated_peers(others: int, groups: int, alike: float) -> tuple[float, float]:

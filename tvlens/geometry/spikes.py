@@ -8,10 +8,10 @@ of which nothing but the largest eigenvalue counts.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
-from .changes import Remainder, slabs, transposed
+from .changes import Change, Remainder, slabs, transposed, written_rows
 from .matrices import RANK_TOLERANCE
 from .nulls import edge, random_signs
 
@@ -83,6 +83,18 @@ def spikes_above_edge(
     return Spikes(*sides, total, float(limit))
 
 
+def flipped_gram(change: Change, *, seed: int) -> Float64[Tensor, "b b"]:
+    """D' D after the sign of every entry of D was drawn anew; its products are in float32."""
+    signs = random_signs(tuple(change.shape), seed=seed)
+    found = torch.zeros((change.shape[1], change.shape[1]), dtype=torch.float64)
+    for start, stop in slabs(change.shape):
+        rows = written_rows(change, start, stop)
+        scale = rows.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
+        signed = (rows / scale).float().mul_(signs[start:stop])
+        found += (transposed(signed) @ signed).double() * scale.square()
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class _Grams:
     own: Float64[Tensor, "short short"]
@@ -108,7 +120,7 @@ def _grams(
     return _Grams(own, flipped)
 
 
-def largest_eigenvalue(products: Float32[Tensor, "size size"]) -> Float64[Tensor, ""]:
+def largest_eigenvalue(products: Float[Tensor, "size size"]) -> Float64[Tensor, ""]:
     """The largest eigenvalue of a Gram matrix; Lanczos with full reorthogonalisation."""
     if len(products) <= SMALL:
         return torch.linalg.eigvalsh(products.double())[-1]

@@ -55,12 +55,16 @@ def decompose_peak(pair: Pair) -> float:
 
 
 def classify_peak(pair: Pair) -> float:
-    """The same, and every row's evidence."""
-    return decompose_peak(pair) + EVIDENCE_ROW * label_rows(pair).at_most
+    """The same with more products of an embedding, and every row's evidence."""
+    rows = WEIGHT_ROW * weight_rows(pair).at_most + EVIDENCE_ROW * label_rows(pair).at_most
+    return INTERPRETER + _measured_at_once(pair, products=8) + rows
 
 
-def _measured_at_once(pair: Pair) -> float:
-    """The largest of: the matrices of one attention layer, another matrix, a piece of tokens."""
+def _measured_at_once(pair: Pair, *, products: int = 4) -> float:
+    """The largest of: the matrices of one attention layer, another matrix, a piece of tokens.
+
+    ``products`` is the number of d_model x d_model matrices that an embedding is reduced to.
+    """
     groups = [
         group
         for block in pair.blocks()
@@ -69,13 +73,14 @@ def _measured_at_once(pair: Pair) -> float:
             *([c] for c in block if c.part not in HEAD_PARTS),
         )
     ]
-    return max((_group_peak(pair, group) for group in groups), default=0.0)
+    return max((_group_peak(pair, group, products) for group in groups), default=0.0)
 
 
-def _group_peak(pair: Pair, group: Sequence[Component]) -> float:
+def _group_peak(pair: Pair, group: Sequence[Component], products: int) -> float:
     """Components held together, the largest of them read and measured in float64."""
     if any(component.part in VOCABULARY_PARTS for component in group):
-        return float((READING + 12 + 3 * DOUBLE) * SLAB + 4 * DOUBLE * pair.layout.d_model**2)
+        kept = products * DOUBLE * pair.layout.d_model**2
+        return float((READING + 12 + 3 * DOUBLE) * SLAB + kept)
     largest = max((entries(pair, [component]) for component in group), default=0)
     return held_bytes(pair, group) + float(max(READING, WORKING * DOUBLE) * largest)
 

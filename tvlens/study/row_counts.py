@@ -119,7 +119,8 @@ def tested_rows(pair: Pair) -> Rows:
     """At most this many rows of ``tests``: all components above the rounding floor, with spikes."""
     layout, labels = pair.layout, label_rows(pair).by
     peers = layout.n_heads - layout.n_heads // max(1, layout.n_kv_heads)
-    statistics = {"matrix": 3 if layout.listed else 2, "head": 2 if peers >= 2 else 0, "neuron": 2}
+    statistics = {"matrix": 3 if layout.listed else 2, "head": 2 if peers >= 2 else 0}
+    statistics |= {"neuron": 2, "norm": 2, "embedding": statistics["matrix"] + 1}
     return Rows(0, sum(each * labels.get(kind, 0) for kind, each in statistics.items()))
 
 

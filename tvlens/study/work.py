@@ -248,9 +248,12 @@ def _evidence(pair: Pair, component: Component) -> Work:
     """Gains, spikes and their edge of a matrix; those of its rows as neurons."""
     size = math.prod(pair.layout.shape(component))
     read = {"entry": READING * size}
-    if component.kind != "matrix":
+    if component.kind not in ("matrix", "embedding"):
         return read
     short, long = _sides(pair, component)
+    if component.kind == "embedding":
+        products = {"product": 3 * short**2 * long, "eigen": _eigen(short, whole=2.0)}
+        return added(read, products, {"entry": 3 * size})
     whole = {"product": 12 * short**2 * long, "eigen": _eigen(short, whole=2.0, values_only=1.0)}
     if component.part not in NEURON_PARTS:
         return added(read, whole, {"entry": 3 * size})
