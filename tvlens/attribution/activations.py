@@ -7,8 +7,8 @@ al. 2023),
     score = (given activation - receiver's activation) . d metric / d activation,
 
 summed over positions and the component's width, with the gradient taken on the receiver. The
-exact effect patches one component for real (``patching``). Two more estimators mend what first
-order gets wrong (``atp_star``). Which activations there are is said in ``nodes``.
+exact effect patches one component for real (``patching``). Which activations there are is said in
+``nodes``.
 
 Scores of activations say where a difference *passes*, since an activation carries everything
 upstream of it. They do not add up to the change of the metric.

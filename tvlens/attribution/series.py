@@ -15,11 +15,8 @@ SAME_QUESTION = {
     "weight_first_order_base": "exact_weight_insert",
     "weight_first_order_tuned": "exact_weight_remove",
     "weight_ig": "exact_weight_path",
-    **{
-        f"{within}_{estimator}": "exact_activation"
-        for within in ("cross_model", "activation")
-        for estimator in ("first_order", "ig", "qk_fix", "atp_star")
-    },
+    "cross_model_first_order": "exact_activation",
+    "activation_first_order": "exact_activation",
 }
 """The exact method that asks what an estimate estimates."""
 Series = tuple[str, str, str]
