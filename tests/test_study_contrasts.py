@@ -109,3 +109,13 @@ def test_the_page_draws_every_layer_of_both_contrasts(study: Study) -> None:
         figure = page.split(f'<svg id="m1-{claim}"')[1].split("</svg>")[0]
         assert figure.count("<use ") == 2 * 8  # raw and minus controls
         assert figure.count("<title>layer ") == 2 * 8
+
+
+def test_the_rows_are_those_that_inspect_forecasts(contrasts: pd.DataFrame) -> None:
+    from tvlens.study.row_counts import contrast_rows
+    from tvlens.weights.matching import load_pair
+
+    pair = load_pair("demo:base", "demo:med", scan=False)  # the same shapes
+    assert contrast_rows(pair, 2, weighted=False).at_least == len(contrasts)
+    assert contrast_rows(pair, 2, weighted=True).at_least == 2 * len(contrasts)
+    assert contrast_rows(pair, 0, weighted=False).at_least == 2
