@@ -20,7 +20,7 @@ from .changes import Change, Factored
 from .embedding_evidence import embedding_evidence
 from .evidence import GATE_COLUMNS, Evidence, Keys, joined_evidence, untested
 from .head_evidence import HeadChanges, head_evidence
-from .heads import Coordinates, coordinates, cores_of, slices_of_heads
+from .heads import Coordinates, Factor, coordinates, cores_of, slices_of_heads
 from .matrices import Basis, Products, Seen, products_of, seen, spectral_basis
 from .matrix_evidence import MatrixChange, matrix_evidence
 from .measures import (
@@ -47,6 +47,8 @@ Progress = Callable[[int, int], None]
 """Called as ``progress(blocks done, blocks in all)``."""
 Circuit = tuple[str, str, str]
 """A circuit and the parts of its left and right factor."""
+SEEDS_OF_CIRCUIT = 2
+"""Draws of signs for one circuit."""
 CIRCUITS: tuple[Circuit, ...] = (("OV", "W_V", "W_O"), ("QK", "W_Q", "W_K"))
 
 
@@ -345,21 +347,30 @@ def _head_spectra(base: BaseMatrix, change: Change, spectra: Spectra) -> Columns
 def _measure_circuit(
     circuit: Circuit, number: int, parts: Mapping[str, Slice], state: _Block
 ) -> None:
-    """The rows of OV or QK, and the evidence about OV."""
+    """The rows of OV or QK, and the evidence about them."""
     name, first, second = circuit
     left, right = (_side_of_circuit(parts[part], part, state) for part in (first, second))
     d_model, d_head = parts[first].base.shape[0], left.base.shape[2]
     columns = circuit_columns(
         cores_of(left, right), name, d_model=d_model, d_head=d_head, spectra=state.ask.spectra
     )
-    heads = Pieces("head", state.layer, name, len(state.kv_index))
-    keys = columns_of_pieces(heads, kv_index=state.kv_index.tolist())
+    pieces = Pieces("head", state.layer, name, len(state.kv_index))
+    keys = columns_of_pieces(pieces, kv_index=state.kv_index.tolist())
     keys = state.add((CIRCUIT, number), keys, columns, None)
-    if state.ask.seed is not None and name == "OV":
-        value = factor_of_heads(parts[first], first, state.n_heads(first)).of_heads(state.kv_index)
-        output = factor_of_heads(parts[second], second, state.n_heads(second))
-        ov = HeadChanges(value, output, left, right, state.kv_index, columns["kappa"])
-        state.evidence[CIRCUIT, number] = head_evidence(keys, ov, seed=state.seed)
+    if state.ask.seed is None:
+        return
+    one, two = (_factor_of_circuit(parts[part], part, state) for part in (first, second))
+    two = two.swapped if name == "QK" else two
+    partners = state.ask.pair.rotary_partners if name == "QK" else range(d_head)
+    heads = HeadChanges(name, one, two, left, right, state.kv_index, torch.tensor(list(partners)))
+    seed = state.seed + SEEDS_OF_CIRCUIT * number
+    state.evidence[CIRCUIT, number] = head_evidence(keys, heads, seed=seed)
+
+
+def _factor_of_circuit(weight: Slice, part: str, state: _Block) -> Factor:
+    """One factor of a circuit, one slice a query head."""
+    factor = factor_of_heads(weight, part, state.n_heads(part))
+    return factor.of_heads(state.kv_index) if part in KV_PARTS else factor
 
 
 def _side_of_circuit(weight: Slice, part: str, state: _Block) -> Coordinates:
