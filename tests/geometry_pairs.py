@@ -51,6 +51,10 @@ class FakePair:
     def components(self) -> list[Component]:
         return list(self.weights)
 
+    @property
+    def rotary_partners(self) -> list[int]:
+        return list(range(self.layout.d_head))
+
     def blocks(self) -> list[list[Component]]:
         layers = [None, *range(self.layout.n_layers)]
         return [[c for c in self.weights if c.layer == layer] for layer in layers]

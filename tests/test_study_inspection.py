@@ -737,7 +737,7 @@ def test_the_text_says_what_would_be_read_taken_and_written(shown) -> None:
         "classify",
         "attribute",
         "graft",
-        "labels 5,098",
+        "labels 5,130",
         "neuron=4,992",
     ):
         assert word in out

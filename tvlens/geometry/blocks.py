@@ -57,6 +57,8 @@ Progress = Callable[[int, int], None]
 """Called as ``progress(blocks done, blocks in all)``."""
 Circuit = tuple[str, str, str]
 """A circuit and the parts of its left and right factor."""
+SEEDS_OF_CIRCUIT = 2
+"""Draws of signs for one circuit."""
 CIRCUITS: tuple[Circuit, ...] = (("OV", "W_V", "W_O"), ("QK", "W_Q", "W_K"))
 
 
@@ -350,10 +352,10 @@ def _head_spectra(base: BaseMatrix, change: Change, spectra: Spectra) -> Columns
 def _measure_circuit(
     circuit: Circuit, number: int, parts: Mapping[str, Slice], state: _Block
 ) -> None:
-    """The rows of OV or QK, and the evidence about OV."""
+    """The rows of OV or QK, and the evidence about them."""
     name, first, second = circuit
-    heads = Pieces("head", state.layer, name, len(state.kv_index))
-    keys = columns_of_pieces(heads, kv_index=state.kv_index.tolist())
+    pieces = Pieces("head", state.layer, name, len(state.kv_index))
+    keys = columns_of_pieces(pieces, kv_index=state.kv_index.tolist())
     if state.ask.spectra == "none":
         products = (_columns_of_circuit(parts[p], p, state, column_products) for p in circuit[1:])
         columns: Columns = {**circuit_sums(*products).measures().columns()}
@@ -365,11 +367,20 @@ def _measure_circuit(
         cores_of(left, right), name, d_model=d_model, d_head=d_head, spectra=state.ask.spectra
     )
     keys = state.add((CIRCUIT, number), keys, columns, None)
-    if state.ask.seed is not None and name == "OV":
-        value = factor_of_heads(parts[first], first, state.n_heads(first)).of_heads(state.kv_index)
-        output = factor_of_heads(parts[second], second, state.n_heads(second))
-        ov = HeadChanges(value, output, left, right, state.kv_index, columns["kappa"])
-        state.evidence[CIRCUIT, number] = head_evidence(keys, ov, seed=state.seed)
+    if state.ask.seed is None:
+        return
+    one, two = (_factor_of_circuit(parts[part], part, state) for part in (first, second))
+    two = two.swapped if name == "QK" else two
+    partners = state.ask.pair.rotary_partners if name == "QK" else range(d_head)
+    heads = HeadChanges(name, one, two, left, right, state.kv_index, torch.tensor(list(partners)))
+    seed = state.seed + SEEDS_OF_CIRCUIT * number
+    state.evidence[CIRCUIT, number] = head_evidence(keys, heads, seed=seed)
+
+
+def _factor_of_circuit(weight: Slice, part: str, state: _Block) -> Factor:
+    """One factor of a circuit, one slice a query head."""
+    factor = factor_of_heads(weight, part, state.n_heads(part))
+    return factor.of_heads(state.kv_index) if part in KV_PARTS else factor
 
 
 FactorColumns = TypeVar("FactorColumns", Coordinates, ColumnProducts)

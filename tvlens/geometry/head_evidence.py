@@ -1,4 +1,4 @@
-"""Evidence about heads (OV): against heads of other kv groups, and structure in both factors."""
+"""Evidence about heads (OV, QK): against heads of other kv groups; structure in both factors."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import torch
 from einops import rearrange
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
+
+from tvlens.components import Side
 
 from .changes import Change, Factored, energy, gram, transposed, turned
 from .evidence import (
@@ -22,6 +24,7 @@ from .evidence import (
 )
 from .heads import Coordinates, Factor
 from .nulls import factor_swap, noise_edge, own_versus_others, share_in_spans, spans_of
+from .offsets import mean_change
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,72 +66,73 @@ def _onto_own(
     return delta.double() @ spans
 
 
-def share_from_right(left: Coordinates, right: Coordinates) -> Float64[Tensor, " head"]:
-    """Share of |V_mid dO|^2 in |V_mid dO|^2 + |dV O_mid|^2."""
-    from_right = _product_energy(left.middle, right.delta)
-    from_left = _product_energy(left.delta, right.middle)
-    return (from_right / (from_right + from_left)).nan_to_num()
-
-
-def _product_energy(
-    left: Float64[Tensor, "head left d_head"], right: Float64[Tensor, "head right d_head"]
-) -> Float64[Tensor, " head"]:
-    """|L R'|^2 from the Grams of the two."""
-    return (transposed(left) @ left * (transposed(right) @ right)).sum((1, 2))
-
-
 @dataclass(frozen=True, eq=False)
 class HeadChanges:
-    """The OV circuits of a layer, one slice a query head.
+    """The circuits OV or QK of a layer, one slice a query head.
 
     Attributes:
-        value: W_V, [d_model, d_head].
-        output: W_O, [d_head, d_model].
-        left: Coordinates of W_V.
-        right: Coordinates of W_O.
+        circuit: ``OV`` or ``QK``.
+        first: W_V or W_Q, [d_model, d_head].
+        second: W_O, [d_head, d_model], or W_K so.
+        left: Coordinates of the first.
+        right: Coordinates of the second.
         group: The kv head of each.
-        kappa: Cosine of each circuit with its change.
+        partner: What each entry of a head rotates with, itself where it does not.
     """
 
-    value: Factor
-    output: Factor
+    circuit: str
+    first: Factor
+    second: Factor
     left: Coordinates
     right: Coordinates
     group: Int[Tensor, " head"]
-    kappa: Float64[Tensor, " head"]
+    partner: Int[Tensor, " d_head"]
+
+    @property
+    def own(self) -> Factor:
+        """The factor that each query head has for itself, [d_head, d_model]: W_O or W_Q."""
+        return self.second if self.circuit == "OV" else self.first.swapped
+
+    @property
+    def shared(self) -> Factor:
+        """The factor of the kv head, [d_head, d_model]: W_V or W_K."""
+        return self.first.swapped if self.circuit == "OV" else self.second
+
+    @property
+    def side(self) -> Side:
+        """What the own factor does with the residual stream."""
+        return "write" if self.circuit == "OV" else "read"
 
 
 def head_evidence(keys: Keys, heads: HeadChanges, *, seed: int) -> Evidence:
-    """Gain and write space of OV against heads of other kv groups; structure of dO by spikes."""
-    d_head, d_model = heads.output.base.shape[1:]
+    """Gain and own space against heads of other kv groups; structure of both factors by spikes.
+
+    W_V, W_Q and W_K read and W_O writes: in QK, whatever is new is a new read. With rotary
+    positions the gain of QK is that of all offsets (offsets.py), else of the product.
+    """
     kv, nothing = heads.group.numpy(), np.full(len(heads.group), np.nan)
-    swap = factor_swap(heads.value, heads.output)
+    swap = factor_swap(heads.first, heads.second, heads.partner)
     gain = own_versus_others(swap.z.numpy(), kv, alike=swap.of_mates(kv))
-    out_spans = spans_of(heads.output.base)
-    spans = share_in_spans(heads.output.delta, out_spans).nan_to_num()
+    mean = mean_change(heads.left, heads.right, heads.partner)
+    from_own = (mean.from_right if heads.circuit == "OV" else 1 - mean.from_right).numpy()
+    spaces = spans_of(heads.own.base)
+    spans = share_in_spans(heads.own.delta, spaces).nan_to_num()
     space = own_versus_others(spans.numpy(), kv)
-    from_right = share_from_right(heads.left, heads.right).numpy()
-    reading = heads.value.swapped
-    writes = head_spikes(heads.output.delta, out_spans, seed=seed)
-    reads = head_spikes(reading.delta, spans_of(reading.base), seed=seed + 1)
-    chance = d_head / d_model
-    own = ((spans.diagonal() - chance) / (1 - chance)).numpy() if chance < 1 else np.zeros(len(kv))
-    amplified = heads.kappa.nan_to_num().numpy() ** 2
-    read_inside = (reads.share * (1 - reads.outside)).numpy()
-    within = from_right * own + (1 - from_right) * read_inside - amplified
+    own = head_spikes(heads.own.delta, spaces, seed=seed)
+    shared = head_spikes(heads.shared.delta, spans_of(heads.shared.base), seed=seed + 1)
+    amplified = mean.kappa.nan_to_num().numpy() ** 2
+    shared_inside = (shared.share * (1 - shared.outside)).numpy()
+    within = from_own * _above_chance(spans, heads.own) + (1 - from_own) * shared_inside - amplified
     p_space = nothing if space is None else space.p_greater()
     p_gain = nothing if gain is None else gain.p_two_sided()
     frame = evidence_frame(
-        keys,
+        {**keys, "gain": mean.gain.numpy(), "kappa": mean.kappa.numpy()},
         share_gain=amplified,
         p_gain=p_gain,
         share_within=np.maximum(0, within),
-        p_within=np.where(from_right > 0.5, p_space, np.nan),
-        sure_within=(from_right <= 0.5) & reads.found,
-        share_new_write=from_right * (writes.share * writes.outside).numpy(),
-        sure_new_write=writes.found,
-        share_new_read=(1 - from_right) * (reads.share * reads.outside).numpy(),
-        sure_new_read=reads.found,
+        p_within=np.where(from_own > 0.5, p_space, np.nan),
+        sure_within=(from_own <= 0.5) & shared.found,
+        **_new_parts(heads.side, from_own, own, shared),
         decided_by=BY_PEERS if gain is not None else NO_PEERS,
         remark="" if gain is not None else NO_GAIN_TEST,
     )
@@ -137,9 +141,36 @@ def head_evidence(keys: Keys, heads: HeadChanges, *, seed: int) -> Evidence:
                   half_interval=found.half_interval(), p_value=p_value, k=k)
         for name, side, found, p_value, k in (
             ("gain", "both", gain, p_gain, None),
-            ("share_in_own_space", "write", space, p_space, d_head),
+            ("share_in_own_space", heads.side, space, p_space, heads.own.base.shape[1]),
         )
         if found is not None
     ]  # fmt: skip
     empty = pd.DataFrame(columns=list(TEST_COLUMNS))
     return Evidence(frame, pd.concat(tests, ignore_index=True) if tests else empty)
+
+
+def _above_chance(
+    spans: Float64[Tensor, "head other_head"], own: Factor
+) -> Float[np.ndarray, " head"]:
+    """Share of each head's change in its own space, 0 at chance and 1 at most."""
+    d_head, d_model = own.base.shape[1:]
+    chance = d_head / d_model
+    if chance >= 1:
+        return np.zeros(len(spans))
+    return ((spans.diagonal() - chance) / (1 - chance)).numpy()
+
+
+def _new_parts(
+    side: Side, from_own: Float[np.ndarray, " head"], own: HeadSpikes, shared: HeadSpikes
+) -> dict[str, np.ndarray]:
+    """Shares of new writes and reads; those of two reading factors add up."""
+    of_own = from_own * (own.share * own.outside).numpy()
+    of_shared = (1 - from_own) * (shared.share * shared.outside).numpy()
+    if side == "read":
+        return {"share_new_read": of_own + of_shared, "sure_new_read": own.found | shared.found}
+    return {
+        "share_new_write": of_own,
+        "sure_new_write": own.found,
+        "share_new_read": of_shared,
+        "sure_new_read": shared.found,
+    }

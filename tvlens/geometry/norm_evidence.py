@@ -171,7 +171,7 @@ def _of_width(norms: Sequence[NormChange]) -> Evidence:
         share_within=within,
         p_within=single.p_value,
         spikes=single.count,
-        remark=np.where(np.asarray(keys["kappa"], float) ** 2 - share >= MINS, SHARED, ""),
+        remark=np.where(np.square(keys["kappa"]) - share >= MINS, SHARED, ""),
         decided_by=np.where(told, BY_NORMS, NO_NORMS),
     )
     tests = [

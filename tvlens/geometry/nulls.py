@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .changes import Change, Factored, energy, gram, product, slabs, transposed, written_rows
 from .heads import Factor, change_of_heads
+from .offsets import over_offsets
 
 SNR = 4.0
 """Least energy over rounding energy: at 4 the rounding holds a fifth of the observed energy."""
@@ -299,15 +300,20 @@ class FactorSwap:
         return float(self.correlation.numpy()[mates].mean()) if mates.any() else 0.0
 
 
-def factor_swap(left: Factor, right: Factor) -> FactorSwap:
+def factor_swap(
+    left: Factor, right: Factor, partner: Int[Tensor, " d_head"] | None = None
+) -> FactorSwap:
     """Swap the factors' changes between heads: (<dO_h, V_g'V_g O_g> + <dV_h, V_g O_g O_g'>) / sd.
 
     Comparing whole circuits instead is wrong: the change of a circuit contains its own base
-    factors, so under pure noise its own spread is 2.7 times that of the others.
+    factors, so under pure noise its own spread is 2.7 times that of the others. ``partner`` says
+    which entries rotate with the offset (offsets.py); all offsets then count.
     """
     first, second = left.base.double(), right.base.double()
-    on_right = transposed(first) @ first @ second
-    on_left = first @ (second @ transposed(second))
+    of_left, of_right = transposed(first) @ first, second @ transposed(second)
+    if partner is not None:
+        of_left, of_right = (over_offsets(products, partner) for products in (of_left, of_right))
+    on_right, on_left = of_left @ second, first @ of_right
     inner = inner_of_heads(right.delta, on_right) + inner_of_heads(left.delta, on_left)
     variance = _mean_square(right.delta) * reduce(on_right.square(), "head k d -> 1 head", "sum")
     variance = variance + _mean_square(left.delta) * reduce(

@@ -95,6 +95,11 @@ class Pair(Protocol):
         """Numbers of the model."""
         ...
 
+    @property
+    def rotary_partners(self) -> list[int]:
+        """The entry that each entry of a head rotates with, itself where it does not rotate."""
+        ...
+
     def blocks(self) -> list[list[Component]]:
         """The disjoint components, one list a layer and one for what has no layer."""
         ...

@@ -105,12 +105,13 @@ def weight_rows(pair: Pair) -> Rows:
 
 
 def label_rows(pair: Pair) -> Rows:
-    """Rows of ``labels`` by kind: the disjoint components, every head's OV, every neuron's part."""
+    """Rows of ``labels`` by kind: the disjoint components, OV and QK of heads, parts of neurons."""
     layout, counts = pair.layout, Counter(c.kind for c in pair.components)
     found: Counter[str] = Counter({str(kind): count for kind, count in counts.items()})
     for block in pair.blocks():
         parts = matrix_parts(block)
-        found["head"] += layout.n_heads * (parts >= {"W_V", "W_O"})
+        circuits = [needed for _, *needed in circuits_of(layout) if parts >= {*needed}]
+        found["head"] += layout.n_heads * len(circuits)
         found["neuron"] += layout.d_mlp * len(parts & {*NEURON_PARTS})
     return _summed(found)
 

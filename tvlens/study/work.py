@@ -230,11 +230,12 @@ def _circuit(layout: Layout) -> Work:
 def _classified_block(pair: Pair, block: Sequence[Component]) -> Work:
     layout, parts = pair.layout, matrix_parts(block)
     works = [_evidence(pair, component) for component in block]
-    if parts >= {"W_V", "W_O"}:
+    circuits = [needed for _, *needed in circuits_of(layout) if parts >= {*needed}]
+    if circuits:
         heads, width, d_model = layout.n_heads, layout.d_head, layout.d_model
         swapped = (2 * heads**2 * width * d_model * (2 + width)) + heads * _spikes(width, d_model)
         spectra = 2 * heads * _eigen(min(width, d_model), values_only=1.0)
-        works.append({"product": swapped, "eigen": spectra})
+        works.append(times(len(circuits), {"product": swapped, "eigen": spectra}))
     calls = CALLS_OF_A_TEST * len(parts) + CALLS_OF_A_BLOCK * bool(parts)
     return added(*works, {"call": calls})
 

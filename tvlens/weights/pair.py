@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tvlens.components import Component
 
+from .configs import rotary_entries
 from .contents import chosen_rows, first_non_finite, non_finite
 from .delta import Absent, Delta, Dense, Dora, LowRank, added, dora
 from .families.table import Place
@@ -106,6 +107,18 @@ class Pair:
     def components(self) -> list[Component]:
         """The disjoint pieces of the parameters, in model order."""
         return self.layout.components()
+
+    @property
+    def rotary_partners(self) -> list[int]:
+        """The entry that each entry of a head rotates with, itself where it does not rotate."""
+        layout, config = self.layout, self.layout.filled(self.base.config)
+        if not layout.rotary:
+            return list(range(layout.d_head))
+        share = rotary_entries(config)["rotary_share"]
+        width = int(config.get("rotary_dim") or layout.d_head * share)
+        step = 1 if config.get("rotary_adjacent_pairs") else width // 2
+        moved = [i + step if i // step % 2 == 0 else i - step for i in range(width)]
+        return [*moved, *range(width, layout.d_head)]
 
     def blocks(self) -> list[list[Component]]:
         """Components by block; the last list holds embeddings and the final norm."""
