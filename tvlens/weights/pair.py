@@ -251,8 +251,11 @@ class Pair:
         """Tuned minus base and the dtype it was stored in."""
         place = self.layout.places[component]
         if self.adapter is None:
-            name = self._stored_name(self.tuned_tensors, place)
-            return Dense(self._tuned(component) - base), self.tuned.tensors[name].dtype
+            dtype = self.tuned.tensors[self._stored_name(self.tuned_tensors, place)].dtype
+            tuned = self._tuned(component)
+            # what was converted to float32 is a copy already; float32 may be the file itself
+            copied = dtype != "float32" and self.moves is None
+            return Dense(tuned.sub_(base) if copied else tuned - base), dtype
         return self._adapted(self.adapter, place, base)
 
     def _adapted(
@@ -310,7 +313,7 @@ class Pair:
             energy = moves.energy(place.part, self._floor(place, base, stored))
             return energy.float().clamp(min=SMALLEST_ENERGY)
         if isinstance(delta, Dense) and (adapter is None or name in adapter.replaced):
-            return self._floor(place, base, base + delta.tensor)
+            return self._floor(place, base, base, delta.tensor)
         if adapter is None:
             return None
         if isinstance(delta, Dora):
@@ -329,8 +332,13 @@ class Pair:
         return coarsest_dtype(stored_dtype(dtype, self.base.rounding), own)
 
     def _floor(
-        self, place: Place, base: Float[Tensor, "..."], tuned: Float[Tensor, "..."]
+        self,
+        place: Place,
+        base: Float[Tensor, "..."],
+        tuned: Float[Tensor, "..."],
+        change: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "..."]:
+        """The rounding energy of a full checkpoint's ``tuned + change``."""
         names = (
             self._stored_name(self.base_tensors, place),
             self._stored_name(self.tuned_tensors, place),
@@ -342,7 +350,7 @@ class Pair:
         ]
         step = stored_step(self.tuned.rounding, names[1])
         if step is None:
-            return rounding_energy(tuned, coarsest_dtype(*dtypes))
+            return rounding_energy(tuned, coarsest_dtype(*dtypes), change=change)
         if step.dim() and place.part in VOCABULARY_PARTS:
             step = step[self.rows.tuned]
         shape = self.layout.stored_shapes[place.tensor]

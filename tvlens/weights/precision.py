@@ -5,7 +5,7 @@ one spacing, so its expected square is ``ulp**2 / 12``. A difference whose energ
 the sum of these says nothing about training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,8 @@ PRECISIONS = {
 }
 EXPONENT_BITS, BIAS = 0x7F80_0000, 127
 """Layout of a float32: where its exponent is stored, and that of 1."""
+ENTRIES_AT_ONCE = 2**17
+"""Entries that are worked on at once: half a MiB."""
 LARGEST_STEP = 2.0**63.5
 """Its square, 2**127, is still a float32."""
 ARITHMETIC = "float32"
@@ -72,17 +74,38 @@ def spacing(weights: Float[Tensor, "..."], dtype: str) -> Float[Tensor, "..."]:
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
 
 
-def rounding_energy(weights: Float32[Tensor, "..."], dtype: str) -> Float32[Tensor, "..."]:
-    """Expected squared rounding error per entry, ``ulp**2 / 12``.
+def rounding_energy(
+    weights: Float32[Tensor, "..."], dtype: str, *, change: Float32[Tensor, "..."] | None = None
+) -> Float32[Tensor, "..."]:
+    """Expected squared rounding error per entry, ``ulp**2 / 12``, of ``weights + change``.
 
     The same as ``uniform_energy(spacing(weights, dtype))``: the exponent's bits alone are a power
-    of two. Many times faster, and every parameter of a model passes through here.
+    of two. Many times faster, and every parameter of a model passes through here; so it goes in
+    pieces that a core's cache holds, in the order of storage.
     """
     mantissa_bits, min_exponent = PRECISIONS[dtype]
-    lowest = min_exponent - mantissa_bits
-    powers = (weights.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
-    step = powers.mul_(2.0**-mantissa_bits).clamp_(2.0 ** max(lowest, 1 - BIAS), LARGEST_STEP)
-    return step.square_().div_(12).clamp_(min=SMALLEST_ENERGY)
+    lowest = 2.0 ** max(min_exponent - mantissa_bits, 1 - BIAS)
+    energy = torch.empty_like(weights)
+    for piece, given, added in _pieces(energy, weights, change):
+        summed = given if added is None else given + added
+        torch.bitwise_and(summed.view(torch.int32), EXPONENT_BITS, out=piece.view(torch.int32))
+        piece.mul_(2.0**-mantissa_bits).clamp_(lowest, LARGEST_STEP)
+        piece.square_().div_(12).clamp_(min=SMALLEST_ENERGY)
+    return energy
+
+
+def _pieces(
+    first: Tensor, second: Tensor, third: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Views of a few entries of tensors of one shape, along the axis that is longest in storage."""
+    if first.dim() == 0 or not first.numel():
+        yield first, second, third
+        return
+    axis = max(range(first.dim()), key=first.stride)
+    step = max(1, ENTRIES_AT_ONCE * first.shape[axis] // first.numel())
+    sides = (first, second) if third is None else (first, second, third)
+    for cut in zip(*(side.split(step, dim=axis) for side in sides), strict=True):
+        yield cut[0], cut[1], None if third is None else cut[2]
 
 
 def uniform_energy(step: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
