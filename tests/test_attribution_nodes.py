@@ -308,3 +308,92 @@ def test_parts_that_a_model_lacks_are_refused_by_name():
     ):
         with pytest.raises(HostError, match=str(wrong)):
             exact_activations(grouped, rows, metric(), [wrong], direction="tuned_into_base")
+
+
+def _mean_of_real_tokens(model, rows, hook):
+    found = [
+        model.run_with_cache(rows.ids[p : p + 1, : int(rows.lengths[p])])[1][hook][0]
+        for p in range(len(rows))
+    ]
+    return torch.cat(found).mean(0)
+
+
+@pytest.mark.parametrize("direction", ["zero_ablation", "mean_ablation"])
+@pytest.mark.parametrize("part", ["z", "post", "k", "resid_post"])
+def test_an_ablation_takes_the_activation_away_at_every_place(part, direction):
+    from tvlens.attribution.activations import attribute_activations, exact_activations
+    from tvlens.attribution.nodes import NODES
+    from tvlens.components import Component
+
+    hooked, rows = pairs.hooked_pair("llama"), batch()
+    cut, name = NODES[part]
+    index = None if cut.kind == "node" else 1
+    component, hook = Component(cut.kind, 1, index, part), name.format(1)
+    asked = {"direction": direction, "at": "tuned"}
+    exact = scores(exact_activations(hooked, rows, metric(), [component], **asked))
+    table = attribute_activations(hooked, rows, metric(), parts=(part,), neurons=None, **asked)
+    first, model = scores(table), hooked.tuned.model
+    given = _mean_of_real_tokens(model, rows, hook).detach()
+    given = given * (direction == "mean_ablation")
+    for prompt in range(len(rows)):
+        ids = rows.ids[prompt : prompt + 1, : int(rows.lengths[prompt])]
+        last = int(rows.prompt_lengths[prompt]) - 1
+        answer, wrong = int(rows.answer_ids[prompt][0]), int(rows.wrong_ids[prompt][0])
+        seen = []
+
+        def ablate(t, hook, keep=None):
+            new = t.clone()
+            place = ... if index is None else (..., index, slice(None))
+            place = (..., index) if cut.kind == "neuron" else place
+            new[place] = given.expand_as(t)[place]
+            return new
+
+        def watch(t, hook, seen=seen):
+            seen.append(t.detach().requires_grad_())
+            return seen[0]
+
+        with model.hooks(fwd_hooks=[(hook, watch)]):
+            logits = model(ids)[0, last]
+        before = logits[answer] - logits[wrong]
+        (gradient,) = torch.autograd.grad(before, seen[0])
+        with torch.no_grad(), model.hooks(fwd_hooks=[(hook, ablate)]):
+            logits = model(ids)[0, last]
+        key = (str(component), prompt)
+        assert exact[key] == pytest.approx(
+            float(before.detach() - logits[answer] + logits[wrong]), abs=3e-5
+        )
+        change = ablate(seen[0].detach(), None) - seen[0].detach()
+        assert first[key] == pytest.approx(-float((change * gradient).sum()), abs=3e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scores_by_position_sum_to_the_score_and_sit_at_their_token(side):
+    from tvlens.attribution.activations import activation_scores
+    from tvlens.attribution.directions import question
+    from tvlens.attribution.nodes import NODES
+
+    hooked, rows = pairs.hooked_pair("llama"), batch(side=side)
+    asked = question(hooked, metric(), "tuned_into_base")
+    parts = ("z", "post", "mlp_out")
+    found = activation_scores(asked, rows, parts=parts, by_position=True)
+    for cut, values in found.values.items():
+        torch.testing.assert_close(found.positions[cut].sum(1), values, rtol=1e-5, atol=1e-6)
+    hook, one = NODES["mlp_out"][1].format(0), NODES["mlp_out"][0]
+    for prompt in range(len(rows)):
+        ids = rows.ids[prompt][rows.mask[prompt].bool()][None]
+        last = int(rows.prompt_lengths[prompt]) - 1
+        seen = []
+
+        def watch(t, hook, seen=seen):
+            seen.append(t.detach().requires_grad_())
+            return seen[0]
+
+        with hooked.base.model.hooks(fwd_hooks=[(hook, watch)]):
+            logits = hooked.base.model(ids)[0, last]
+        reached = logits[int(rows.answer_ids[prompt][0])] - logits[int(rows.wrong_ids[prompt][0])]
+        (gradient,) = torch.autograd.grad(reached, seen[0])
+        other = hooked.tuned.model.run_with_cache(ids)[1][hook].detach()
+        expected = ((other - seen[0].detach()) * gradient).sum(-1)[0]
+        ours = found.positions[one][prompt, :, 0, 0]
+        torch.testing.assert_close(ours[: ids.shape[1]], expected, rtol=1e-4, atol=1e-6)
+        assert not ours[ids.shape[1] :].any()

@@ -129,11 +129,14 @@ class Table:
         return note + shown.to_html(index=False, float_format="{:.4g}".format)
 
 
-def concatenated(name: str, tables: Sequence[Table], *, order: str = "") -> Table:
+def concatenated(
+    name: str, tables: Sequence[Table], *, order: str = "", as_one: bool = True
+) -> Table:
     """The rows of ``tables``, in order, as one table of one chunk a column.
 
     Thousands of small chunks that live on while tensors come and go would break up the heap, so
-    that it never shrinks: 100 MB a layer on a model of 30 layers.
+    that it never shrinks: 100 MB a layer on a model of 30 layers. Where nothing else follows,
+    ``as_one=False`` leaves the chunks of ``tables`` as they are.
 
     Raises:
         StudyError: There is no table to take the schema from.
@@ -141,4 +144,4 @@ def concatenated(name: str, tables: Sequence[Table], *, order: str = "") -> Tabl
     if not tables:
         raise StudyError(f"table {name!r} has no part to be made from.")
     joined = pa.concat_tables([table.data for table in tables])
-    return Table(name, joined.combine_chunks(), order)
+    return Table(name, joined.combine_chunks() if as_one else joined, order)

@@ -52,4 +52,4 @@ def decompose(pair: Pair, progress: Progress | None = None, *, spectra: Spectra 
         release_freed()
         if progress is not None:
             progress(done, len(blocks))
-    return concatenated("weights", tables, order="relative_delta")
+    return concatenated("weights", tables, order="relative_delta", as_one=False)
