@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import yaml
@@ -745,3 +746,29 @@ def test_a_signed_cell_has_the_colour_of_its_own_share_of_the_largest():
     grid = Grid("g", "g", values, ("0",), tuple("abcde"), signed=True)
     fills = [cell.fill for cell in heat_map(grid).cells]
     assert fills == [hex_code(colour_at(SIGNED, place)) for place in (0.0, 0.25, 0.5, 0.75, 1.0)]
+
+
+def test_the_two_circuits_of_a_head_are_counted_apart() -> None:
+    from tvlens.reporting.scores import labelled_groups
+
+    rows = [("head", "L0H0", "OV"), ("head", "L0H0", "QK"), ("head", "L0H1", "OV")]
+    rows += [("neuron", "L0N3", "W_in"), ("neuron", "L0N3", "W_out"), ("norm", "L0.ln1", None)]
+    labels = pd.DataFrame(rows, columns=["kind", "site", "part"])
+    groups = {words: len(found) for words, found in labelled_groups(labels)}
+    assert groups["heads (OV)"] == 2
+    assert groups["head (QK)"] == 1
+    assert groups["neuron vectors"] == 2
+    assert sum(groups.values()) == len(rows)
+
+
+@pytest.mark.demo
+def test_a_heads_label_in_the_tables_is_that_of_ov(demo_study: Path) -> None:
+    from tvlens.reporting.folder import StudyFolder
+    from tvlens.reporting.scores import labels_for
+
+    labels = pd.read_parquet(demo_study / "labels.parquet")
+    heads = labels[labels["kind"] == "head"]
+    assert set(heads["part"]) == {"OV", "QK"}
+    ov = heads[heads["part"] == "OV"]
+    rows = pd.DataFrame({"component": ov["site"] + ".W_O", "site": ov["site"]})
+    assert labels_for(StudyFolder.read(demo_study), "med", rows) == ov["label"].tolist()

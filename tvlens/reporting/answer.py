@@ -14,14 +14,13 @@ from .figures import LABELS, number
 from .folder import StudyFolder, rows_of
 from .scores import (
     ESTIMATE,
-    KIND_WORDS,
     checks,
     completeness,
     decisions,
     disjoint,
     energy_shares,
     kind_words,
-    labelled_things,
+    labelled_groups,
     mean_scores,
     of_method,
     relative_size,
@@ -108,12 +107,9 @@ def kinds(study: StudyFolder, tuned: str) -> list[Statement]:
             Statement(question, f"Not labelled. Make it with: {_how(study, 'labels')}", "missing")
         ]
     sentences = []
-    present = set(labels["kind"].dropna().unique())
-    for kind in [k for k in KIND_WORDS if k in present]:
-        rows = labels[labels["kind"] == kind]
+    for things, rows in labelled_groups(labels):
         counts = rows["label"].value_counts()
         listed = [f"{counts[x]:,} {x.replace('_', ' ')}" for x in LABELS[::-1] if x in counts]
-        things = labelled_things(kind, rows)
         sentences.append(f"{len(rows):,} {things}: {', '.join(listed)}")
     return [Statement(question, "; ".join(sentences) + "." + _near_rounding(labels))]
 

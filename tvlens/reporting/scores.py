@@ -178,17 +178,25 @@ def decisions(fidelity: pd.DataFrame, kinds: Iterable[str]) -> dict[str, str]:
 
 
 def labels_for(study: StudyFolder, tuned: str, rows: pd.DataFrame) -> list[str]:
-    """The label of each row's component, else of its head's whole circuit, else a dash."""
+    """The label of each row's component, else of its head's OV circuit, else a dash."""
     labels = study.table("labels", tuned).dropna(subset=["component", "label"])
     own = labels.drop_duplicates("component").set_index("component")["label"]
-    heads = labels[labels["kind"] == "head"].drop_duplicates("site", keep=False)
+    heads = labels[(labels["kind"] == "head") & (labels["part"] == "OV")].drop_duplicates("site")
     found = rows["component"].map(own)
     of_site = rows["site"].map(heads.set_index("site")["label"])
     return found.fillna(of_site).fillna(NOTHING).astype(str).tolist()
 
 
-def labelled_things(kind: str, rows: pd.DataFrame) -> str:
-    """What the labelled rows of a kind are: a neuron has a vector for each of its parts."""
-    if kind == "neuron" and rows["site"].nunique() < len(rows):
-        return "neuron vectors"
-    return kind_words(kind, len(rows))
+def labelled_groups(labels: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Labelled rows by what they are, in words: a head has two circuits, a neuron its vectors."""
+    groups: list[tuple[str, pd.DataFrame]] = []
+    for kind in [kind for kind in KIND_WORDS if kind in set(labels["kind"].dropna())]:
+        rows = labels[labels["kind"] == kind]
+        if kind == "head":
+            circuits = [(part, rows[rows["part"] == part]) for part in rows["part"].unique()]
+            groups += [(f"{kind_words(kind, len(of))} ({part})", of) for part, of in circuits]
+        elif kind == "neuron" and rows["site"].nunique() < len(rows):
+            groups.append(("neuron vectors", rows))
+        else:
+            groups.append((kind_words(kind, len(rows)), rows))
+    return groups

@@ -6,7 +6,7 @@ from .answer import percent
 from .datatable import DataTable
 from .figures import LABELS, NOTHING, Scatter, label_scatter, number
 from .folder import StudyFolder, rows_of
-from .scores import disjoint, energy_shares, labelled_things, labels_for, relative_size
+from .scores import disjoint, energy_shares, labelled_groups, labels_for, relative_size
 
 PRODUCTS = ("OV", "QK")  # two factors change: not to be ranked beside slices of one tensor
 TOP = 12  # rows of a ranking that fit a screen with their captions
@@ -67,23 +67,19 @@ def label_table(study: StudyFolder, tuned: str) -> DataTable | None:
     frame = study.table("labels", tuned).dropna(subset=["label"])
     if frame.empty:
         return None
-    counts = pd.crosstab(frame["kind"], frame["label"])
-    labels = [x for x in LABELS if x in counts.columns]
-    labels += sorted(set(counts.columns) - set(labels))
-    rows = tuple(
-        (
-            labelled_things(str(kind), frame[frame["kind"] == kind]),
-            f"{int(counts.loc[kind].sum()):,}",
-            *(f"{n:,}" for n in numbers),
-        )
-        for kind, numbers in zip(counts.index, counts[labels].to_numpy().tolist(), strict=True)
-    )
+    present = set(frame["label"])
+    labels = [x for x in LABELS if x in present]
+    labels += sorted(present - set(labels))
+    rows = []
+    for things, of in labelled_groups(frame):
+        counts = of["label"].value_counts()
+        rows.append((things, f"{len(of):,}", *(f"{counts.get(label, 0):,}" for label in labels)))
     return DataTable(
         "Labels by kind. Heads, kv heads and neurons are finer cuts of the matrices: never add "
         "them. “New direction” is new read or new write; any gradient update looks like one, so "
         "read the contrasts above before this table.",
         ("kind", "all", *(label.replace("_", " ") for label in labels)),
-        rows,
+        tuple(rows),
     )
 
 
