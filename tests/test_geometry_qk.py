@@ -1,17 +1,21 @@
 """Labels of QK: planted heads, kv mates, rotary pairs; and its gain over all offsets."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
 from tests.geometry_pairs import FakeLayout, FakePair, base_weights, fake_pair, within_matrix
+from tests.tiny_checkpoints import FAMILIES
 from tvlens.components import Component
 from tvlens.geometry import decompose_and_classify
 from tvlens.geometry.classify import Classifier
 from tvlens.geometry.heads import Factor, coordinates
 from tvlens.geometry.nulls import factor_swap
 from tvlens.geometry.offsets import mean_change, over_offsets
+from tvlens.weights.matching import load_pair
 
 LAYOUT = FakeLayout(n_layers=1)
 W_Q, W_K = (Component("matrix", 0, None, part) for part in ("W_Q", "W_K"))
@@ -176,3 +180,40 @@ def test_own_swaps_over_offsets_are_first_order_gains() -> None:
     ).z
     assert (up.diagonal() > 5).all()
     assert (down.diagonal() < -5).all()
+
+
+@pytest.mark.parametrize("part", ["kappa", "from_right"])
+def test_without_rotation_the_mean_over_offsets_is_the_circuit_itself(part: str) -> None:
+    query, d_query, key, d_key = (_normal(3, 20, 8, seed=s) for s in range(4))
+    left, right = Factor(query, 0.3 * d_query), Factor(key, 0.2 * d_key)
+    found = mean_change(coordinates(left), coordinates(right), torch.arange(8))
+    base = query @ key.mT
+    on_left = 0.3 * d_query @ (key + 0.1 * d_key).mT
+    on_right = (query + 0.15 * d_query) @ (0.2 * d_key).mT
+    change = on_left + on_right
+    kappa = (change * base).sum((1, 2)) / change.norm(dim=(1, 2)) / base.norm(dim=(1, 2))
+    sizes = [side.square().sum((1, 2)) for side in (on_right, on_left)]
+    expected = {"kappa": kappa, "from_right": sizes[0] / (sizes[0] + sizes[1])}[part]
+    torch.testing.assert_close(getattr(found, part), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_the_partners_of_a_checkpoint_are_those_that_transformers_turns(
+    family: str, tmp_path: Path
+) -> None:
+    from transformers.models.gpt_neox import modeling_gpt_neox
+    from transformers.models.llama import modeling_llama
+
+    base = FAMILIES[family](tmp_path / "base")
+    pair = load_pair(base, base)
+    width = pair.layout.d_head
+    turned = width if family == "llama" else width // 4
+    module = modeling_llama if family == "llama" else modeling_gpt_neox
+    entries = torch.eye(width)[None, None]
+    sine = torch.full((1, width, turned), 0.6)
+    one, _ = module.apply_rotary_pos_emb(entries, entries, torch.full_like(sine, 0.8), sine)
+    moved = (one[0, 0] - torch.diag(one[0, 0].diagonal())).abs()
+    still = moved.sum(1) == 0
+    expected = torch.where(still, torch.arange(width), moved.argmax(1))
+    assert pair.rotary_partners == expected.tolist()
+    assert int(still.sum()) == width - turned
