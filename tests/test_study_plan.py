@@ -94,3 +94,46 @@ def test_the_command_of_a_stage_alone_is_that_stages_command(stage: str) -> None
     assert plan.command == f"tvlens {stage} a b --tuned-name c{keep} --seed 0 --out DIR"
     both = plan.model_copy(update={"stages": ("decompose", "attribute")})
     assert both.command.startswith("tvlens compare a b ")
+
+
+def test_a_command_repeats_every_option_that_was_given_and_quotes_what_needs_it() -> None:
+    plan = StudyPlan(
+        base="a",
+        tuned=("b",),
+        controls=("c 1", "d"),
+        canonical=True,
+        check_seconds=9.0,
+        chat="off",
+        seed=3,
+    )
+    assert plan.command == (
+        "tvlens compare a b --control 'c 1' --control d --canonical --chat off --check-seconds 9.0"
+        " --seed 3 --out DIR"
+    )
+
+
+def test_the_command_of_a_plan_is_read_back_as_that_plan(monkeypatch) -> None:
+    import shlex
+
+    from tvlens import cli
+    from tvlens.cli import comparing
+
+    plan = StudyPlan(
+        base="a",
+        tuned=("b", "x y"),
+        tuned_names=("n", "m"),
+        controls=("c",),
+        parent="p",
+        prompts="f.jsonl",
+        metric="loss",
+        chat="off",
+        neurons="all",
+        check_exact=3,
+        skip_bad_lines=True,
+        device="cpu",
+        seed=4,
+    )
+    made = []
+    monkeypatch.setattr(comparing, "_show", lambda plan, out, **how: made.append(plan))
+    cli.app(shlex.split(plan.command)[1:], standalone_mode=False)
+    assert made == [plan]

@@ -1,5 +1,6 @@
 """What was asked, enough to run it again: the content of ``study.yaml``."""
 
+import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,13 @@ STAGES: tuple[Stage, ...] = ("decompose", "attribute", "graft", "evaluate")
 
 ALONE = ("decompose", "attribute", "graft")
 """Stages that have a command of their own."""
+NOT_OPTIONS = {
+    *("base", "tuned", "stages", "seed"),  # written in places of their own
+    *("replicates", "evaluate", "check_nodes", "check_prompts"),  # Python's alone
+}
+"""Fields that the command line does not take as options."""
+OPTION_NAMES = {"tuned_names": "tuned-name", "controls": "control"}
+"""Options whose name is not that of their field."""
 WHOLE_WAY = "-from-base"
 """What the name of a fine-tune ends in where tables hold its way from the base past the parent."""
 
@@ -131,14 +139,12 @@ class StudyPlan(BaseModel):
         """The command line that runs this plan again."""
         alone = self.stages[0] if len(self.stages) == 1 else "compare"
         words = ["tvlens", alone if alone in ALONE else "compare", self.base, *self.tuned]
-        for flag, values in (("--tuned-name", self.tuned_names), ("--control", self.controls)):
-            words += [word for value in values for word in (flag, value)]
-        given = {"--parent": self.parent, "--prompts": self.prompts, "--metric": self.metric}
-        for flag, value in given.items():
-            words += [flag, value] if value else []
-        words += ["--canonical"] if self.canonical else []
-        words += ["--keep", f"{self.keep:g}"] if alone == "graft" else []
-        return " ".join([*words, "--seed", str(self.seed), "--out", "DIR"])
+        unasked = NOT_OPTIONS | (set() if alone == "graft" else {"keep"})
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name not in unasked and value != field.default:
+                words += _written(OPTION_NAMES.get(name, name.replace("_", "-")), value)
+        return shlex.join([*words, "--seed", str(self.seed), "--out", "DIR"])
 
     def save(self, folder: Path) -> Path:
         """Write ``study.yaml``."""
@@ -159,6 +165,14 @@ class StudyPlan(BaseModel):
             raise StudyError(f"there is no study plan at {path}.") from error
         except (ValidationError, yaml.YAMLError) as error:
             raise StudyError(f"{path} is not a study plan: {error}") from error
+
+
+def _written(option: str, value: object) -> list[str]:
+    """An option as words: a flag alone, and once for each of several values."""
+    if value is True:
+        return [f"--{option}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [word for each in values for word in (f"--{option}", str(each))]
 
 
 def name_of(spec: str) -> str:

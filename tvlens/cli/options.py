@@ -1,0 +1,117 @@
+"""The options of commands, each declared once; a command names those that it takes."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+
+
+class Option(NamedTuple):
+    """One option of the command line.
+
+    Attributes:
+        type: What typer reads: the type and its help.
+        default: What a command gets where the option is not given.
+    """
+
+    type: Any
+    default: Any
+
+
+Base = Annotated[str, typer.Argument(help="Folder, org/model, org/model@revision, or demo:base.")]
+Tuned = Annotated[list[str], typer.Argument(help="Fine-tunes: folders, adapters, hub ids.")]
+Out = Annotated[Path, typer.Option("--out", help="Study folder to write.")]
+
+
+def _flag(name: str, text: str) -> Option:
+    return Option(Annotated[bool, typer.Option(f"--{name}", help=text)], False)
+
+
+MODELS = {
+    "parent": Option(
+        Annotated[str | None, typer.Option(help="Lies between base and the fine-tunes.")], None
+    ),
+    "control": Option(
+        Annotated[list[str] | None, typer.Option("--control", help="A control fine-tune.")], None
+    ),
+    "canonical": _flag("canonical", "Weights in the base's coordinates: order, scale, basis."),
+}
+"""Beside base and fine-tunes."""
+NAMES = {
+    "tuned_name": Option(
+        Annotated[list[str] | None, typer.Option("--tuned-name", help="A name per fine-tune.")],
+        None,
+    ),
+}
+PROMPTS = {
+    "prompts": Option(
+        Annotated[str | None, typer.Option(help="Prompt file (.jsonl, .txt) or demo:NAME.")], None
+    ),
+    "metric": Option(
+        Annotated[str | None, typer.Option("--metric", help="Name or package.module:function.")],
+        None,
+    ),
+    "chat": Option(
+        Annotated[Literal["auto", "on", "off"], typer.Option(help="Apply the chat template.")],
+        "auto",
+    ),
+    "skip_bad_lines": _flag("skip-bad-lines", "Go on without bad prompt lines."),
+    "device": Option(Annotated[str, typer.Option(help="auto, cpu, or a torch device.")], "auto"),
+}
+"""What the models are run on."""
+CHECKS = {
+    "check_exact": Option(
+        Annotated[int | None, typer.Option(min=1, help="Components checked exactly.")], None
+    ),
+    "check_seconds": Option(
+        Annotated[float, typer.Option(min=1.0, help="Time for exact checks.")], 60.0
+    ),
+    "neurons": Option(
+        Annotated[Literal["top", "all"], typer.Option(help="Per-prompt rows of neurons.")], "top"
+    ),
+}
+"""What attribution measures and how it is checked."""
+SEED = {"seed": Option(Annotated[int, typer.Option(help="Seed of every random draw.")], 0)}
+JSON = {"json": _flag("json", "Print a JSON summary.")}
+SHOWN = {
+    **JSON,
+    "force": _flag("force", "Replace the study in --out."),
+    "quiet": _flag("quiet", "Print only the result."),
+    "verbose": _flag("verbose", "Also print what is being counted."),
+}
+RUN = {"resume": _flag("resume", "Keep tables that are already complete."), **SHOWN}
+"""How a study is run and shown."""
+
+
+def takes(*groups: dict[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that ends in ``**given`` the options of ``groups``, in their order.
+
+    Args:
+        *groups: Options by parameter name.
+
+    Returns:
+        A decorator; typer reads the options from the signature that it sets.
+    """
+    offered = {name: option for group in groups for name, option in group.items()}
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            command(**given)
+
+        own = list(inspect.signature(command).parameters.values())
+        named = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+        options = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
+            )
+            for name, option in offered.items()
+        ]
+        plain = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in named]
+        called.__signature__ = inspect.Signature([*plain, *options])  # type: ignore[attr-defined]
+        return called
+
+    return give

@@ -1,0 +1,53 @@
+"""The result of a study in a few values, and in the lines that a terminal shows."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tvlens.study.store import Study
+
+
+def study_summary(study: "Study") -> dict[str, object]:
+    """The result of a study in a few JSON values."""
+    manifest = study.manifest
+    return {
+        "study": str(study.folder),
+        "report": str(study.folder / "report.html"),
+        "identical": manifest["identical"],
+        "headline": _headlines(study),
+        "graft": {
+            name: facts["graft"]
+            for name, facts in manifest.get("facts", {}).items()
+            if "graft" in facts
+        },
+        "warnings": manifest["warnings"],
+        "tables": {name: len(study.table(name)) for name in study.tables},
+        "seconds": manifest["stages"],
+    }
+
+
+def _headlines(study: "Study") -> dict[str, list[dict[str, object]]]:
+    """The contrasts to quote, by fine-tune: claim, verdict, sentence and the numbers behind it."""
+    if "contrasts" not in study.tables:
+        return {}
+    rows = study.contrasts.where(headline=True).data.to_pylist()
+    listed = ("layers", "by_layer")
+    found: dict[str, list[dict[str, object]]] = {}
+    for row in rows:
+        kept = {name: value for name, value in row.items() if not name.endswith(listed)}
+        found.setdefault(row["tuned"], []).append(kept)
+    return found
+
+
+def summary_text(summary: dict[str, object]) -> str:
+    """The same for a terminal: warnings first, then what can be quoted, then the report."""
+    lines = [f"warning: {text}" for text in summary["warnings"]]  # type: ignore[attr-defined]
+    for name, same in summary["identical"].items():  # type: ignore[attr-defined]
+        if same:
+            lines.append(
+                f"{name}: identical to the base, bit for bit; there is nothing to explain."
+            )
+    for name, quoted in summary["headline"].items():  # type: ignore[attr-defined]
+        lines += [f"{name}: {contrast['sentence']}" for contrast in quoted]
+    for name, graft in summary["graft"].items():  # type: ignore[attr-defined]
+        lines += [f"{name}: {found['sentence']}" for found in graft.values()]
+    return "\n".join([*lines, f"report: {summary['report']}"])

@@ -1,0 +1,40 @@
+"""``tvlens vector``: tuning vectors as files."""
+
+import json as json_format
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tvlens.errors import StudyError
+
+from .application import app
+from .options import Base
+
+
+@app.command()
+def vector(
+    base: Base,
+    tuned: Annotated[str, typer.Argument(help="A fine-tune: folder, adapter, hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.")],
+    select: Annotated[str, typer.Option(help="Expression over the key, or L3H7,L5N120.")] = "",
+    scale: Annotated[float, typer.Option(help="Multiply the vector by this number.")] = 1.0,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Stored.")] = "float32",
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Save a tuning vector with its provenance, read one component at a time."""
+    from tvlens.weights.matching import load_pair
+    from tvlens.weights.vector_file import save_pair_vector
+
+    if out.exists() and not force:
+        raise StudyError(f"{out} is there already.", hint="Give --force to replace it.")
+    pair = load_pair(base, tuned, scan=False)
+    for warning in pair.load_report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    command = shlex.join(["tvlens", *sys.argv[1:]])
+    saved = save_pair_vector(pair, out, select=select, scale=scale, dtype=dtype, command=command)
+    summary = saved.summary
+    typer.echo(json_format.dumps(summary, indent=1) if json else saved.sentence)
