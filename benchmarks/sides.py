@@ -126,13 +126,21 @@ SIDES: dict[str, Callable[[str, str], Work]] = {
 }
 
 
-def main() -> None:
-    """Run the side that the command line names."""
-    side, base, tuned, *threads = sys.argv[1:]
-    work = SIDES[side](base, tuned)
+def report(sides: dict[str, Callable[[str, str], Work]], words: list[str], warm: int = 0) -> None:
+    """Run the side that the command line names and print its figures.
+
+    Args:
+        sides: Every side by name.
+        words: Side, base, tuned, and the number of threads.
+        warm: How often the work is done before it is timed.
+    """
+    side, base, tuned, *threads = words
+    work = sides[side](base, tuned)
     import torch
 
     torch.set_num_threads(int(threads[0]) if threads else 1)
+    for _ in range(warm):
+        work()
     start, used = time.perf_counter(), time.process_time()
     result = work()
     figures = {
@@ -145,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report(SIDES, sys.argv[1:])

@@ -110,3 +110,23 @@ def test_an_existing_file_needs_force(run: Run, folders: dict[str, Path], tmp_pa
     assert status == 2
     assert "is there already" in err
     assert out.read_text() == "mine"
+
+
+def test_a_copy_in_other_coordinates_has_no_tuning_vector_in_the_bases(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from tests import gauge_copies as copies
+    from tvlens.weights.vector_file import load_vector, read_header
+
+    copied = copies.saved_copy(folders["base"], tmp_path / "copy", copies.PERMUTED)
+    as_stored, in_bases = tmp_path / "stored.safetensors", tmp_path / "base.safetensors"
+    run("vector", folders["base"], copied, "--out", as_stored)
+    status, _, err = run("vector", folders["base"], copied, "--out", in_bases, "--canonical")
+    assert status == 0
+    assert "renumbered" in err
+    assert load_vector(as_stored).norm() > 1
+    assert load_vector(in_bases).norm() < 1e-5
+    for path, coordinates in ((as_stored, "stored"), (in_bases, "base")):
+        tuned = next(i for i in load_vector(path).inputs if i.role == "tuned")
+        assert tuned.coordinates == coordinates
+        assert read_header(path).inputs[1].coordinates == coordinates

@@ -11,6 +11,7 @@ from tvlens.geometry.changes import singular_energies
 from tvlens.geometry.heads import (
     Factor,
     circuit_cores,
+    circuit_energies,
     circuit_sums,
     column_products,
     kv_index_of_heads,
@@ -69,6 +70,31 @@ def test_products_of_columns_hold_what_the_basic_measures_of_the_cores_do(
     found = circuit_sums(column_products(left), column_products(right.swapped)).measures()
     for name, values in expected.columns().items():
         torch.testing.assert_close(getattr(found, name), values, rtol=1e-6, atol=1e-7)
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(2, 12),
+    st.integers(1, 3),
+    st.floats(1e-4, 2),
+    st.sampled_from(["both", "left", "right", "none", "dependent"]),
+)
+def test_the_spectrum_from_products_of_columns_is_that_of_the_change_written_out(
+    heads: int, d_model: int, d_head: int, size: float, changed: str
+) -> None:
+    left, right = _factors(heads, d_model, min(d_head, d_model))
+    sizes = {"left": (size, 0.0), "right": (0.0, size), "none": (0.0, 0.0)}
+    one, two = sizes.get(changed, (size, size))
+    left, right = Factor(left.base, one * left.delta), Factor(right.base, two * right.delta)
+    if changed == "dependent":  # the change adds no direction to the factor's own
+        left = Factor(left.base, size * left.base)
+    tuned = (left.base + left.delta) @ (right.base + right.delta)
+    expected = torch.linalg.svdvals(tuned - left.base @ right.base).square()
+    found = circuit_energies(column_products(left), column_products(right.swapped))
+    count = min(found.shape[1], expected.shape[1])
+    scale = float((left.base @ right.base).square().sum()) * max(size, 1e-12)
+    torch.testing.assert_close(found[:, :count], expected[:, :count], rtol=1e-6, atol=1e-10 * scale)
+    assert float(found[:, count:].abs().sum()) <= 1e-10 * scale
 
 
 def test_energy_parts_and_alignments_of_cores_equal_the_dense_ones() -> None:

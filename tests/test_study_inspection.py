@@ -403,7 +403,7 @@ def test_the_products_of_a_pass_are_those_that_run(wide_pair) -> None:
 
 def test_the_products_of_a_weight_node_are_those_that_run(wide_pair, prompts) -> None:
     from tvlens.attribution.sites import weight_path
-    from tvlens.attribution.weights import _node_rows
+    from tvlens.attribution.weights import node_rows
     from tvlens.models.metrics import SHIPPED
     from tvlens.models.pair import HookedPair
     from tvlens.study import work
@@ -413,7 +413,7 @@ def test_the_products_of_a_weight_node_are_those_that_run(wide_pair, prompts) ->
     one = work.passes_of(wide_pair, batch, metric, d_vocab=hooked.base.d_vocab)
     reading = hooked.reading(metric, batch)
     with hooked.base.frozen(), weight_path(hooked) as path:
-        made = _products(lambda: _node_rows(path, reading))
+        made = _products(lambda: node_rows(path, reading))
     assert work.weight_node(one)["forward"] == pytest.approx(made, rel=0.1)
 
 

@@ -11,7 +11,7 @@ from tests import gauge_copies as copies
 from tests.gauge_copies import Edit, Views, saved_copy
 from tests.test_weights_vocabulary import WORDS, word_tokenizer
 from tests.tiny_checkpoints import FAMILIES, add_noise, copy_with, tiny_adapter, tiny_gpt2
-from tvlens.errors import AdapterError, StudyError
+from tvlens.errors import StudyError
 
 BY = {
     "permuted": (copies.PERMUTED, {"permutation"}),
@@ -446,16 +446,24 @@ def test_labels_of_a_copy_in_other_coordinates_are_those_of_the_fine_tune(
 # --- refusals, the command line and the prompts -------------------------------------------------
 
 
-def test_canonical_is_refused_where_it_means_nothing(llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_has_the_bases_coordinates_already(llama: Path, tmp_path: Path) -> None:
     from tvlens.study.plan import StudyPlan
     from tvlens.study.runner import run_study
 
     adapter = tiny_adapter(llama, tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="has the base's coordinates already"):
-        _canonical(llama, adapter)
+    assert _canonical(llama, adapter).moves is None
     plan = StudyPlan(base=str(llama), tuned=(str(adapter),), stages=("decompose",), canonical=True)
-    with pytest.raises(AdapterError, match="Leave --canonical out"):
-        run_study(plan, tmp_path / "study")
+    study = run_study(plan, tmp_path / "study")
+    said = [text for text in study.manifest["warnings"] if text.startswith("--canonical")]
+    assert len(said) == 1
+    assert "is an adapter" in said[0]
+
+
+def test_canonical_is_refused_where_it_means_nothing(llama: Path, tmp_path: Path) -> None:
+    from tvlens.study.plan import StudyPlan
+    from tvlens.study.runner import run_study
+
+    plan = StudyPlan(base=str(llama), tuned=(str(llama),), stages=("decompose",), canonical=True)
     with pytest.raises(StudyError, match="--canonical and --parent exclude each other"):
         run_study(plan.model_copy(update={"parent": str(llama)}), tmp_path / "study")
     assert not (tmp_path / "study").exists()

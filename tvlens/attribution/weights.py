@@ -329,13 +329,13 @@ def _averaged(
     total: Rows = {}
     for s, weight in rule:
         path.move(s)
-        for key, rows in _node_rows(path, reading).items():
+        for key, rows in node_rows(path, reading).items():
             total[key] = total.get(key, 0.0) + weight * rows.cpu().double()
     path.move(0.0)
     return total
 
 
-def _node_rows(path: WeightPath, reading: Reading) -> Rows:
+def node_rows(path: WeightPath, reading: Reading) -> Rows:
     """One forward and backward at the weights as they are."""
     scorer = _Scorer(path, reading)
     fwd, bwd = scorer.hooks()

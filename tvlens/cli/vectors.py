@@ -20,19 +20,28 @@ def vector(
     tuned: Annotated[str, typer.Argument(help="A fine-tune: folder, adapter, hub id.")],
     out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.")],
     select: Annotated[str, typer.Option(help="Expression over the key, or L3H7,L5N120.")] = "",
+    canonical: Annotated[
+        bool, typer.Option("--canonical", help="Read the fine-tune in the base's coordinates.")
+    ] = False,
     scale: Annotated[float, typer.Option(help="Multiply the vector by this number.")] = 1.0,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Stored.")] = "float32",
     json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Save a tuning vector with its provenance, read one component at a time."""
+    from tvlens.weights.gauge import canonical as in_base_coordinates
+    from tvlens.weights.gauge import removed
     from tvlens.weights.matching import load_pair
     from tvlens.weights.vector_file import save_pair_vector
 
     if out.exists() and not force:
         raise StudyError(f"{out} is there already.", hint="Give --force to replace it.")
     pair = load_pair(base, tuned, scan=False)
-    for warning in pair.load_report.warnings:
+    warnings = [*pair.load_report.warnings]
+    if canonical:
+        pair = in_base_coordinates(pair)
+        warnings.append(removed(pair).sentence)
+    for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     command = shlex.join(["tvlens", *sys.argv[1:]])
     saved = save_pair_vector(pair, out, select=select, scale=scale, dtype=dtype, command=command)

@@ -25,6 +25,7 @@ from .heads import (
     ColumnProducts,
     Coordinates,
     Factor,
+    circuit_energies,
     circuit_sums,
     column_products,
     coordinates,
@@ -44,6 +45,7 @@ from .measures import (
     circuit_columns,
     pieces_of,
     placed_columns,
+    ranks,
     spectral_columns,
     vocabulary,
 )
@@ -356,16 +358,16 @@ def _measure_circuit(
     name, first, second = circuit
     pieces = Pieces("head", state.layer, name, len(state.kv_index))
     keys = columns_of_pieces(pieces, kv_index=state.kv_index.tolist())
-    if state.ask.spectra == "none":
-        products = (_columns_of_circuit(parts[p], p, state, column_products) for p in circuit[1:])
-        columns: Columns = {**circuit_sums(*products).measures().columns()}
+    if state.ask.spectra != "both":
+        one, two = (_columns_of_circuit(parts[p], p, state, column_products) for p in circuit[1:])
+        columns: Columns = {**circuit_sums(one, two).measures().columns()}
+        if state.ask.spectra == "delta":
+            columns |= ranks("delta", circuit_energies(one, two))
         state.add((CIRCUIT, number), keys, columns, None)
         return
     left, right = (_columns_of_circuit(parts[p], p, state, coordinates) for p in circuit[1:])
     d_model, d_head = parts[first].base.shape[0], left.base.shape[2]
-    columns = circuit_columns(
-        cores_of(left, right), name, d_model=d_model, d_head=d_head, spectra=state.ask.spectra
-    )
+    columns = circuit_columns(cores_of(left, right), name, d_model=d_model, d_head=d_head)
     keys = state.add((CIRCUIT, number), keys, columns, None)
     if state.ask.seed is None:
         return

@@ -88,12 +88,13 @@ def cross(
     if isinstance(change, Factored):
         return product(transposed(base), change.left) @ change.right.double()
     shape = (*base.shape[:-2], base.shape[-1], change.shape[-1])
-    found = base.new_zeros(shape, dtype=torch.float64)
+    found: Tensor | None = None
     for start, stop in slabs(base.shape):
         rows = base[..., start:stop, :].double().numpy()
         others = rows if change is base else change[..., start:stop, :].double().numpy()
-        found += torch.from_numpy(np.matmul(rows.swapaxes(-1, -2), others))
-    return found
+        made = torch.from_numpy(np.matmul(rows.swapaxes(-1, -2), others))
+        found = made if found is None else found.add_(made)
+    return base.new_zeros(shape, dtype=torch.float64) if found is None else found
 
 
 def product(

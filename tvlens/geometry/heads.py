@@ -16,7 +16,9 @@ Where no spectrum is wanted, a third of the time is enough: with X for V or dV a
     <X1 Y1, X2 Y2> = sum((X1' X2) * (Y1 Y2'))
 
 so the d_head x d_head inner products of the factors' columns hold all norms. Squares cancel in
-them: of a change of gauge is left 1e-8 of the factors' change, where cores leave 1e-15.
+them: of a change of gauge is left 1e-8 of the factors' change, where cores leave 1e-15. They hold
+the spectrum of the change too: with A = [V_mid dV] and B = [dO' O_mid'] it is A B', whose squared
+singular values are the eigenvalues of R (B'B) R' for any R with R'R = A'A.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from .changes import Change, Factored, cross, gram, transposed, turned
+from .changes import Change, Factored, cross, energies_of_gram, gram, transposed, turned
 from .neurons import Sums, ratio
 
 
@@ -161,6 +163,40 @@ def circuit_sums(left: ColumnProducts, right: ColumnProducts) -> Sums:
         equal=unknown,
         entries=unknown,
     )
+
+
+def circuit_energies(
+    left: ColumnProducts, right: ColumnProducts
+) -> Float64[Tensor, "head direction"]:
+    """Squared singular values, largest first, of the changes of the circuits left @ right'."""
+    middle_first = _bordered(left.values, first="middle")
+    root = _root(middle_first)
+    products = root @ _bordered(right.values, first="change") @ transposed(root)
+    return energies_of_gram((products + transposed(products)) / 2)
+
+
+def _bordered(
+    values: Float64[Tensor, "head form other d_head d_head"], *, first: str
+) -> Float64[Tensor, "head both both"]:
+    """Inner products of the columns halfway between base and tuned and of those of the change."""
+    base, mixed, changed = values[:, 0, 0], values[:, 0, 1], values[:, 1, 1]
+    middle = base + (mixed + transposed(mixed)) / 2 + changed / 4
+    across = mixed + changed / 2
+    rows = torch.cat([middle, across], 2), torch.cat([transposed(across), changed], 2)
+    if first == "change":
+        rows = tuple(row.roll(across.shape[2], 2) for row in reversed(rows))
+    return torch.cat(rows, 1)
+
+
+def _root(products: Float64[Tensor, "head k k"]) -> Float64[Tensor, "head k k"]:
+    """R with R'R = ``products``: of Cholesky, or of eigenvectors where columns are dependent."""
+    found, failed = torch.linalg.cholesky_ex(products, upper=True)
+    dependent = failed != 0
+    if bool(dependent.any()):
+        energies, vectors = torch.linalg.eigh(products[dependent])
+        scaled = vectors * rearrange(energies.clamp(min=0).sqrt(), "head k -> head 1 k")
+        found[dependent] = transposed(scaled)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

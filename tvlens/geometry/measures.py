@@ -127,8 +127,8 @@ def spectral_columns(
     delta: Change, products: Products | None = None, *, basis: Basis | None = None
 ) -> Columns:
     """The ranks of a tuning vector and, where it is known, of its base."""
-    columns = _ranks("delta", delta_energies(delta, products))
-    return columns if basis is None else columns | _ranks("base", basis.values.square())
+    columns = ranks("delta", delta_energies(delta, products))
+    return columns if basis is None else columns | ranks("base", basis.values.square())
 
 
 def placed_columns(basis: Basis, found: Seen, part: str, *, shape: tuple[int, int]) -> Columns:
@@ -143,14 +143,10 @@ def placed_columns(basis: Basis, found: Seen, part: str, *, shape: tuple[int, in
     return {**vars(sides), **named_split(split, part), **ks, **own}
 
 
-def circuit_columns(
-    cores: CircuitCores, part: str, *, d_model: int, d_head: int, spectra: Spectra
-) -> Columns:
-    """All measures of OV or QK from their cores, with the spectra of both or of the change."""
+def circuit_columns(cores: CircuitCores, part: str, *, d_model: int, d_head: int) -> Columns:
+    """All measures of OV or QK from their cores."""
     flat = [rearrange(core, "head a b -> head (a b)") for core in (cores.base, cores.delta)]
     columns: Columns = {**vector_measures(flat[0], flat[1], cores.floor_energy).columns()}
-    if spectra == "delta":
-        return {**columns, **spectral_columns(cores.delta)}
     corner = min(d_head, *cores.base.shape[1:])  # the base comes first in its spans
     basis = spectral_basis(cores.base[:, :corner, :corner])
     columns |= spectral_columns(cores.delta, basis=basis)
@@ -235,15 +231,16 @@ def _grams(base: Tensor, change: Change, spectra: Spectra) -> list[Tensor]:
 
 def _gram_columns(grams: Sequence[Tensor], part: str) -> Columns:
     if len(grams) < 2:
-        return {} if not grams else _ranks("delta", energies_of_gram(grams[0]))
+        return {} if not grams else ranks("delta", energies_of_gram(grams[0]))
     side = "read" if part in READING_PARTS else "write"
     space = row_space(grams[1], grams[0])
     sides: Columns = {f"g_{side}": [float(space.g)], f"g_self_{side}": [float(space.g_self)]}
-    ranks = _ranks("delta", space.delta_energies) | _ranks("base", space.base_energies)
-    return sides | ranks
+    spectra = ranks("delta", space.delta_energies) | ranks("base", space.base_energies)
+    return sides | spectra
 
 
-def _ranks(of: str, energies: Float[Tensor, "*component direction"]) -> Columns:
+def ranks(of: str, energies: Float[Tensor, "*component direction"]) -> Columns:
+    """Effective and stable rank of spectra ``of`` the ``base`` or the ``delta``."""
     return {
         f"effective_rank_{of}": effective_rank(energies),
         f"stable_rank_{of}": stable_rank(energies),

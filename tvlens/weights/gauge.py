@@ -33,7 +33,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tvlens.components import Component
-from tvlens.errors import AdapterError, UnsupportedFormatError
+from tvlens.errors import UnsupportedFormatError
 
 from .alignment import Freedom, block_moves
 from .configs import rotary_entries
@@ -146,13 +146,15 @@ def canonical(pair: Pair) -> Pair:
     """The pair with its tuned side read in the base's coordinates.
 
     Both checkpoints are read once, a block at a time; kept are the moves, d_head**2 numbers a kv
-    head and three a neuron. Models that are run are not touched by it.
+    head and three a neuron. Models that are run are not touched by it. An adapter is stored as a
+    change of its base, so it has the base's coordinates already and is returned as it is.
 
     Raises:
-        AdapterError: The tuned side is an adapter.
         UnsupportedFormatError: The family has no table.
     """
     refuse_canonical(pair)
+    if pair.adapter is not None:
+        return pair
     freedom = freedom_of(pair)
     moves = {
         block[0].layer: block_moves(*_block(pair, block), freedom)
@@ -166,15 +168,8 @@ def refuse_canonical(pair: Pair) -> None:
     """Raise where a pair cannot be read in the base's coordinates.
 
     Raises:
-        AdapterError: The tuned side is an adapter.
         UnsupportedFormatError: The family has no table.
     """
-    if pair.adapter is not None:
-        raise AdapterError(
-            f"{pair.tuned_name} is an adapter: it is stored as a difference from its base, so it "
-            "has the base's coordinates already.",
-            hint="Leave --canonical out, or merge the adapter into its base first.",
-        )
     if not pair.layout.listed:
         raise UnsupportedFormatError(
             f"tvlens has no table for the family of {pair.base_name}, so it does not know its "
@@ -199,6 +194,13 @@ class Removed(NamedTuple):
 
 def removed(pair: Pair) -> Removed:
     """What was removed from a canonical pair."""
+    if pair.adapter is not None:
+        return Removed(
+            0,
+            0,
+            f"--canonical: {pair.tuned_name} is an adapter, stored as a change of its base, so it "
+            "has the base's coordinates already; it is measured as it is.",
+        )
     axes = [moves.axes for moves in (pair.moves or {}).values()]
     neurons, heads = (
         sum(_renumbered(found[name].order) for found in axes if name in found)

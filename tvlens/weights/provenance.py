@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float32
 from torch import Tensor
@@ -20,6 +20,8 @@ from tvlens.components import Component
 from tvlens.errors import IncomparableModelsError
 
 from .layout import Layout
+
+Coordinates = Literal["stored", "base"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +49,13 @@ class Input:
         role: ``base`` or ``tuned``.
         name: Its name.
         sha256: Gives the digest of each of its files, read when it is called.
+        coordinates: ``stored``, or ``base``'s where it was read in those (``gauge.canonical``).
     """
 
     role: str
     name: str
     sha256: Callable[[], dict[str, str]] = field(repr=False)
+    coordinates: Coordinates = "stored"
 
 
 def digest(weight: Float32[Tensor, "..."]) -> str:

@@ -215,7 +215,9 @@ def inputs_of(pair: Pair) -> tuple[Input, ...]:
     """Both sources of a pair; their files are hashed when a vector is saved."""
     return (
         Input("base", pair.base_name, pair.base.sha256),
-        Input("tuned", pair.tuned_name, pair.tuned.sha256),
+        Input(
+            "tuned", pair.tuned_name, pair.tuned.sha256, "stored" if pair.moves is None else "base"
+        ),
     )
 
 

@@ -37,7 +37,7 @@ from .contents import first_non_finite
 from .delta import Absent, Delta, Dense, Dora, LowRank, combined, scaled
 from .layout import Layout, layout_of
 from .pair import Pair
-from .provenance import BaseRecord, Input
+from .provenance import BaseRecord, Coordinates, Input
 from .vector import (
     StoredDtype,
     TuningVector,
@@ -85,6 +85,7 @@ class StoredInput(BaseModel):
     role: str
     name: str
     sha256: dict[str, str]
+    coordinates: Coordinates = "stored"
 
 
 class VectorHeader(BaseModel):
@@ -271,7 +272,7 @@ def load_vector(path: Path | str) -> TuningVector:
         BaseRecord(header.base, header.config, layout, digests),
         header.name,
         deltas,
-        tuple(Input(i.role, i.name, i.sha256.copy) for i in header.inputs),
+        tuple(Input(i.role, i.name, i.sha256.copy, i.coordinates) for i in header.inputs),
         header.selection,
         header.scale,
         header.dtype,
@@ -295,7 +296,10 @@ def _name(tuned: str, select: str, scale: float) -> str:
 
 def _stored_inputs(inputs: Iterable[Input]) -> tuple[StoredInput, ...]:
     """Every input once: two objects of one model hold the same digests."""
-    stored = [StoredInput(role=i.role, name=i.name, sha256=i.sha256()) for i in inputs]
+    stored = [
+        StoredInput(role=i.role, name=i.name, sha256=i.sha256(), coordinates=i.coordinates)
+        for i in inputs
+    ]
     return tuple({entry.model_dump_json(): entry for entry in stored}.values())
 
 
