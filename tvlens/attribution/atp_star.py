@@ -37,8 +37,8 @@ from torch import Tensor
 from tvlens.models.lens import HookList, LensModel
 
 from .directions import Patch
-from .nodes import NODES, Site
-from .patterns import FIXED, pattern_changes
+from .nodes import NODES, SOFTMAX_PARTS, Site
+from .patterns import pattern_changes
 from .products import Products, metric_value
 
 ON_STREAM = ("embed", "resid_pre", "resid_post")
@@ -130,7 +130,7 @@ def _run(patch: Patch, made: _Passes, by_position: bool, dropped: Sequence[int |
 
 def _products(patch: Patch, sites: Sequence[Site], by_position: bool) -> Products:
     given = patch.given([site.hook for site in sites])
-    fixed = [site for site in sites if site.part in FIXED]
+    fixed = [site for site in sites if site.part in SOFTMAX_PARTS]
     changes = pattern_changes(patch, fixed, given, by_position=by_position)
     plain = {name: tensor for name, tensor in given.items() if name not in changes}
     real = patch.batch.mask.bool().to(patch.receiver.device)

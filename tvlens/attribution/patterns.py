@@ -35,8 +35,6 @@ from tvlens.models.attention import Attended, RecordedAttention, recorded
 from .directions import Patch
 from .nodes import NODES, Site, wide
 
-FIXED = ("q", "k")
-"""Activations that act through a softmax alone."""
 _SOFTMAX = 1e-3
 """Largest difference of a pattern from the softmax of its scores."""
 

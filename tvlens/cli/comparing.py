@@ -31,7 +31,7 @@ PARENT = {"parent": MODELS["parent"]}
 KEEP = {
     "keep": Option(Annotated[float, typer.Option(min=0.01, max=1.0, help="Share to restore.")], 0.9)
 }
-REPEATED = {"tuned_name": "tuned_names", "control": "controls"}
+REPEATED = {"tuned_name": "tuned_names", "control": "controls", "estimator": "estimators"}
 """Options given once per value, and the field of a plan that holds all values."""
 
 

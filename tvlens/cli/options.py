@@ -51,7 +51,7 @@ PROMPTS = {
         Annotated[str | None, typer.Option(help="Prompt file (.jsonl, .txt) or demo:NAME.")], None
     ),
     "metric": Option(
-        Annotated[str | None, typer.Option("--metric", help="Name or package.module:function.")],
+        Annotated[str | None, typer.Option("--metric", help="Name, anchor@LAYER, or module:function.")],
         None,
     ),
     "chat": Option(
@@ -71,6 +71,13 @@ CHECKS = {
     ),
     "neurons": Option(
         Annotated[Literal["top", "all"], typer.Option(help="Per-prompt rows of neurons.")], "top"
+    ),
+    "estimator": Option(
+        Annotated[
+            list[Literal["first_order", "qk_fix", "atp_star"]] | None,
+            typer.Option("--estimator", help="Of activations; may be given several times."),
+        ],
+        None,
     ),
 }
 """What attribution measures and how it is checked."""
