@@ -91,6 +91,13 @@ SHOWN = {
 }
 RUN = {"resume": _flag("resume", "Keep tables that are already complete."), **SHOWN}
 """How a study is run and shown."""
+REPEATED = {"tuned_name": "tuned_names", "control": "controls", "estimator": "estimators"}
+"""Options given once per value, and the field of a plan that holds all values."""
+
+
+def plan_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, by the fields of a plan; what was not is left to the plan."""
+    return {REPEATED.get(name, name): value for name, value in given.items() if value is not None}
 
 
 def takes(*groups: dict[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
