@@ -20,10 +20,11 @@ and take the mean over all L. The paper's score is the mean alone; the sign is t
 pass, and where that is exactly 0 that of the sum of c_l. Where terms cancel the sign says little.
 
 The mean is no estimate of a size: an effect through k further layers counts (L - 1 - k) / (L - 1)
-of itself. It is for finding what first order misses. ``qk_fix`` is the first repair alone, in the
-metric's units like first order.
+of itself; and an effect of attention through the MLP of its own block is never told apart from
+its direct one. It is for finding what first order misses. ``qk_fix`` is the first repair alone, in
+the metric's units like first order.
 
-Cost: two forward passes and three runs of each attention beside first order, and for GradDrop a
+Cost: a forward pass and three runs of each attention beside first order, and for GradDrop a
 backward pass a layer through one graph, which with all differences stays until the last of them.
 """
 
@@ -161,7 +162,8 @@ class Gate:
 
         def hook_function(activation: Tensor, hook: object) -> Tensor:
             passing = activation.view_as(activation)  # a node of its own
-            passing.register_hook(returned)
+            if passing.requires_grad:
+                passing.register_hook(returned)
             return passing
 
         return hook_function
