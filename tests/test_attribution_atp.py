@@ -95,7 +95,7 @@ def test_the_qk_fix_is_exact_where_the_model_is_linear_from_the_pattern_on(part,
     assert max(map(abs, wanted.values())) > 0.01
     ours = attributed(hooked, rows, "qk_fix", parts=(part,))
     assert distance(ours, wanted) < 1e-4  # fp32 logits
-    assert distance(attributed(hooked, rows, "first_order", parts=(part,)), wanted) > 0.1
+    assert distance(attributed(hooked, rows, "first_order", parts=(part,)), wanted) > 0.05
 
 
 @pytest.mark.parametrize("part", ["q", "k"])
@@ -333,9 +333,7 @@ def test_graddrop_is_a_mean_over_runs_in_which_one_layer_is_detached(family):
             for index in range(1 if site.cut.kind == "node" else own.shape[site.index_axis]):
                 number = None if site.cut.kind == "node" else index
                 chosen = [
-                    float(
-                        (t if number is None else t.select(site.index_axis, index)).sum()
-                    )
+                    float((t if number is None else t.select(site.index_axis, index)).sum())
                     for t in by_layer
                 ]
                 mean = sum(abs(chosen[layer]) for layer in kept) / len(kept)
@@ -414,9 +412,7 @@ def test_positions_sit_at_their_tokens_on_either_side(side):
     how = {"parts": ("q", "k", "z"), "by_position": True}
     found = activation_scores(asked, rows, estimator="qk_fix", **how)
     for prompt in range(len(rows)):
-        alone = activation_scores(
-            asked, batch().rows([prompt]), estimator="qk_fix", **how
-        )
+        alone = activation_scores(asked, batch().rows([prompt]), estimator="qk_fix", **how)
         length = int(rows.lengths[prompt])
         for cut, placed in alone.positions.items():
             ours = found.positions[cut][prompt]
@@ -495,11 +491,8 @@ def test_attention_run_alone_repeats_the_pass(family, side):
     from tvlens.models.attention import PATTERN, SCORES, recorded
 
     hooked, rows, kept = pairs.hooked_pair(family), batch(side=side), {}
-    hooks = [
-        (name.format(layer), lambda t, hook, n=name.format(layer): kept.__setitem__(n, t))
-        for name in (SCORES, PATTERN)
-        for layer in (0, 1)
-    ]
+    names = [name.format(layer) for name in (SCORES, PATTERN) for layer in (0, 1)]
+    hooks = [(name, lambda t, hook, n=name: kept.__setitem__(n, t)) for name in names]
     with torch.no_grad(), hooked.base.hooks(fwd=hooks):
         hooked.base(rows.ids, rows.mask)
     found = recorded(hooked.base, rows.ids, rows.mask, (0, 1))

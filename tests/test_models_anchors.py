@@ -214,7 +214,7 @@ def test_what_cannot_be_an_anchor_is_refused():
     for wrong in ("anchor@2", "anchor@x", "anchor@-1"):
         with pytest.raises(MetricError, match="from 0 to 1"):
             anchored(resolve_metric(wrong, texts), hooked, rows)
-    with pytest.raises(MetricError, match="the same at blocks.0.hook_resid_post"):
+    with pytest.raises(MetricError, match=r"the same at blocks\.0\.hook_resid_post"):
         anchored(resolve_metric("anchor@0", texts), hooked, rows)
     with pytest.raises(MetricError, match="choose"):
         anchor(hooked, rows.rows([]))

@@ -99,7 +99,9 @@ class OneKey:
         by_head = einsum(
             self.moved, g - rest, "batch head query key, batch head query key -> batch key head"
         )
-        return reduce(by_head, "batch key (index share) -> batch key index", "sum", share=self.share)
+        return reduce(
+            by_head, "batch key (index share) -> batch key index", "sum", share=self.share
+        )
 
 
 def pattern_changes(
@@ -150,9 +152,7 @@ def _change(
     return Together(Site(cut, layer, name.format(layer)), change, share, by_position)
 
 
-def _exchanged(
-    site: Site, given: Tensor, real: Bool[Tensor, "batch pos"]
-) -> Callable[..., Tensor]:
+def _exchanged(site: Site, given: Tensor, real: Bool[Tensor, "batch pos"]) -> Callable[..., Tensor]:
     """A forward hook that puts ``given`` in at real tokens."""
 
     def hook_function(activation: Tensor, hook: object) -> Tensor:

@@ -51,7 +51,9 @@ PROMPTS = {
         Annotated[str | None, typer.Option(help="Prompt file (.jsonl, .txt) or demo:NAME.")], None
     ),
     "metric": Option(
-        Annotated[str | None, typer.Option("--metric", help="Name, anchor@LAYER, or module:function.")],
+        Annotated[
+            str | None, typer.Option("--metric", help="Name, anchor@LAYER, or module:function.")
+        ],
         None,
     ),
     "chat": Option(

@@ -128,8 +128,9 @@ def hook_of(name: str, model: LensModel) -> str:
 
 def _mean(model: LensModel, hook: str, batch: Batch) -> Float[Tensor, " d_model"]:
     """The mean over prompts of the mean over the places that predict scored tokens; float64."""
-    total, rows_read = torch.zeros(1, dtype=torch.float64), Metric(
-        "mean", ANCHOR_UNIT, "higher", _nothing, answers_only=True, hooks=(hook,)
+    total, rows_read = (
+        torch.zeros(1, dtype=torch.float64),
+        Metric("mean", ANCHOR_UNIT, "higher", _nothing, answers_only=True, hooks=(hook,)),
     )
     for rows in batch.chunks(_ROWS_AT_ONCE):
         reading = Reading.of(rows_read, rows)

@@ -129,9 +129,7 @@ def _loss(run: Run, batch: Batch) -> Float[Tensor, " batch"]:
     return -_logprob_mean(run, batch)
 
 
-def mean_at_answers(
-    values: Float[Tensor, "batch pos"], batch: Batch
-) -> Float[Tensor, " batch"]:
+def mean_at_answers(values: Float[Tensor, "batch pos"], batch: Batch) -> Float[Tensor, " batch"]:
     """The mean of ``values`` over the places that predict scored tokens."""
     scored = batch.scored.to(values.device)
     return _masked_sum(values[:, :-1], scored[:, 1:]) / scored.sum(1)

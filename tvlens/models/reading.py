@@ -41,9 +41,7 @@ class Beside:
     names: tuple[str, ...] = ()
     widths: dict[str, int] = field(default_factory=dict)
 
-    def hooks(
-        self, positions: Int[Tensor, "batch read"], kept: dict[str, Tensor]
-    ) -> HookList:
+    def hooks(self, positions: Int[Tensor, "batch read"], kept: dict[str, Tensor]) -> HookList:
         """Forward hooks that keep what passes at ``positions``."""
         return [(name, self._keeping(name, positions, kept)) for name in self.names]
 
