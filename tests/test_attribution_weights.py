@@ -403,3 +403,24 @@ def test_scores_by_token_sum_to_the_change_too():
     assert float(found.by_token.abs().sum()) > 0
     total = found.by_token.double().sum(1)
     torch.testing.assert_close(total, found.change, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("end", ["base", "tuned"])
+def test_first_order_of_a_distance_to_its_own_end_is_refused_and_explained(end):
+    from tvlens.attribution.gates import GatedModel, gated_weight_scores
+    from tvlens.attribution.weights import weight_scores
+    from tvlens.errors import MetricError
+    from tvlens.models.metrics import SHIPPED
+
+    hooked, batch = pairs.hooked_pair("llama"), pairs.batch()
+    metric, other = SHIPPED[f"kl_to_{end}"], "tuned" if end == "base" else "base"
+    gated = GatedModel.of_pair(hooked)
+    for scored, model in ((weight_scores, hooked), (gated_weight_scores, gated)):
+        with pytest.raises(MetricError, match=f"distance to the {end} model.*gradient.*is zero"):
+            scored(model, batch, metric, estimator="first_order", at=end)
+        there = scored(model, batch, metric, estimator="first_order", at=other)
+        assert there.values.abs().max() > 1e-4
+    whole = weight_scores(hooked, batch, metric)
+    assert whole.completeness < 2e-3
+    # a distance to the base grows on the way, one to the tuned model shrinks
+    assert (whole.change.sign() == (1 if end == "base" else -1)).all()

@@ -179,6 +179,46 @@ def test_scores_of_activations_are_those_of_the_bridge(family, direction):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("estimator", ["qk_fix", "atp_star"])
+def test_repaired_scores_are_those_of_the_bridge(family, estimator):
+    from tvlens.attribution.activations import activation_scores
+    from tvlens.attribution.directions import question
+
+    ours, made = own_pair(family)
+    batch, theirs, found = pairs.batch(), bridges(made), []
+    for pair in (ours, theirs):
+        asked = question(pair, metric(), "tuned_into_base")
+        how = {"parts": ("q", "k", "z", "post", "embed"), "estimator": estimator}
+        before = state(ours.base.model)
+        found.append(activation_scores(asked, batch, by_position=True, **how))
+        assert_as_found(before, ours.base.model)
+    for scored in ("values", "positions"):
+        mine, wanted = (getattr(each, scored) for each in found)
+        assert mine.keys() == wanted.keys()
+        for cut, values in wanted.items():
+            assert values.abs().max() > 0, cut
+            error = (mine[cut] - values).abs().max()
+            assert error <= 2e-5 * values.abs().max() + 1e-7, (scored, cut)
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_an_anchor_is_that_of_the_bridge(family):
+    from tvlens.attribution.weights import weight_scores
+    from tvlens.models.anchors import anchor
+
+    ours, made = own_pair(family)
+    batch, theirs = pairs.batch(), bridges(made)
+    mine, wanted = (anchor(pair, batch, hook="blocks.0.hook_resid_post") for pair in (ours, theirs))
+    assert mine.gap == pytest.approx(wanted.gap, rel=1e-4)
+    torch.testing.assert_close(mine.direction, wanted.direction, rtol=1e-3, atol=1e-5)
+    scores = [weight_scores(p, batch, wanted.metric, nodes=4) for p in (ours, theirs)]
+    by_name = dict(zip(scores[0].components, scores[0].values, strict=True))
+    largest = float(scores[1].values.abs().max())
+    for component, values in zip(scores[1].components, scores[1].values, strict=True):
+        assert float((by_name[component] - values).abs().max()) <= 2e-5 * largest, component
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_weights_in_memory_are_those_of_the_checkpoint(family, tmp_path):
     from tvlens.weights.matching import load_pair
 

@@ -782,3 +782,34 @@ def test_the_rates_are_those_of_the_operations_that_are_counted(pair) -> None:
     counted = work.added(work.matching_work(pair), work.decompose_work(pair))
     counted = work.added(counted, work.classify_work(pair))
     assert {*counted} <= {*rates}
+
+
+@pytest.mark.slow
+def test_the_tables_of_several_estimators_have_the_rows_that_were_planned(pair, prompts) -> None:
+    from tvlens.models.metrics import SHIPPED
+    from tvlens.models.pair import HookedPair
+    from tvlens.study import stages
+    from tvlens.study.row_counts import attribution_tables, estimate_rows
+
+    asked, batch = prompts
+    both = ("first_order", "atp_star")
+    made = stages._attributed(
+        _plan(check_exact=17, check_prompts=3, estimators=both),
+        HookedPair(pair),
+        asked,
+        batch,
+        SHIPPED["logprob"],
+        lambda text: None,
+    )
+    tables = {table.name: table.to_frame() for table in made.tables}
+    frame, options = tables["attribution"], _asked(estimators=both)
+    assert dict(estimate_rows(pair, options).by) == (
+        frame[frame["estimator"] != "exact"]["method"].value_counts().to_dict()
+    )
+    for name in ("attribution", "fidelity"):
+        planned = attribution_tables(pair, options, joined=True)[name]
+        assert planned.at_least <= len(tables[name]) <= planned.at_most, name
+    checked = tables["fidelity"]
+    assert {"cross_model_first_order", "cross_model_atp_star"} <= set(checked["method"])
+    parts = checked[checked["method"] == "cross_model_atp_star"]["part"]
+    assert {"q", "k", "z", "post"} <= set(parts)

@@ -128,6 +128,7 @@ def test_the_command_of_a_plan_is_read_back_as_that_plan(monkeypatch) -> None:
         metric="loss",
         chat="off",
         neurons="all",
+        estimators=("first_order", "atp_star"),
         check_exact=3,
         skip_bad_lines=True,
         device="cpu",

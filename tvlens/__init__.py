@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .attribution.weights import attribute_weights
     from .geometry.classify import classify
     from .geometry.decompose import decompose
+    from .models.anchors import anchor
     from .models.metrics import Metric
     from .models.pair import HookedPair
     from .models.prompts import load_prompts as prompts
@@ -39,6 +40,7 @@ _HOMES = {
     "StudyPlan": ("study.plan", "StudyPlan"),
     "Table": ("tables", "Table"),
     "TuningVector": ("weights.vector", "TuningVector"),
+    "anchor": ("models.anchors", "anchor"),
     "attribute_activations": ("attribution.activations", "attribute_activations"),
     "attribute_weights": ("attribution.weights", "attribute_weights"),
     "compare": ("study.runner", "compare"),
@@ -63,6 +65,7 @@ __all__ = [
     "Table",
     "TuningVector",
     "TvlensError",
+    "anchor",
     "attribute_activations",
     "attribute_weights",
     "classify",

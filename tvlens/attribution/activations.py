@@ -8,7 +8,7 @@ al. 2023),
 
 summed over positions and the component's width, with the gradient taken on the receiver. The
 exact effect patches one component for real (``patching``). Which activations there are is said in
-``nodes``.
+``nodes``; ``qk_fix`` and ``atp_star`` are the repairs of that estimate that ``atp_star`` tells of.
 
 Scores of activations say where a difference *passes*, since an activation carries everything
 upstream of it. They do not add up to the change of the metric.
@@ -27,6 +27,7 @@ from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.tables import Table
 
+from .atp_star import atp_star, qk_fix
 from .directions import Patch, Question, question
 from .nodes import DEFAULT_PARTS, Site, activation_sites
 from .patching import exact_activations
@@ -41,12 +42,18 @@ __all__ = [
     "exact_activations",
 ]
 
-Estimator = Literal["first_order"]
+Estimator = Literal["first_order", "qk_fix", "atp_star"]
 ROWS_AT_ONCE = 16
 """Prompts of one forward and backward: memory grows with it, scores do not change."""
 NEURONS_AT_RANDOM = 64
 """Neurons outside the largest that get rows per prompt too: an unbiased check against exact."""
-_ESTIMATORS: dict[str, Callable[..., dict[str, Tensor]]] = {"first_order": first_order}
+_ESTIMATORS: dict[Estimator, Callable[..., dict[str, Tensor]]] = {
+    "first_order": first_order,
+    "qk_fix": qk_fix,
+    "atp_star": atp_star,
+}
+_ADDITIVE = ("first_order",)
+"""Estimators whose scores of single positions sum to the score of all together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +61,11 @@ class ActivationScores:
     """Scores of every component of some activations.
 
     Attributes:
-        values: Per prompt, summed over positions, in the metric's unit.
+        values: Per prompt, all positions together, in the metric's unit.
         run: How they were made.
-        positions: The same before the sum, where asked for. Place 0 is a prompt's first real
-            token; places past its end are 0, so that the sum over positions is the score.
+        positions: Of one position at a time, where asked for. Place 0 is a prompt's first real
+            token; places past its end are 0. The sum over positions is the score for
+            ``first_order``, and for ``qk_fix`` of all but keys.
     """
 
     values: Mapping[Cut, Float[Tensor, "batch layer index"]]
@@ -134,20 +142,24 @@ def activation_scores(
     asked.refuse_vanishing_gradient()
     batch, sites = asked.usable(batch), activation_sites(asked.receiver, parts)
     means = asked.means(batch, sites)
-    width, parts = int(batch.lengths.max()), []
+    width, parts, placed = int(batch.lengths.max()), [], []
     for rows in batch.chunks(rows_at_once):
-        scored = _by_cut(asked.patch(rows, means), sites, estimator, by_position)
+        patch = asked.patch(rows, means)
         if by_position:
-            scored = {cut: _from_first_token(t, rows, width) for cut, t in scored.items()}
-        parts.append(scored)
-    run, joined = asked.run(batch, estimator), _joined(parts)
+            scored = _by_cut(patch, sites, estimator, by_position=True)
+            placed.append({cut: _from_first_token(t, rows, width) for cut, t in scored.items()})
+        if not by_position or estimator not in _ADDITIVE:
+            parts.append(_by_cut(patch, sites, estimator, by_position=False))
+    run = asked.run(batch, estimator)
     if not by_position:
-        return ActivationScores(joined, run)
-    return ActivationScores({cut: t.sum(1) for cut, t in joined.items()}, run, joined)
+        return ActivationScores(_joined(parts), run)
+    positions = _joined(placed)
+    values = _joined(parts) if parts else {cut: t.sum(1) for cut, t in positions.items()}
+    return ActivationScores(values, run, positions)
 
 
 def _by_cut(
-    patch: Patch, sites: Sequence[Site], estimator: Estimator, by_position: bool
+    patch: Patch, sites: Sequence[Site], estimator: Estimator, *, by_position: bool
 ) -> dict[Cut, Float[Tensor, "batch ..."]]:
     """One chunk's scores: [batch, layer, index], by position [batch, pos, layer, index]."""
     scores = _ESTIMATORS[estimator](patch, sites, by_position=by_position)

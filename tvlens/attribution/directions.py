@@ -23,9 +23,9 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvlens.errors import HostError, MetricError, PromptError
+from tvlens.errors import HostError, PromptError
 from tvlens.models.lens import LensModel
-from tvlens.models.metrics import Metric
+from tvlens.models.metrics import Metric, refuse_vanishing_gradient
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.models.reading import Reading
@@ -152,19 +152,20 @@ class Question:
         reading = self.hooked.reading(self.metric, batch)
         return Patch(self.receiver, ids, donor, donor_ids, means, reading, exchange.sign)
 
+    @property
+    def gradient_vanishes(self) -> bool:
+        """Whether the metric is a distance to the very run that is differentiated."""
+        within = self.direction != "clean_into_corrupt"  # which runs other tokens
+        return within and self.metric.reference == self.at
+
     def refuse_vanishing_gradient(self) -> None:
-        """Refuse first order where the gradient is zero by construction.
+        """Refuse an estimate where the gradient is zero by construction.
 
         Raises:
             MetricError: The metric is a distance to the very run that the gradient is taken at.
         """
-        if self.metric.reference == self.at and self.direction != "clean_into_corrupt":
-            raise MetricError(
-                f"{self.metric.name} is a distance to the {self.at} model and is smallest there, "
-                "so its gradient at that model is zero and every first-order score vanishes.",
-                hint="Ask from the other model's side, patch exactly, integrate over layers "
-                "(layer_integrals), or measure logit_diff or logprob.",
-            )
+        if self.gradient_vanishes:
+            refuse_vanishing_gradient(self.metric, self.at)
 
     def run(self, batch: Batch, estimator: str) -> MethodRun:
         """What the rows of the answer have in common."""

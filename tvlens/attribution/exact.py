@@ -111,7 +111,7 @@ class _Measured:
     def __init__(self, path: WeightPath, reading: Reading) -> None:
         self.path, self.reading = path, reading
         batch = reading.batch
-        self.begun = replay(path.lens, batch.ids, batch.mask, reading.positions)
+        self.begun = replay(path.lens, batch.ids, batch.mask, reading.positions, reading.beside)
 
     def swings(self, cuts: Sequence[list[Piece]], s: float) -> Float[Tensor, "component prompt"]:
         """The swing of every component at ``s``; at an end one side of all swings is the same."""

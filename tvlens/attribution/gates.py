@@ -21,7 +21,7 @@ effects, which are refused there.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 from tvlens.components import Component
 from tvlens.errors import HostError
 from tvlens.models.lens import HookList, LensModel
-from tvlens.models.metrics import Metric
+from tvlens.models.metrics import Metric, refuse_vanishing_gradient
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.models.reading import Reading
@@ -172,7 +172,8 @@ class GatedModel:
         end = 1.0 if metric.reference == "tuned" else 0.0
         with torch.no_grad():
             logits = self.logits(self.gates(len(batch), end), plain)
-        return Reading(metric, batch, plain.positions, plain.cut, logits)
+            logits, _ = plain.beside.parted(logits)
+        return replace(plain, reference=logits)
 
 
 def gated_weight_scores(
@@ -188,6 +189,7 @@ def gated_weight_scores(
     ``by_token`` is not made here and is zero.
     """
     method = method_name(estimator, at)
+    refuse_vanishing_gradient(metric, at)
     parts = [gated.reading(metric, part) for part in chunks(batch, gated.lens.d_vocab)]
     ends = [
         torch.cat([gated.values(gated.gates(len(p.batch), end), p) for p in parts])
@@ -289,7 +291,7 @@ class _Swings:
         )
         gates = self.gated.gates(len(ids), self.s)
         with self.gated.lens.hooks(fwd=self.gated.hooks(gates, self.reading)):
-            begun = replay(self.gated.lens, ids, mask, positions)
+            begun = replay(self.gated.lens, ids, mask, positions, self.reading.beside)
             begun.record(layers)
         return begun
 

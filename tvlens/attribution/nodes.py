@@ -48,6 +48,8 @@ NODES: dict[str, tuple[Cut, str]] = {
 """Part -> how components cut it, and the hook where it passes, in the order of a block."""
 DEFAULT_PARTS = ("z", "post", "attn_out", "mlp_out", "embed")
 """What a study attributes to unless asked for more: each says something the others do not."""
+SOFTMAX_PARTS = ("q", "k")
+"""What acts through a softmax alone, which some estimators make anew."""
 _SUMMED = {
     "head": "batch pos head width, batch pos head width -> batch head",
     "kv_head": "batch pos head width, batch pos head width -> batch head",
@@ -120,6 +122,12 @@ def activation_sites(model: LensModel, parts: Sequence[str] = DEFAULT_PARTS) -> 
             hint="pre_linear is the up branch of a gated MLP; all_parts() lists what there is.",
         )
     return sites
+
+
+def parts_for(estimators: Sequence[str]) -> tuple[str, ...]:
+    """What a study attributes to: queries and keys too, where an estimator was made for them."""
+    plain = set(estimators) <= {"first_order"}
+    return DEFAULT_PARTS if plain else (*DEFAULT_PARTS, *SOFTMAX_PARTS)
 
 
 def all_parts(model: LensModel) -> tuple[str, ...]:

@@ -247,7 +247,7 @@ def _repeated(patch: Patch, groups: int) -> Replay:
         repeat(rows, "batch pos -> (group batch) pos", group=groups)
         for rows in (patch.receiver_ids, patch.batch.mask, patch.reading.positions)
     )
-    return replay(patch.receiver, ids, mask, positions)
+    return replay(patch.receiver, ids, mask, positions, patch.reading.beside)
 
 
 def _group_values(

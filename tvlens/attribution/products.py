@@ -2,11 +2,11 @@
 
 One forward of the donor, one forward and backward of the receiver. The donor's activations are
 kept, O(batch * pos * width of all sites), and become differences while the receiver runs; each is
-dropped as soon as its gradient has arrived. What stays is [batch, index] a site, by position
-[batch, pos, index].
+dropped as soon as its gradient has arrived, unless more backward passes are to come. What stays is
+[batch, index] a site, by position [batch, pos, index].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from tvlens.models.lens import HookList, LensModel, leaf
 
 from .directions import Patch
 from .nodes import NODES, Site, wide
+from .patterns import PatternChange
 
 START = NODES["embed"][1]
 """Where the graph of a frozen model starts."""
@@ -32,6 +33,9 @@ class Products:
         difference: What is put in at every site; minus the activation once the forward has passed.
         real: Real tokens.
         by_position: Keep the positions apart.
+        patterns: Of queries and keys whose softmax is made anew: what they do to the pattern, by
+            hook. They have no difference, and their gradient is that of the pattern.
+        again: Keep the differences for another backward pass.
         start: The embedding's output, where the graph of a frozen model starts.
         scores: [batch, index] or [batch, pos, index] of every site, filled in the backward.
     """
@@ -40,16 +44,25 @@ class Products:
     difference: dict[str, Tensor]
     real: Bool[Tensor, "batch pos"]
     by_position: bool = False
+    patterns: Mapping[str, PatternChange] = field(default_factory=dict)
+    again: bool = False
     start: list[Tensor] = field(default_factory=list)
     scores: dict[str, Tensor] = field(default_factory=dict)
 
     def forward_hooks(self) -> HookList:
         """Hooks that take the differences and begin the graph."""
-        return [*((site.hook, self._subtract(site)) for site in self.sites), (START, self._begin)]
+        subtracted = [site for site in self.sites if site.hook not in self.patterns]
+        return [*((site.hook, self._subtract(site)) for site in subtracted), (START, self._begin)]
 
     def backward_hooks(self) -> HookList:
         """Hooks that take the products; the embedding has none, it is the graph's leaf."""
-        return [(site.hook, self.multiply(site)) for site in self.sites if site.hook != START]
+        return [
+            (NODES["pattern"][1].format(site.layer), self._through_pattern(site))
+            if site.hook in self.patterns
+            else (site.hook, self.multiply(site))
+            for site in self.sites
+            if site.hook != START
+        ]
 
     def finish(self) -> None:
         """Take the product of the embedding, if it is among the sites, after a backward.
@@ -64,14 +77,33 @@ class Products:
         if silent := [site.hook for site in self.sites if site.hook not in self.scores]:
             raise HostError(f"no gradient reached {silent[0]!r}.")
 
+    def next_pass(self) -> dict[str, Tensor]:
+        """The scores of a backward pass; another may follow.
+
+        Raises:
+            HostError: Some site's gradient never came.
+        """
+        self.finish()
+        found, self.scores = self.scores, {}
+        self.start[0].grad = None
+        return found
+
     def multiply(self, site: Site) -> Callable[..., None]:
         """A backward hook."""
 
         def hook_function(gradient: Tensor, hook: object) -> None:
-            difference = self.difference.pop(site.hook)
+            difference = self.difference[site.hook]
+            if not self.again:
+                del self.difference[site.hook]
             self.scores[site.hook] = site.product(
                 difference, wide(gradient), by_position=self.by_position
             )
+
+        return hook_function
+
+    def _through_pattern(self, site: Site) -> Callable[..., None]:
+        def hook_function(gradient: Tensor, hook: object) -> None:
+            self.scores[site.hook] = self.patterns[site.hook].score(gradient)
 
         return hook_function
 

@@ -60,7 +60,7 @@ def planned_sample(
     """
     frame = attribution.to_frame()
     activations = frame[frame["space"] == "activation"]
-    series = len(activations[["direction", "at"]].drop_duplicates())
+    series = len(activations[["method", "direction", "at"]].drop_duplicates())
     nodes = own_nodes(attribution)
     planned = Sample(0, nodes, 0)
     for prompts in CHECKED_PROMPTS:
@@ -78,7 +78,8 @@ class Cost(NamedTuple):
     Attributes:
         whole: Of a whole pass: each node, and each series of activations, needs some.
         patched: Of a pass that begins half way up, which is what a patch costs on average.
-        activation_series: Series of activations, each of which patches every component once.
+        activation_series: Series of activations, each of which patches every component once; of
+            several estimators each may draw others.
     """
 
     whole: float
@@ -99,7 +100,7 @@ def patching_cost(
     """What exact patching costs here and now: one pass of each kind is timed, after a warm-up."""
     part, times = chunks(batch, hooked.base.d_vocab)[0], []
     reading = hooked.reading(metric, part)
-    begun = replay(hooked.base, part.ids, part.mask, reading.positions)
+    begun = replay(hooked.base, part.ids, part.mask, reading.positions, reading.beside)
     middle = hooked.base.n_layers // 2
     for run in (lambda: begun.record({middle}), lambda: begun.logits(middle)):
         started = time.perf_counter()

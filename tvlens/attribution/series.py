@@ -15,8 +15,11 @@ SAME_QUESTION = {
     "weight_first_order_base": "exact_weight_insert",
     "weight_first_order_tuned": "exact_weight_remove",
     "weight_ig": "exact_weight_path",
-    "cross_model_first_order": "exact_activation",
-    "activation_first_order": "exact_activation",
+    **{
+        f"{within}_{estimator}": "exact_activation"
+        for within in ("cross_model", "activation")
+        for estimator in ("first_order", "qk_fix", "atp_star")
+    },
 }
 """The exact method that asks what an estimate estimates."""
 Series = tuple[str, str, str]

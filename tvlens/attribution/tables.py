@@ -97,7 +97,7 @@ class MethodRun:
     Attributes:
         method: Label of the four that follow.
         space: ``activation`` or ``weight``.
-        estimator: ``first_order``, ``ig``, ``exact``.
+        estimator: ``first_order``, ``qk_fix``, ``atp_star``, ``ig``, ``exact``.
         direction: What was put where.
         at: Where gradients were taken: ``base``, ``tuned`` or ``path``.
         metric: Name of the metric.

@@ -34,7 +34,7 @@ from tvlens.components import DISJOINT_KINDS, Component, Kind
 from tvlens.errors import HostError
 from tvlens.models.hosts import Norm
 from tvlens.models.lens import HookList, LensModel, leaf
-from tvlens.models.metrics import Metric
+from tvlens.models.metrics import Metric, refuse_vanishing_gradient
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.models.reading import Reading
@@ -151,6 +151,7 @@ def attribute_weights(
 
     Raises:
         HostError: The weights are not float32, or the pair's difference is not all in its sites.
+        MetricError: The metric is a distance to the model at whose weights first order is taken.
         ValueError: ``estimator`` and ``at`` do not go together.
     """
     scores = weight_scores(hooked, batch, metric, estimator=estimator, at=at)
@@ -172,6 +173,7 @@ def weight_scores(
     O(components x prompts) float64; activations of one chunk of prompts at a time.
     """
     method = method_name(estimator, at)
+    refuse_vanishing_gradient(metric, at)
     with hooked.base.frozen(), weight_path(hooked) as path:
         parts = chunks(batch, hooked.base.d_vocab)
         _check_whole_difference(hooked, path, parts[0])

@@ -19,6 +19,7 @@ from .options import (
     Option,
     Out,
     Tuned,
+    plan_fields,
     takes,
 )
 from .progress import Progress, log_to_stderr
@@ -31,8 +32,6 @@ PARENT = {"parent": MODELS["parent"]}
 KEEP = {
     "keep": Option(Annotated[float, typer.Option(min=0.01, max=1.0, help="Share to restore.")], 0.9)
 }
-REPEATED = {"tuned_name": "tuned_names", "control": "controls"}
-"""Options given once per value, and the field of a plan that holds all values."""
 
 
 @app.command()
@@ -88,8 +87,7 @@ def _run(
     from tvlens.study.plan import StudyPlan
 
     shown = {name: given.pop(name) for name in RUN}
-    asked = {REPEATED.get(name, name): value for name, value in given.items() if value is not None}
-    asked |= {"base": base, "tuned": tuned, "stages": stages}
+    asked = plan_fields(given) | {"base": base, "tuned": tuned, "stages": stages}
     _show(StudyPlan.model_validate(asked), out, **shown)
 
 

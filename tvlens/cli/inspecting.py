@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperCommand
 
 from .application import app
-from .options import CHECKS, JSON, PROMPTS, Base, Option, Tuned, takes
+from .options import CHECKS, JSON, PROMPTS, Base, Option, Tuned, plan_fields, takes
 
 
 class _ManyParents(TyperCommand):
@@ -43,7 +43,7 @@ def inspect(base: Base, tuned: Tuned, **given: Any) -> None:
     stages = ("decompose", "attribute", *(("graft",) if graft else ()))
     inspected: list[dict[str, Any]] = []
     for spec in tuned:
-        found = inspection(base, spec, stages=stages, **given)
+        found = inspection(base, spec, stages=stages, **plan_fields(given))
         ranking = parent_ranking(spec, [base, *parents]) if parents else None
         inspected.append(found if ranking is None else {**found, "parents": ranking})
     if json:

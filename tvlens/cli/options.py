@@ -51,7 +51,9 @@ PROMPTS = {
         Annotated[str | None, typer.Option(help="Prompt file (.jsonl, .txt) or demo:NAME.")], None
     ),
     "metric": Option(
-        Annotated[str | None, typer.Option("--metric", help="Name or package.module:function.")],
+        Annotated[
+            str | None, typer.Option("--metric", help="Name, anchor@LAYER, or module:function.")
+        ],
         None,
     ),
     "chat": Option(
@@ -72,6 +74,13 @@ CHECKS = {
     "neurons": Option(
         Annotated[Literal["top", "all"], typer.Option(help="Per-prompt rows of neurons.")], "top"
     ),
+    "estimator": Option(
+        Annotated[
+            list[Literal["first_order", "qk_fix", "atp_star"]] | None,
+            typer.Option("--estimator", help="Of activations; may be given several times."),
+        ],
+        None,
+    ),
 }
 """What attribution measures and how it is checked."""
 SEED = {"seed": Option(Annotated[int, typer.Option(help="Seed of every random draw.")], 0)}
@@ -84,6 +93,13 @@ SHOWN = {
 }
 RUN = {"resume": _flag("resume", "Keep tables that are already complete."), **SHOWN}
 """How a study is run and shown."""
+REPEATED = {"tuned_name": "tuned_names", "control": "controls", "estimator": "estimators"}
+"""Options given once per value, and the field of a plan that holds all values."""
+
+
+def plan_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, by the fields of a plan; what was not is left to the plan."""
+    return {REPEATED.get(name, name): value for name, value in given.items() if value is not None}
 
 
 def takes(*groups: dict[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -307,7 +307,7 @@ def host_of(model: Any) -> Host:
 
 
 def reading_at(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
-    """A forward hook for ``unembed.hook_in`` that lets only ``positions`` of each row through."""
+    """A forward hook that lets only ``positions`` of each row through."""
 
     def hook_function(activation: Tensor, hook: Any) -> Tensor:
         rows = torch.arange(len(positions), device=activation.device)[:, None]

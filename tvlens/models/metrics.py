@@ -26,12 +26,12 @@ class Run:
     Attributes:
         logits: Output of the model that is measured.
         reference_logits: Output of the model to compare with, for metrics that ask for one.
-        hooks: Activations by hook name, for metrics that ask for some.
+        hooks: Activations by hook name, for metrics that ask for some, at the places of the logits.
     """
 
     logits: Float[Tensor, "batch pos d_vocab"]
     reference_logits: Float[Tensor, "batch pos d_vocab"] | None = None
-    hooks: dict[str, Tensor] = field(default_factory=dict)
+    hooks: dict[str, Float[Tensor, "batch pos _"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Metric:
         answers_only: It reads no logits but those that predict scored tokens, and it finds them
             through ``batch``. Only those are then computed, and the batch it is called with is
             cut to them (``Batch.cut_to_answers``).
+        hooks: Hooks of [batch, pos, width] activations that it reads beside the logits, such as
+            ``blocks.3.hook_resid_post``.
     """
 
     name: str
@@ -57,14 +59,18 @@ class Metric:
     needs: tuple[str, ...] = ()
     reference: Literal["base", "tuned"] | None = None
     answers_only: bool = False
+    hooks: tuple[str, ...] = ()
 
     def __call__(self, run: Run, batch: Batch) -> Float[Tensor, " batch"]:
         """The metric of every prompt.
 
         Raises:
-            MetricError: The prompts lack a field, or the result is not one number per prompt.
+            MetricError: The prompts lack a field, the run an activation, or the result is not one
+                number per prompt.
         """
         _require_fields(self, batch)
+        if missing := [name for name in self.hooks if name not in run.hooks]:
+            raise MetricError(f"{self.name} needs the activation at {missing[0]!r}.")
         if self.reference is not None and run.reference_logits is None:
             raise MetricError(f"{self.name} needs the logits of the {self.reference} model.")
         values = self.function(run, batch)
@@ -123,6 +129,12 @@ def _loss(run: Run, batch: Batch) -> Float[Tensor, " batch"]:
     return -_logprob_mean(run, batch)
 
 
+def mean_at_answers(values: Float[Tensor, "batch pos"], batch: Batch) -> Float[Tensor, " batch"]:
+    """The mean of ``values`` over the places that predict scored tokens."""
+    scored = batch.scored.to(values.device)
+    return _masked_sum(values[:, :-1], scored[:, 1:]) / scored.sum(1)
+
+
 def _kl(run: Run, batch: Batch) -> Float[Tensor, " batch"]:
     """KL(reference || run) at the positions that predict scored tokens, mean in nats."""
     where = run.logits.device
@@ -146,6 +158,38 @@ SHIPPED: dict[str, Metric] = {
     )
 }
 """The metrics that have a name."""
+
+
+ANCHOR, ANCHOR_UNIT = "anchor", "residual"
+"""The metric whose direction is made from the two models (``models.anchors``), and its unit."""
+
+
+def is_anchor(name: str) -> bool:
+    """Whether a metric's name is ``anchor``, or ``anchor@LAYER`` for one after that block."""
+    return name.partition("@")[0] == ANCHOR
+
+
+def _no_direction(run: Run, batch: Batch) -> Tensor:
+    raise MetricError(
+        "the metric anchor has no direction yet: it is made from a base and its fine-tune.",
+        hint="In Python: anchor(hooked, batch).metric. tvlens attribute and graft make it "
+        "themselves.",
+    )
+
+
+def refuse_vanishing_gradient(metric: Metric, at: str) -> None:
+    """Refuse a gradient that is zero by construction.
+
+    Raises:
+        MetricError: The metric is a distance to the very run that the gradient is taken at.
+    """
+    if metric.reference == at:
+        raise MetricError(
+            f"{metric.name} is a distance to the {at} model and is smallest there, so its "
+            "gradient at that model is zero and every first-order score vanishes.",
+            hint="Ask from the other model's side, integrate along the path (weight_ig), patch "
+            "exactly, or measure logit_diff or logprob.",
+        )
 
 
 def default_metric(prompts: PromptSet) -> Metric:
@@ -183,10 +227,12 @@ def resolve_metric(
 def _named(name: str) -> Any:
     if name in SHIPPED:
         return SHIPPED[name]
+    if is_anchor(name):
+        return Metric(name, ANCHOR_UNIT, "higher", _no_direction, answers_only=True)
     module, colon, attribute = name.partition(":")
     if not colon:
         raise MetricError(
-            f"there is no metric {name!r}; there are {', '.join(SHIPPED)}.",
+            f"there is no metric {name!r}; there are {', '.join((*SHIPPED, ANCHOR))}.",
             hint="Your own is given as package.module:function.",
         )
     try:

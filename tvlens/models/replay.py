@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .hosts import submodule
 from .lens import LensModel, reading_at
+from .reading import Beside, read
 
 logger = logging.getLogger(__name__)
 _SAME = 1e-3
@@ -35,8 +36,10 @@ class Replay:
         ids: Its tokens.
         mask: 1 at real tokens.
         positions: The places of each row whose logits are made.
+        beside: Activations that are read at the same places and carried behind the logits.
         streams: The residual stream before a block; ``n_layers``: before the final norm.
-        beside: What each block was called with beside the stream.
+        calls: What each block was called with beside the stream.
+        passed: The activations that were read, as they were in the recorded pass.
         from_tokens: Make whole passes only, in a family that does more than run its blocks.
     """
 
@@ -44,21 +47,23 @@ class Replay:
     ids: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     positions: Int[Tensor, "batch read"]
+    beside: Beside = field(default_factory=Beside)
     streams: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
-    beside: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    passed: dict[str, Tensor] = field(default_factory=dict)
     from_tokens: bool = False
 
-    def record(self, layers: Collection[int]) -> Float[Tensor, "batch read d_vocab"]:
+    def record(self, layers: Collection[int]) -> Float[Tensor, "batch read width"]:
         """Run the whole model once, keep its streams before ``layers``, and give its logits."""
         self.streams.clear()
         with torch.no_grad(), self._recording(frozenset(layers)):
-            return self.whole()
+            return self.whole(self.passed)
 
-    def whole(self) -> Float[Tensor, "batch read d_vocab"]:
-        """The logits of a pass from the tokens on."""
-        return self.model.logits_at(self.ids, self.mask, self.positions)
+    def whole(self, kept: dict[str, Tensor] | None = None) -> Float[Tensor, "batch read width"]:
+        """The logits of a pass from the tokens on; what is read beside them goes into ``kept``."""
+        return read(self.model, self.ids, self.mask, self.positions, self.beside, kept)
 
-    def logits(self, layer: int | None) -> Float[Tensor, "batch read d_vocab"]:
+    def logits(self, layer: int | None) -> Float[Tensor, "batch read width"]:
         """The logits of a pass from ``layer`` on; None: from the tokens on.
 
         Raises:
@@ -66,9 +71,17 @@ class Replay:
         """
         if layer is None or self.from_tokens:
             return self.whole()
+        kept = dict(self.passed)  # what lies before the block is as it was
+        with ExitStack() as stack:
+            if self.beside.names:
+                hooks = self.beside.hooks(self.positions, kept)
+                stack.enter_context(self.model.hooks(fwd=hooks))
+            return self.beside.joined(self._from(layer), kept)
+
+    def _from(self, layer: int) -> Float[Tensor, "batch read d_vocab"]:
         stream = self.streams[layer]
         for number in range(layer, self.model.n_layers):
-            args, kwargs = self.beside[number]
+            args, kwargs = self.calls[number]
             out = self.model.model.blocks[number](stream, *args, **kwargs)
             stream = out if isinstance(out, Tensor) else out[0]
         norm = submodule(self.model.model, "ln_final")
@@ -106,7 +119,7 @@ class Replay:
         def hook_function(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             stream = args[0] if args else kwargs["hidden_states"]
-            self.beside[layer] = args[1:], rest
+            self.calls[layer] = args[1:], rest
             if keep:
                 self.streams[layer] = stream.detach()
 
@@ -118,12 +131,20 @@ def replay(
     ids: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
     positions: Int[Tensor, "batch read"],
+    beside: Beside | None = None,
 ) -> Replay:
     """A pass of ``model``, ready to be recorded.
 
     Whether its replays are right is tried at once; where they are not it makes whole passes.
+
+    Args:
+        model: The model.
+        ids: Its tokens.
+        mask: 1 at real tokens.
+        positions: The places of each row whose logits are made.
+        beside: What a metric reads there too.
     """
-    made = Replay(model, ids, mask, positions)
+    made = Replay(model, ids, mask, positions, beside or Beside())
     if not made.repeats():
         logger.warning("passes of this model cannot begin at a block: each patch takes a whole one")
         made.from_tokens = True

@@ -186,6 +186,7 @@ def asked_of(plan: StudyPlan, batch: Batch) -> Asked:
         all_neurons=plan.neurons == "all",
         check_exact=plan.check_exact,
         check_prompts=plan.check_prompts,
+        estimators=plan.estimators,
     )
 
 
@@ -199,7 +200,9 @@ def _attribute(
     usual = seconds_of(work.attribute_work(pair, one, asked), rates)
     longest = seconds_of(work.attribute_work(pair, one, asked, nodes=NODE_COUNTS), rates)
     rows = tables["attribution"]
-    peak = peaks.attribute_peak(pair, batch, metric, d_vocab=prompted.d_vocab, rows=rows)
+    peak = peaks.attribute_peak(
+        pair, batch, metric, d_vocab=prompted.d_vocab, rows=rows, estimators=plan.estimators
+    )
     read = sum(work.stored_bytes(pair))
     seconds = _with_disk(usual + checks, usual + checks, longest + checks, read)
     return Forecast(read, seconds, peak, tables)
@@ -207,7 +210,8 @@ def _attribute(
 
 def _checking(plan: StudyPlan, asked: Asked, one: work.Passes, batch: Batch, rates: Rates) -> float:
     """Exact patching: of the sample that is asked for, or of what fits the time, as is planned."""
-    series, nodes = len(asked.activation_series), NODE_COUNTS[0]
+    series = len(asked.activation_series) * len(asked.estimators)
+    nodes = NODE_COUNTS[0]
 
     def cost(prompts: int) -> Cost:
         passes = work.exact_sample(one, batch, prompts=prompts)

@@ -33,6 +33,8 @@ WEIGHT_ROW, EVIDENCE_ROW, ATTRIBUTION_ROW = 1_100, 4_000, 2_000
 """Bytes of a row while its table is made, in lists, frames and columns."""
 PASSED_ON = 12
 """Activations as wide as the residual stream that a block keeps for the backward pass."""
+PATTERNS, PATTERN_CHANGES = 3, 3
+"""Patterns that a block keeps for the backward pass, and those under other queries and keys."""
 LOGITS = 4
 """Copies of the logits that a metric and its gradient hold."""
 
@@ -90,10 +92,19 @@ def model_bytes(pair: Pair) -> float:
     return 4.0 * entries(pair, pair.components)
 
 
-def attribute_peak(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int, rows: Rows) -> float:
+def attribute_peak(
+    pair: Pair,
+    batch: Batch,
+    metric: Metric,
+    *,
+    d_vocab: int,
+    rows: Rows,
+    estimators: Sequence[str] = ("first_order",),
+) -> float:
     """Both models, the base's copy, a tied embedding twice more, one batch's graph, the rows."""
     tied = 2 * 4.0 * pair.layout.d_vocab * pair.layout.d_model if pair.layout.tied else 0.0
-    graph = _graph(pair, batch, metric, d_vocab=d_vocab)
+    changes = 0 if set(estimators) <= {"first_order"} else PATTERN_CHANGES
+    graph = _graph(pair, batch, metric, d_vocab=d_vocab, patterns=PATTERNS + changes)
     tables = ATTRIBUTION_ROW * rows.at_least
     return INTERPRETER + HOST + 3 * model_bytes(pair) + tied + graph + tables
 
@@ -110,13 +121,15 @@ def evaluate_peak(pair: Pair, texts: Sequence[Batch], *, d_vocab: int) -> float:
     return INTERPRETER + HOST + model_bytes(pair) + 4.0 * LOGITS * wide * d_vocab
 
 
-def _graph(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int) -> float:
+def _graph(
+    pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int, patterns: int = PATTERNS
+) -> float:
     """What the backward pass of the largest batch keeps, and its logits."""
     layout, sizes = pair.layout, []
     for part in chunks(batch, d_vocab):
         tokens, width = part.ids.numel(), part.ids.shape[1]
         reads = part.reading_positions.numel() if metric.answers_only else tokens
-        kept = PASSED_ON * layout.d_model + 5 * layout.d_mlp + 3 * layout.n_heads * width
+        kept = PASSED_ON * layout.d_model + 5 * layout.d_mlp + patterns * layout.n_heads * width
         whole = LOGITS * reads * d_vocab + min(16, len(part)) * width * d_vocab
         sizes.append(4.0 * (layout.n_layers * tokens * kept + whole))
     return max(sizes, default=0.0) + 4.0 * math.prod((layout.d_model, d_vocab))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tvlens.errors import StudyError
 
 Stage = Literal["decompose", "attribute", "graft", "evaluate"]
+Estimator = Literal["first_order", "qk_fix", "atp_star"]
 STAGES: tuple[Stage, ...] = ("decompose", "attribute", "graft", "evaluate")
 
 
@@ -20,7 +21,7 @@ NOT_OPTIONS = {
     *("replicates", "evaluate", "check_nodes", "check_prompts"),  # Python's alone
 }
 """Fields that the command line does not take as options."""
-OPTION_NAMES = {"tuned_names": "tuned-name", "controls": "control"}
+OPTION_NAMES = {"tuned_names": "tuned-name", "controls": "control", "estimators": "estimator"}
 """Options whose name is not that of their field."""
 WHOLE_WAY = "-from-base"
 """What the name of a fine-tune ends in where tables hold its way from the base past the parent."""
@@ -55,7 +56,8 @@ class StudyPlan(BaseModel):
         replicates: Name of a fine-tune to that of another run of its recipe (other seed), which is
             a fine-tune of the study too: the ceiling of what two fine-tunes can have in common.
         prompts: Prompt file, ``demo:NAME``, or None for the shipped neutral texts.
-        metric: Metric name or ``package.module:function``; None chooses by the prompts.
+        metric: Metric name, ``anchor`` or ``anchor@LAYER``, or ``package.module:function``; None
+            chooses by the prompts.
         canonical: Measure the weights in the base's coordinates (``weights.gauge``); what runs
             the models stays as stored.
         stages: Which stages to run.
@@ -65,6 +67,8 @@ class StudyPlan(BaseModel):
         check_nodes: Nodes of the exact path average; None takes what fits the time, or 3.
         check_prompts: Prompts of the exact sample; None takes 16.
         check_seconds: Time that the exact checks may take, as far as a plan can tell.
+        estimators: How the effects of exchanged activations are estimated; each is checked. With
+            others than first order, queries and keys are attributed to as well.
         keep: Share of a behaviour's change that grafting restores or destroys.
         seed: Seed of every random draw.
     """
@@ -84,6 +88,7 @@ class StudyPlan(BaseModel):
     evaluate: dict[str, str] = {}
     chat: Literal["auto", "on", "off"] = "auto"
     neurons: Literal["top", "all"] = "top"
+    estimators: tuple[Estimator, ...] = Field(default=("first_order",), min_length=1)
     check_exact: int | None = Field(default=None, ge=1)
     check_nodes: int | None = Field(default=None, ge=1)
     check_prompts: int | None = Field(default=None, ge=1)

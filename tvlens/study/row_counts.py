@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvlens.attribution.grafting import RANDOM_SETS
-from tvlens.attribution.nodes import DEFAULT_PARTS, NODES
+from tvlens.attribution.nodes import NODES, parts_for
 from tvlens.attribution.sampling import (
     CHECKED_PROMPTS,
     LEAST,
@@ -170,6 +170,7 @@ class Asked:
         all_neurons: Every neuron gets rows per prompt.
         check_exact: Components of the exact sample; None where time decides.
         check_prompts: Prompts of the exact sample; None for the usual number.
+        estimators: Of exchanged activations.
     """
 
     prompts: int
@@ -177,6 +178,7 @@ class Asked:
     all_neurons: bool = False
     check_exact: int | None = None
     check_prompts: int | None = None
+    estimators: tuple[str, ...] = ("first_order",)
 
     @property
     def samples(self) -> tuple[Sample, Sample]:
@@ -215,11 +217,12 @@ def weight_sizes(pair: Pair, asked: Asked) -> dict[Group, int]:
 
 
 def activation_sizes(layout: Layout, asked: Asked) -> dict[Group, int]:
-    """The same of activations: heads, neurons, each block's two outputs, the embedding."""
+    """The same of activations: heads, neurons, each block's two outputs, the embedding, and
+    queries and keys where an estimator was made for them."""
     each = {"head": layout.n_layers * layout.n_heads, "neuron": asked.neurons(layout)}
     each["kv_head"] = layout.n_layers * layout.n_kv_heads
     found: Counter[Group] = Counter()
-    for cut, _ in (NODES[part] for part in DEFAULT_PARTS):
+    for cut, _ in (NODES[part] for part in parts_for(asked.estimators)):
         whole = layout.n_layers if cut.layered else 1
         found[group_of(Component(cut.kind, part=cut.part))] += each.get(cut.kind, whole)
     return dict(found)
@@ -236,7 +239,8 @@ def estimate_rows(pair: Pair, asked: Asked) -> Rows:
     for direction, prompts in asked.activation_series.items():
         within = "activation" if direction == "clean_into_corrupt" else "cross_model"
         sizes = activation_sizes(layout, asked)
-        found[f"{within}_first_order"] += sum(sizes.values()) * prompts + over_prompts
+        for estimator in asked.estimators:
+            found[f"{within}_{estimator}"] += sum(sizes.values()) * prompts + over_prompts
     for method in WEIGHT_METHODS:
         sizes = weight_sizes(pair, asked)
         found[method] = sum(sizes.values()) * asked.prompts + over_prompts
@@ -254,13 +258,16 @@ def exact_rows(pair: Pair, asked: Asked) -> Rows:
         weights = _drawn(weight_sizes(pair, asked), sample.count)
         activations = _drawn(activation_sizes(pair.layout, asked), sample.count)
         series = [min(prompts, sample.prompts) for prompts in asked.activation_series.values()]
-        ends.append(EXACT_QUESTIONS * weights * sample.prompts + activations * sum(series))
-    return Rows(ends[0], ends[1])
+        ends.append((EXACT_QUESTIONS * weights * sample.prompts, activations * sum(series)))
+    # each further estimator may have others among its largest
+    most = ends[1][0] + len(asked.estimators) * ends[1][1]
+    return Rows(sum(ends[0]), most)
 
 
 def fidelity_rows(pair: Pair, asked: Asked) -> Rows:
     """Rows of ``fidelity``: for each method a row a kind and stratum, and one for all kinds."""
-    series = [activation_sizes(pair.layout, asked)] * len(asked.activation_series)
+    number = len(asked.activation_series) * len(asked.estimators)
+    series = [activation_sizes(pair.layout, asked)] * number
     series += [weight_sizes(pair, asked)] * len(WEIGHT_METHODS)
     few, many = (sum(_groups(sizes, sample.count) for sizes in series) for sample in asked.samples)
     return Rows(few, many)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tvlens.models.lens import LensModel
+    from tvlens.models.metrics import Metric
     from tvlens.models.pair import HookedPair
     from tvlens.models.prompts import Batch, PromptSet
     from tvlens.weights.matching import Pair
@@ -173,13 +174,41 @@ def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput
     metric = resolve_metric(plan.metric, asked)
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
     with one_thread(only_if=hooked.base.d_model < WIDE):
+        metric, found = _with_direction(metric, hooked, asked, batch)
         made = _attributed(plan, hooked, asked, batch, metric, say)
         copied = _copy_facts(pair, hooked, batch)
     return replace(
         made,
-        facts={**made.facts, **copied.facts},
-        warnings=(*hooked.warnings, *made.warnings, *copied.warnings),
+        facts={**made.facts, **copied.facts, **found.facts},
+        warnings=(*hooked.warnings, *made.warnings, *copied.warnings, *found.warnings),
+        vectors=found.vectors,
     )
+
+
+def _with_direction(
+    metric: "Metric", hooked: "HookedPair", asked: "PromptSet", batch: "Batch"
+) -> "tuple[Metric, StageOutput]":
+    """The metric itself; an anchor with a direction made of the prompts of ``choose``."""
+    from tvlens.models.anchors import anchored
+    from tvlens.models.metrics import is_anchor
+
+    if not is_anchor(metric.name):
+        return metric, StageOutput(())
+    chosen = batch.rows(_of_split(asked, batch, "choose"))
+    made, name = anchored(metric, hooked, chosen), hooked.tuned_name
+    facts = {"anchor": {"hook": made.hook, "gap": made.gap, "prompts": made.prompts}}
+    sentence = (
+        f"{metric.name} of {name} is the projection on the difference of means at {made.hook}, "
+        f"made of {made.prompts} prompts of the split 'choose': on those the tuned model is "
+        f"{made.gap:.3g} ahead by construction, so read figures on 'judge'."
+    )
+    vectors = {"anchor": {name: made.direction.contiguous().cpu()}}
+    return made.metric, StageOutput((), facts, (sentence,), vectors=vectors)
+
+
+def _of_split(asked: "PromptSet", batch: "Batch", split: str) -> list[int]:
+    """The rows of a batch whose prompts are of a split."""
+    return [row for row, number in enumerate(batch.numbers) if asked[number].split == split]
 
 
 def _copy_facts(pair: "Pair", hooked: "HookedPair", batch: "Batch") -> StageOutput:
@@ -200,8 +229,8 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     from tvlens.attribution.gates import GatedModel, gated_weight_scores
     from tvlens.attribution.grafting import graft
     from tvlens.models.lens import LensModel
-    from tvlens.models.metrics import resolve_metric
-    from tvlens.models.pair import common_tokens_of, tokenizer_in
+    from tvlens.models.metrics import is_anchor, resolve_metric
+    from tvlens.models.pair import HookedPair, common_tokens_of, tokenizer_in
     from tvlens.models.prompts import load_prompts, tokenised
     from tvlens.weights.vector import tuning_vector
 
@@ -211,11 +240,13 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     batch = tokenised(asked, tokenizer_in(common.folders), chat=plan.chat)
     lens = LensModel.load(pair.base.folder, rows=common.size, device=chosen_device(plan))
     lens.unknown = common.unknown
-    splits = {
-        split: [row for row, number in enumerate(batch.numbers) if asked[number].split == split]
-        for split in ("choose", "judge")
-    }
+    splits = {split: _of_split(asked, batch, split) for split in ("choose", "judge")}
+    found_direction = StageOutput(())
     with one_thread(only_if=lens.d_model < WIDE):
+        if is_anchor(metric.name):
+            hooked = HookedPair(pair, device=chosen_device(plan))
+            metric, found_direction = _with_direction(metric, hooked, asked, batch)
+            del hooked
         gated = GatedModel.of_vector(lens, tuning_vector(pair))
         say("weights, integrated along the line from base to tuned, by gates")
         scores = gated_weight_scores(gated, batch, metric)
@@ -230,7 +261,12 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
             seed=plan.seed,
             names=(pair.base_name, pair.tuned_name),
         )
-    return StageOutput((found.curves, found.sets), found.facts, (*common.warnings, *batch.warnings))
+    return StageOutput(
+        (found.curves, found.sets),
+        {**found.facts, **found_direction.facts},
+        (*common.warnings, *batch.warnings, *found_direction.warnings),
+        vectors=found_direction.vectors,
+    )
 
 
 def _attributed(
@@ -245,7 +281,7 @@ def _attributed(
     from tvlens.attribution.weights import weight_scores, weight_table
 
     neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
-    scores = _estimates(hooked, batch, metric, say, neurons=neurons)
+    scores, left_out = _estimates(plan, hooked, batch, metric, say)
     say("weights, integrated along the line from base to tuned")
     integral = weight_scores(hooked, batch, metric, estimator="ig", at="path")
     scores.append(weight_table(integral, hooked, batch, metric, neurons=neurons))
@@ -256,7 +292,7 @@ def _attributed(
     return StageOutput(
         (prompt_table, *tables),
         facts,
-        (*_prompt_warnings(plan, asked), *batch.warnings),
+        (*_prompt_warnings(plan, asked), *batch.warnings, *left_out),
     )
 
 
@@ -341,27 +377,80 @@ def chosen_device(plan: StudyPlan) -> str:
 
 
 def _estimates(
-    hooked: "HookedPair", batch: "Batch", metric: Any, say: Progress, *, neurons: int | None
-) -> list[Table]:
-    """The first-order estimates, of activations and of weights."""
-    from tvlens.attribution.activations import attribute_activations
-    from tvlens.attribution.tables import Direction
-    from tvlens.attribution.weights import weight_scores, weight_table
+    plan: StudyPlan, hooked: "HookedPair", batch: "Batch", metric: "Metric", say: Progress
+) -> tuple[list[Table], tuple[str, ...]]:
+    """The estimates of activations and the first order of weights; and what was left out, why."""
+    from tvlens.attribution.tables import NEURONS_PER_PROMPT
 
-    tables = []
+    neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
+    tables, left_out = [], []
+    for made, refused in (
+        _of_activations(plan, hooked, batch, metric, say, neurons=neurons),
+        _of_weights(hooked, batch, metric, say, neurons=neurons),
+    ):
+        tables += made
+        left_out += refused
+    return tables, _vanishing(metric, left_out)
+
+
+def _of_activations(
+    plan: StudyPlan,
+    hooked: "HookedPair",
+    batch: "Batch",
+    metric: "Metric",
+    say: Progress,
+    *,
+    neurons: int | None,
+) -> tuple[list[Table], list[str]]:
+    """Every direction by every estimator, and the directions in which the gradient vanishes."""
+    from tvlens.attribution.activations import attribute_activations
+    from tvlens.attribution.directions import question
+    from tvlens.attribution.nodes import parts_for
+    from tvlens.attribution.tables import Direction
+
+    tables, left_out = [], []
     directions: list[Direction] = ["tuned_into_base", "base_into_tuned"]
     if any(len(ids) for ids in batch.corrupt_ids):
         directions.insert(0, "clean_into_corrupt")
+    how = {"parts": parts_for(plan.estimators), "neurons": neurons}
     for direction in directions:
-        say(f"activations, {direction.replace('_', ' ')}")
-        tables.append(
-            attribute_activations(hooked, batch, metric, direction=direction, neurons=neurons)
-        )
+        if question(hooked, metric, direction).gradient_vanishes:
+            left_out.append(direction)
+            continue
+        for estimator in plan.estimators:
+            say(f"activations, {direction.replace('_', ' ')}, {estimator.replace('_', ' ')}")
+            asked = {"direction": direction, "estimator": estimator}
+            tables.append(attribute_activations(hooked, batch, metric, **asked, **how))
+    return tables, left_out
+
+
+def _of_weights(
+    hooked: "HookedPair", batch: "Batch", metric: "Metric", say: Progress, *, neurons: int | None
+) -> tuple[list[Table], list[str]]:
+    """First order at both ends, but for an end where the gradient vanishes."""
+    from tvlens.attribution.weights import weight_scores, weight_table
+
+    tables, left_out = [], []
     for at in ("base", "tuned"):
+        if metric.reference == at:
+            left_out.append(f"weights at {at}")
+            continue
         say(f"weights, first order at {at}")
         scores = weight_scores(hooked, batch, metric, estimator="first_order", at=at)
         tables.append(weight_table(scores, hooked, batch, metric, neurons=neurons))
-    return tables
+    return tables, left_out
+
+
+def _vanishing(metric: "Metric", left_out: Sequence[str]) -> tuple[str, ...]:
+    """A sentence on the estimates that a distance to one of the models does not have."""
+    if not left_out:
+        return ()
+    named = ", ".join(name.replace("_", " ") for name in left_out)
+    return (
+        f"no first-order estimate of {named}: {metric.name} is a distance to the "
+        f"{metric.reference} model and is smallest there, so its gradient at that model is zero. "
+        "weight_ig, the other side and exact patching are not affected.",
+    )
 
 
 def _checked(

@@ -57,6 +57,7 @@ STUDY_FILES = (
     "load_report.json",
     "report.html",
     "directions.safetensors",
+    "anchor.safetensors",
     *(f"{name}.parquet" for name in TABLES),
 )
 """What a study writes, and so all that ``--force`` may remove."""
@@ -130,11 +131,23 @@ class Study:
         Raises:
             StudyError: The stage that makes them has not run.
         """
+        return self._tensors("directions.safetensors")
+
+    @property
+    def anchors(self) -> dict[str, "Tensor"]:
+        """With ``--metric anchor``: each fine-tune's unit direction in the residual stream.
+
+        Raises:
+            StudyError: The study has no anchor.
+        """
+        return self._tensors("anchor.safetensors")
+
+    def _tensors(self, name: str) -> dict[str, "Tensor"]:
         from safetensors.torch import load_file
 
-        path = self.folder / "directions.safetensors"
+        path = self.folder / name
         if not path.is_file():
-            raise StudyError(f"{self.folder} holds no directions.safetensors.")
+            raise StudyError(f"{self.folder} holds no {name}.")
         return load_file(path)
 
     @property

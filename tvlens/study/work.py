@@ -318,6 +318,14 @@ def first_order_activations(one: Passes, prompts: int) -> Work:
     return added(times(3, one.work), one.whole_logits, one.calls(4.0, batches))
 
 
+def repaired_activations(one: Passes, prompts: int, estimator: str, layers: int) -> Work:
+    """First order with the softmax made anew; for AtP* a backward pass a layer beside it."""
+    batches = math.ceil(prompts / 16)
+    dropped = layers if estimator == "atp_star" else 0
+    more = added(times(2 + 2 * dropped, one.work), one.calls(2.0 + 2.0 * dropped, batches))
+    return added(first_order_activations(one, prompts), more)
+
+
 def weight_node(one: Passes) -> Work:
     """One node of a path: forward, backward, a product a site, and moving the weights."""
     moved = {"entry": PASSES_OF_AN_ACTIVATION * 8 * one.parameters}
@@ -346,12 +354,19 @@ def attribute_work(
     """
     loading = {"entry": 2 * SCANNING * one.parameters, "call": CALLS_OF_A_START}
     series = len(asked.activation_series)
-    estimates = times(series, first_order_activations(one, asked.prompts))
+    estimates = times(series, added(*(_activations(one, asked, e) for e in asked.estimators)))
     integral = times(2 + sum(nodes), weight_node(one))
     ends = times(2 * 4 + 3, added(one.work, one.calls(1.0, math.ceil(asked.prompts / 16))))
     tables = attribution_tables(pair, asked, joined=True)
     rows = {"row": (1 + LATER_ROWS) * tables["attribution"].at_least}
     return added(loading, estimates, integral, ends, rows)
+
+
+def _activations(one: Passes, asked: Asked, estimator: str) -> Work:
+    """One estimate of one direction."""
+    if estimator == "first_order":
+        return first_order_activations(one, asked.prompts)
+    return repaired_activations(one, asked.prompts, estimator, one.blocks)
 
 
 def graft_work(pair: Pair, one: Passes) -> Work:
