@@ -8,7 +8,7 @@ pieces of work, each on one thread, do not wait for each other.
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 AT_ONCE = 4
 """Pieces of work at the same time: attention and the three matrices of an MLP are one block."""
@@ -17,6 +17,7 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
+@runtime_checkable
 class Map(Protocol):
     """What ``map`` does: the results of one function of every item, in order."""
 

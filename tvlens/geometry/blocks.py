@@ -460,9 +460,7 @@ def _factor_of_circuit(weight: Slice, part: str, state: _Block) -> Factor:
     return factor.of_heads(state.kv_index) if part in KV_PARTS else factor
 
 
-def _spans_of_circuit(
-    base: BaseMatrix, state: _Block
-) -> Float64[Tensor, "head d_model span"]:
+def _spans_of_circuit(base: BaseMatrix, state: _Block) -> Float64[Tensor, "head d_model span"]:
     """What each query head reads or writes through one factor of a circuit."""
     return base.spans[state.kv_index] if base.part in KV_PARTS else base.spans
 

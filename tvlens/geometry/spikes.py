@@ -9,7 +9,7 @@ taken than stand above the edge: a third of the time of all of them.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int
+from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
 from .changes import Change, Remainder, own_products, slabs, transposed, written_rows
