@@ -12,6 +12,8 @@ without tvlens.
     basic_scanned     the same after the look for NaN that `tvlens decompose` takes first
     spectra           the same and the singular spectrum of every matrix's and embedding's delta
     full              tvlens, all of ``decompose``
+    labelled          tvlens, the tables of weights, tests, labels and contrasts of a fine-tune
+    labelled_both     the same of two fine-tunes of one base, in one call
     modeldelta        norms, cosine and singular spectrum of every matrix's delta
     host              both models loaded with TransformerLens in float32, its default
     imports           tvlens's weights side imported, nothing done
@@ -78,6 +80,23 @@ def full(base: str, tuned: str) -> Work:
     return lambda: len(decompose(load_pair(base, tuned, scan=False)))
 
 
+def labelled(base: str, *tuned: str) -> Work:
+    """Decomposed and classified in one pass, as `tvlens decompose` does."""
+    from tvlens.geometry import decompose_and_classify
+    from tvlens.weights.matching import load_pair
+
+    def work() -> list[int]:
+        found = decompose_and_classify([load_pair(base, path, scan=False) for path in tuned])
+        return [len(one.labels.labels) for one in found]
+
+    return work
+
+
+def labelled_both(base: str, tuned: str) -> Work:
+    """The same with the further fine-tune that lies beside the tuned model."""
+    return labelled(base, tuned, str(Path(tuned).with_name("further")))
+
+
 def modeldelta(base: str, tuned: str) -> Work:
     """The measures behind the report of `python -m modeldelta`, without checks and report."""
     from modeldelta.core.weight_diff import compare_models
@@ -117,11 +136,11 @@ def imports(base: str, tuned: str) -> Work:
     return lambda: None
 
 
-SIDES: dict[str, Callable[[str, str], Work]] = {
+SIDES: dict[str, Callable[..., Work]] = {
     side.__name__: side
     for side in (
         *(plain, basic, basic_scanned, spectra, full),
-        *(modeldelta, host, imports),
+        *(labelled, labelled_both, modeldelta, host, imports),
     )
 }
 

@@ -4,8 +4,9 @@
 
 Base weights are Gaussian; the tuned model is base + a Gaussian of 1 % of its spread, rounded to
 the dtype that both are stored in. A seed and a tensor's name decide its numbers, so a pair can be
-made again. A Gaussian matrix has a spectrum without gaps or clusters, the slowest kind for an
-eigensolver that deflates. No tokenizer is written, and the models say nothing.
+made again; a further fine-tune of its base (``further_at``) has a Gaussian of its own. A Gaussian
+matrix has a spectrum without gaps or clusters, the slowest kind for an eigensolver that deflates.
+No tokenizer is written, and the models say nothing.
 
 Slabs of rows go straight into the files (safetensors: eight bytes of length, a JSON header, the
 tensors one after the other), so memory is a few hundred MB whatever the size of the pair.
@@ -14,9 +15,10 @@ tensors one after the other), so memory is a few hundred MB whatever the size of
 import argparse
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,6 +26,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+Slabs = Callable[[str, tuple[int, ...], str], Iterator[tuple[Tensor, ...]]]
+"""From a tensor's name, shape and dtype to its flat numbers in each of some models, in slabs."""
 SPREAD, CHANGE = 0.02, 0.01
 """Standard deviation of a base weight, and that of the tuning vector relative to it."""
 SLAB = 1 << 22
@@ -154,14 +158,20 @@ def write_pair(shape: Shape, folder: Path, *, seed: int = 0) -> PairFolders:
     folders = PairFolders(folder / "base", folder / "tuned")
     for path in folders:
         path.mkdir(parents=True, exist_ok=True)
+    _write_models(shape, folders, partial(_slabs, seed=seed))
+    return folders
+
+
+def _write_models(shape: Shape, folders: Sequence[Path], slabs: Slabs) -> None:
+    """Config, shards and index of the models whose numbers ``slabs`` gives, one a folder."""
+    for path in folders:
         (path / "config.json").write_text(json.dumps(shape.config(), indent=2))
     shards = _shards(shape)
     for number, names in enumerate(shards, start=1):
-        _write_shard(shape, folders, _file_name(number, len(shards)), names, seed)
+        _write_shard(shape, folders, _file_name(number, len(shards)), names, slabs)
     if len(shards) > 1:
         for path in folders:
             (path / "model.safetensors.index.json").write_text(_index(shape, shards))
-    return folders
 
 
 def is_written(shape: Shape, folder: Path, *, seed: int = 0) -> bool:
@@ -176,6 +186,16 @@ def pair_at(shape: Shape, folder: Path, *, seed: int = 0) -> PairFolders:
         write_pair(shape, folder, seed=seed)
         (folder / "synthetic.json").write_text(json.dumps(_note(shape, seed)))
     return PairFolders(folder / "base", folder / "tuned")
+
+
+def further_at(shape: Shape, folder: Path, *, seed: int = 0) -> Path:
+    """A second fine-tune of the base of the pair in ``folder``, written there unless it is."""
+    path, note = folder / "further", folder / "further.json"
+    if not note.is_file() or json.loads(note.read_text()) != _note(shape, seed):
+        path.mkdir(parents=True, exist_ok=True)
+        _write_models(shape, [path], partial(_further_slabs, seed=seed))
+        note.write_text(json.dumps(_note(shape, seed)))
+    return path
 
 
 def _note(shape: Shape, seed: int) -> dict[str, object]:
@@ -207,7 +227,7 @@ def _index(shape: Shape, shards: list[list[str]]) -> str:
 
 
 def _write_shard(
-    shape: Shape, folders: PairFolders, file_name: str, names: list[str], seed: int
+    shape: Shape, folders: Sequence[Path], file_name: str, names: list[str], slabs: Slabs
 ) -> None:
     header = _header(shape, names)
     with ExitStack() as stack:
@@ -215,8 +235,8 @@ def _write_shard(
         for file in files:
             file.write(header)
         for name in names:
-            for slabs in _slabs(name, shape.tensors[name], shape.dtype, seed):
-                for file, slab in zip(files, slabs, strict=True):
+            for numbers in slabs(name, shape.tensors[name], shape.dtype):
+                for file, slab in zip(files, numbers, strict=True):
                     _append(file, slab)
 
 
@@ -251,6 +271,16 @@ def _slabs(
         base = torch.randn(count, generator=generator).mul_(SPREAD).add_(centre).to(stored)
         tuned = torch.randn(count, generator=generator).mul_(SPREAD * CHANGE).add_(base)
         yield base, tuned.to(stored)
+
+
+def _further_slabs(
+    name: str, size: tuple[int, ...], dtype: str, seed: int
+) -> Iterator[tuple[Tensor]]:
+    """Numbers of another model tuned from the same base, flat, a slab at a time."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} further".encode()))
+    for base, _ in _slabs(name, size, dtype, seed):
+        noise = torch.randn(len(base), generator=generator).mul_(SPREAD * CHANGE)
+        yield (noise.add_(base).to(base.dtype),)
 
 
 def _append(file: BinaryIO, slab: Tensor) -> None:

@@ -24,20 +24,22 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from memory import is_measurable, peak_memory
-from synthetic import PRESETS, Shape, pair_at
+from synthetic import PRESETS, Shape, further_at, pair_at
 
 HERE = Path(__file__).resolve().parent
 IDLE = 0.5
 """Load average of the last minute above which nothing is timed."""
 WAITED = 0.05
 """Share of a side's time without a processor from which on a figure is marked."""
+FURTHER = 1.7
+"""Two fine-tunes of one base cost at most so much of one: the second at most 0.7 of the first."""
 SMALL = Shape(4, 64, 160, 4, 2, 16, 1024, shards=2)
 PAIRS: dict[str, Shape] = {
     **PRESETS,
@@ -111,6 +113,13 @@ def comparisons(small: str, large: str, quarter: str, growth: tuple[str, str]) -
     found += [
         Comparison("modeldelta's measures / modeldelta", Run("spectra", small), theirs, 1 / 3),
         Comparison("all of decompose / modeldelta", Run("full", small), theirs, None),
+        Comparison("tables and labels / modeldelta", Run("labelled", small), theirs, 1.0),
+        Comparison(
+            "labels of two fine-tunes / of one",
+            Run("labelled_both", small),
+            Run("labelled", small),
+            FURTHER,
+        ),
         Comparison(
             "4 times the bytes, no spectra", Run("basic", large), Run("basic", quarter), 4.4
         ),
@@ -157,9 +166,15 @@ class Bench:
     def command(self, run: Run) -> list[str]:
         """The command line of a side on a pair."""
         python = self.modeldelta_python if run.side == "modeldelta" else sys.executable
-        pair = pair_at(PAIRS[run.pair], self.folder / run.pair)
+        base, tuned, *_ = self.models(run)
         script = str(HERE / "sides.py")
-        return [str(python), script, run.side, *map(str, pair), str(self.threads)]
+        return [str(python), script, run.side, str(base), str(tuned), str(self.threads)]
+
+    def models(self, run: Run) -> list[Path]:
+        """The folders that a side reads, written now where they are not there."""
+        shape, folder = PAIRS[run.pair], self.folder / run.pair
+        further = [further_at(shape, folder)] if run.side == "labelled_both" else []
+        return [*pair_at(shape, folder), *further]
 
     def environment(self, run: Run) -> dict[str, str]:
         """Threads pinned, no network, and tvlens from beside this script."""
@@ -187,14 +202,13 @@ class Bench:
         _enter(into, peak.output)
         into.anonymous.append(peak.anonymous)
 
-    def read_all(self, pairs: Sequence[str]) -> None:
-        """Bring the files of pairs into the page cache."""
-        for name in pairs:
-            for folder in pair_at(PAIRS[name], self.folder / name):
-                for path in sorted(folder.glob("*.safetensors")):
-                    with path.open("rb") as file:
-                        while file.read(1 << 24):
-                            pass
+    def read_all(self, runs: Iterable[Run]) -> None:
+        """Bring the files of some runs into the page cache."""
+        for folder in sorted({folder for run in runs for folder in self.models(run)}):
+            for path in sorted(folder.glob("*.safetensors")):
+                with path.open("rb") as file:
+                    while file.read(1 << 24):
+                        pass
 
 
 def _enter(into: Figures, output: str) -> None:
@@ -208,7 +222,7 @@ def measured(bench: Bench, compared: Comparison, repeats: int) -> dict[str, Any]
     """Both sides in turns; the medians, their ratio and whether it passes."""
     figures = {run: Figures() for run in (compared.theirs, compared.ours)}
     memory = compared.quantity != "seconds"
-    bench.read_all(sorted({run.pair for run in figures}))
+    bench.read_all(figures)
     for _ in range(1 if memory else repeats):  # memory does not vary enough to repeat it
         for run, into in figures.items():
             (bench.watched if memory else bench.timed)(run, into)

@@ -1,23 +1,26 @@
 """One pass over the blocks of one or several pairs that share a base.
 
 A matrix is read, measured and dropped before the next one is read; the four matrices of an
-attention layer are held together, because circuits need two of them. What belongs to the base
-alone, its singular directions above all, is worked out once for all pairs.
+attention layer are held together, because circuits need two of them. With several threads a few
+such groups, of one block or of two, are measured at the same time. What belongs to the base alone,
+its singular directions above all, is worked out once for all pairs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tvlens.components import KNOWN_PARTS, Component, Pieces, columns_of_pieces, key_columns
+from tvlens.memory import release_freed
 from tvlens.tables import Table, concatenated
+from tvlens.threads import Map, side_by_side
 
-from .changes import Change, Factored
+from .changes import Change, Factored, transposed
 from .embedding_evidence import embedding_evidence
 from .evidence import GATE_COLUMNS, Evidence, Keys, joined_evidence, untested
 from .head_evidence import HeadChanges, head_evidence
@@ -41,18 +44,19 @@ from .measures import (
     SIDED_COLUMNS,
     Columns,
     Spectra,
+    Tokens,
     Writer,
     circuit_columns,
     pieces_of,
     placed_columns,
     ranks,
     spectral_columns,
-    vocabulary,
+    vocabularies,
 )
 from .neuron_evidence import NeuronChanges, neuron_evidence
 from .neurons import Sums, change_of_neurons, rows_of_neurons
 from .norm_evidence import NormChange
-from .nulls import Peers, peers_of
+from .nulls import Peers, peers_of, spans_of
 from .reading import Layout, Pair, Slice, factor_of_heads, kv_index_of, slice_of
 
 Progress = Callable[[int, int], None]
@@ -129,9 +133,22 @@ class BaseMatrix:
         return spectral_basis(slices_of_heads(self.base, self.part, self.n_heads))
 
     @cached_property
+    def spans(self) -> Float64[Tensor, "head d_model span"]:
+        """Orthonormal bases of what each head's slice reads or writes of the residual stream."""
+        slices = slices_of_heads(self.base, self.part, self.n_heads)
+        return spans_of(slices if self.part == "W_O" else transposed(slices))
+
+    @cached_property
     def peers(self) -> Peers:
         """The directions of its neurons."""
         return peers_of(rows_of_neurons(self.base, self.part))
+
+
+class AttentionMatrix(NamedTuple):
+    """One of the matrices that circuits are made of."""
+
+    base: BaseMatrix
+    weight: Slice
 
 
 Place = tuple[int, int]
@@ -151,7 +168,7 @@ class _Block:
         circuits: Those that the attention computes.
         rows: Tables by their place.
         evidence: The same of evidence.
-        norms: Changes of norms.
+        norms: The same of changes of norms.
     """
 
     writer: Writer
@@ -161,7 +178,7 @@ class _Block:
     circuits: Sequence[Circuit]
     rows: dict[Place, Table] = field(default_factory=dict)
     evidence: dict[Place, Evidence] = field(default_factory=dict)
-    norms: list[NormChange] = field(default_factory=list)
+    norms: dict[Place, NormChange] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -184,23 +201,70 @@ class _Block:
         tied = [weight is not None and weight.tied] * len(keys["component"])
         return {**keys, "tied": tied, **{name: columns[name] for name in GATE_COLUMNS}}
 
-    def found(self) -> Findings:
-        """All rows in the order of the table."""
-        tables = [self.rows[place] for place in sorted(self.rows)]
-        parts = [self.evidence[place] for place in sorted(self.evidence)]
+    def taken(self) -> Findings:
+        """All rows in the order of the table; they are no longer kept here."""
+        tables, parts, norms = (
+            [kept.pop(place) for place in sorted(kept)]
+            for kept in (self.rows, self.evidence, self.norms)
+        )
         weights = concatenated("weights", tables, order="relative_delta")
-        return Findings(weights, joined_evidence(parts) if parts else None, self.norms)
+        return Findings(weights, joined_evidence(parts) if parts else None, norms)
+
+
+class _Task(NamedTuple):
+    """Components that are in memory together, and the pairs in which they are measured."""
+
+    group: Sequence[Component]
+    states: Sequence[_Block]
 
 
 def findings_of_block(asks: Sequence[Ask]) -> list[Findings]:
     """The findings in the same block of several pairs; what belongs to one base is shared."""
-    states = [_started(ask) for ask in asks]
-    components = dict.fromkeys(component for ask in asks for component in ask.block)
-    for group in _groups(list(components)):
-        kept: dict[Component, BaseMatrix] = {}
-        for state in states:
-            _measure_group([c for c in group if c in state.ask.block], kept, state)
-    return [state.found() for state in states]
+    return next(_findings_of_blocks([asks], map))
+
+
+def findings_of_blocks(
+    blocks: Sequence[Sequence[Ask]], progress: Progress | None = None
+) -> list[list[Findings]]:
+    """The same of several blocks, a few groups of components at a time.
+
+    An embedding takes longest and cannot be shared out, so that its block begins first.
+    """
+    order = sorted(range(len(blocks)), key=lambda number: not _has_embedding(blocks[number]))
+    found: dict[int, list[Findings]] = {}
+    with side_by_side() as run:
+        done = _findings_of_blocks([blocks[number] for number in order], run)
+        for count, (number, of_block) in enumerate(zip(order, done, strict=True), start=1):
+            found[number] = of_block
+            release_freed()
+            if progress is not None:
+                progress(count, len(blocks))
+    return [found[number] for number in range(len(blocks))]
+
+
+def _findings_of_blocks(blocks: Sequence[Sequence[Ask]], run: Map) -> Iterator[list[Findings]]:
+    states = [[_started(ask) for ask in asks] for asks in blocks]
+    groups = [list(_groups(asks)) for asks in blocks]
+    pairs = list(zip(states, groups, strict=True))
+    done = run(_measure, [_Task(group, some) for some, own in pairs for group in own])
+    for some, own in pairs:
+        for _ in own:
+            next(done)
+        yield [state.taken() for state in some]
+
+
+def _has_embedding(asks: Sequence[Ask]) -> bool:
+    return any(component.kind == "embedding" for ask in asks for component in ask.block)
+
+
+def _measure(task: _Task) -> None:
+    first = task.group[0]
+    if first.kind == "embedding":
+        _measure_embedding(first, [state for state in task.states if first in state.ask.block])
+        return
+    kept: dict[Component, BaseMatrix] = {}
+    for state in task.states:
+        _measure_group([c for c in task.group if c in state.ask.block], kept, state)
 
 
 def _started(ask: Ask) -> _Block:
@@ -218,8 +282,9 @@ def circuits_of(layout: Layout) -> Sequence[Circuit]:
     return CIRCUITS[:1] if layout.qk_norm else CIRCUITS
 
 
-def _groups(block: Sequence[Component]) -> Iterator[Sequence[Component]]:
+def _groups(asks: Sequence[Ask]) -> Iterator[Sequence[Component]]:
     """Components that are in memory together."""
+    block = list(dict.fromkeys(component for ask in asks for component in ask.block))
     attention = [c for c in block if c.kind == "matrix" and c.part in HEAD_PARTS]
     if attention:
         yield attention
@@ -229,11 +294,8 @@ def _groups(block: Sequence[Component]) -> Iterator[Sequence[Component]]:
 def _measure_group(
     group: Sequence[Component], kept: dict[Component, BaseMatrix], state: _Block
 ) -> None:
-    attention: dict[str, Slice] = {}
+    attention: dict[str, AttentionMatrix] = {}
     for component in group:
-        if component.kind == "embedding":
-            _measure_embedding(component, state)
-            continue
         weight, part = slice_of(state.ask.pair.read(component)), component.part or ""
         if component.kind != "matrix":
             columns = pieces_of(weight, part).grouped(1).columns()
@@ -242,7 +304,7 @@ def _measure_group(
         base = _base_matrix(kept, component, weight, state.n_heads(part))
         _measure_matrix(component, base, weight, state)
         if base.n_heads:
-            attention[part] = weight
+            attention[part] = AttentionMatrix(base, weight)
     for number, circuit in enumerate(state.circuits):
         if {*circuit[1:]} <= attention.keys():
             _measure_circuit(circuit, number, attention, state)
@@ -264,7 +326,7 @@ def _keep_untested(component: Component, columns: Columns, weight: Slice, state:
     if state.ask.seed is not None:
         state.evidence[place] = untested(keys)
         if component.kind == "norm" and isinstance(weight.change, Tensor):
-            state.norms.append(NormChange(keys, weight.base.double(), weight.change.double()))
+            state.norms[place] = NormChange(keys, weight.base.double(), weight.change.double())
     return keys
 
 
@@ -275,14 +337,21 @@ def _oriented(component: Component, columns: Columns) -> Columns:
     return {name: values for name, values in columns.items() if name not in SIDED_COLUMNS}
 
 
-def _measure_embedding(component: Component, state: _Block) -> None:
-    slabs = state.ask.pair.slabs(component)
-    seed = None if state.ask.seed is None else state.seed
-    found = vocabulary(slabs, component.part or "", state.ask.spectra, seed=seed)
-    keys = _keep_untested(component, found.columns, found.weight, state)
-    whole = found.sums.grouped(1)
-    if seed is not None and bool(whole.delta > 0) and bool(whole.base > 0):
-        state.evidence[state.place_of(component)] = embedding_evidence(keys, found)
+def _measure_embedding(component: Component, states: Sequence[_Block]) -> None:
+    """Its rows and evidence in all pairs; each reads the same tokens at the same time."""
+    asked = [
+        Tokens(
+            state.ask.pair.slabs(component),
+            state.ask.spectra,
+            None if state.ask.seed is None else state.seed,
+        )
+        for state in states
+    ]
+    for found, state in zip(vocabularies(asked, component.part or ""), states, strict=True):
+        keys = _keep_untested(component, found.columns, found.weight, state)
+        whole = found.sums.grouped(1)
+        if state.ask.seed is not None and bool(whole.delta > 0) and bool(whole.base > 0):
+            state.evidence[state.place_of(component)] = embedding_evidence(keys, found)
 
 
 def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state: _Block) -> None:
@@ -352,29 +421,37 @@ def _head_spectra(base: BaseMatrix, change: Change, spectra: Spectra) -> Columns
 
 
 def _measure_circuit(
-    circuit: Circuit, number: int, parts: Mapping[str, Slice], state: _Block
+    circuit: Circuit, number: int, parts: Mapping[str, AttentionMatrix], state: _Block
 ) -> None:
     """The rows of OV or QK, and the evidence about them."""
     name, first, second = circuit
     pieces = Pieces("head", state.layer, name, len(state.kv_index))
     keys = columns_of_pieces(pieces, kv_index=state.kv_index.tolist())
     if state.ask.spectra != "both":
-        one, two = (_columns_of_circuit(parts[p], p, state, column_products) for p in circuit[1:])
+        one, two = (
+            _columns_of_circuit(parts[part].weight, part, state, column_products)
+            for part in (first, second)
+        )
         columns: Columns = {**circuit_sums(one, two).measures().columns()}
         if state.ask.spectra == "delta":
             columns |= ranks("delta", circuit_energies(one, two))
         state.add((CIRCUIT, number), keys, columns, None)
         return
-    left, right = (_columns_of_circuit(parts[p], p, state, coordinates) for p in circuit[1:])
-    d_model, d_head = parts[first].base.shape[0], left.base.shape[2]
+    left, right = (
+        _columns_of_circuit(parts[part].weight, part, state, coordinates)
+        for part in (first, second)
+    )
+    d_model, d_head = parts[first].weight.base.shape[0], left.base.shape[2]
     columns = circuit_columns(cores_of(left, right), name, d_model=d_model, d_head=d_head)
     keys = state.add((CIRCUIT, number), keys, columns, None)
     if state.ask.seed is None:
         return
-    one, two = (_factor_of_circuit(parts[part], part, state) for part in (first, second))
+    one, two = (_factor_of_circuit(parts[part].weight, part, state) for part in (first, second))
     two = two.swapped if name == "QK" else two
+    spans = tuple(_spans_of_circuit(parts[part].base, state) for part in (first, second))
     partners = state.ask.pair.rotary_partners if name == "QK" else range(d_head)
-    heads = HeadChanges(name, one, two, left, right, state.kv_index, torch.tensor(list(partners)))
+    partner = torch.tensor(list(partners))
+    heads = HeadChanges(name, one, two, left, right, spans, state.kv_index, partner)
     seed = state.seed + SEEDS_OF_CIRCUIT * number
     state.evidence[CIRCUIT, number] = head_evidence(keys, heads, seed=seed)
 
@@ -383,6 +460,11 @@ def _factor_of_circuit(weight: Slice, part: str, state: _Block) -> Factor:
     """One factor of a circuit, one slice a query head."""
     factor = factor_of_heads(weight, part, state.n_heads(part))
     return factor.of_heads(state.kv_index) if part in KV_PARTS else factor
+
+
+def _spans_of_circuit(base: BaseMatrix, state: _Block) -> Float64[Tensor, "head d_model span"]:
+    """What each query head reads or writes through one factor of a circuit."""
+    return base.spans[state.kv_index] if base.part in KV_PARTS else base.spans
 
 
 FactorColumns = TypeVar("FactorColumns", Coordinates, ColumnProducts)

@@ -73,6 +73,12 @@ def written_rows(change: Change, start: int, stop: int) -> Float64[Tensor, "*com
     return change[..., start:stop, :].double()
 
 
+def own_products(matrix: Float[Tensor, "*component a b"]) -> Float[Tensor, "*component b b"]:
+    """X' X in the precision of X: numpy's matmul makes half of the products, which mirror."""
+    rows = matrix.numpy()
+    return torch.from_numpy(np.matmul(rows.swapaxes(-1, -2), rows))
+
+
 def gram(change: Change) -> Float64[Tensor, "*component b b"]:
     """D' D."""
     if isinstance(change, Factored):

@@ -26,11 +26,10 @@ from jaxtyping import Bool, Float
 
 from tvlens.components import Component
 from tvlens.errors import StudyError
-from tvlens.memory import release_freed
 from tvlens.tables import Table, keyed_schema
 from tvlens.threads import one_thread
 
-from .blocks import Ask, Findings, Progress, findings_of_block, joined_findings
+from .blocks import Ask, Findings, Progress, findings_of_blocks, joined_findings
 from .contrasts import WRITES, contrasts_table
 from .evidence import MINS, PARTS, Evidence, replaced
 from .norm_evidence import norm_evidence
@@ -231,6 +230,12 @@ def _decided_by(row: Row) -> str:
     return ROUNDING_FLOOR if near else str(row["decided_by"])
 
 
+def _records(frame: pd.DataFrame, names: Sequence[str]) -> list[Row]:
+    """Some columns as one record a row: ``to_dict("records")``, many times faster."""
+    columns = [frame[name].tolist() for name in names]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """The shipped classifier: evidence with q values to labels with reasons."""
     shares = np.stack([frame[f"share_{part}"].to_numpy(float) for part in PARTS])
@@ -245,7 +250,7 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     )
     for part, counted in zip(PARTS, np.where(significant, shares, 0.0), strict=True):
         out[f"counted_{part}"] = counted
-    rows = out[[*REASON_COLUMNS, *(f"counted_{part}" for part in PARTS)]].to_dict("records")
+    rows = _records(out, [*REASON_COLUMNS, *(f"counted_{part}" for part in PARTS)])
     for row in rows:
         row["label"] = _label(row)
         row["label_reason"] = _reason(row)
@@ -274,7 +279,6 @@ def _write_matrices(pair: Pair) -> list[list[Component]]:
     return [[c for c in block if c.part in WRITES] for block in pair.blocks()]
 
 
-@one_thread()
 def classify(
     pair: Pair,
     weights: Table,
@@ -321,7 +325,6 @@ class Geometry:
     labels: Labels
 
 
-@one_thread()
 def decompose_and_classify(
     pairs: Sequence[Pair],
     *,
@@ -362,20 +365,24 @@ def _examined(
     """The findings of the pairs, and the frames of the controls' writing matrices."""
     plans = [(pair, pair.blocks(), seed) for pair in pairs]
     plans += [(control, _write_matrices(control), None) for control in controls]
-    parts: list[list[Findings]] = [[] for _ in plans]
     total = max((len(blocks) for _, blocks, _ in plans), default=0)
-    for number in range(total):
-        wanted = [i for i, plan in enumerate(plans) if len(plan[1]) > number and plan[1][number]]
-        asks = [Ask(plans[i][0], plans[i][1][number], seed=plans[i][2]) for i in wanted]
-        for i, found in zip(wanted, findings_of_block(asks), strict=True):
-            parts[i].append(found)
-        release_freed()
-        if progress is not None:
-            progress(number + 1, total)
+    wanted = [
+        [i for i, (_, blocks, _) in enumerate(plans) if len(blocks) > number and blocks[number]]
+        for number in range(total)
+    ]
+    asks = [
+        [Ask(plans[i][0], plans[i][1][number], seed=plans[i][2]) for i in some]
+        for number, some in enumerate(wanted)
+    ]
+    parts: list[list[Findings]] = [[] for _ in plans]
+    for some, found in zip(wanted, findings_of_blocks(asks, progress), strict=True):
+        for i, one in zip(some, found, strict=True):
+            parts[i].append(one)
     joined = [joined_findings(part) for part in parts if part]
     return joined[: len(pairs)], [one.weights.to_frame() for one in joined[len(pairs) :]]
 
 
+@one_thread()
 def labels_of(
     found: Findings,
     weights: pd.DataFrame,

@@ -19,11 +19,9 @@ e_new_write are null, and the rest of the e_* is what they would hold.
 from collections.abc import Sequence
 
 from tvlens.components import Component
-from tvlens.memory import release_freed
 from tvlens.tables import Table, concatenated
-from tvlens.threads import one_thread
 
-from .blocks import Ask, Progress, findings_of_block
+from .blocks import Ask, Progress, findings_of_block, findings_of_blocks
 from .measures import SPLIT_COLUMNS, WEIGHTS_SCHEMA, Spectra
 from .reading import Pair
 
@@ -35,7 +33,6 @@ def weights_of_block(pair: Pair, block: Sequence[Component], *, spectra: Spectra
     return findings_of_block([Ask(pair, block, spectra)])[0].weights
 
 
-@one_thread()
 def decompose(pair: Pair, progress: Progress | None = None, *, spectra: Spectra = "both") -> Table:
     """The table ``weights`` of a pair.
 
@@ -45,11 +42,6 @@ def decompose(pair: Pair, progress: Progress | None = None, *, spectra: Spectra 
         spectra: Whose singular values are taken; columns that need others are null. Norms, gains
             and cosines of every component, head and neuron need none.
     """
-    blocks = [block for block in pair.blocks() if block]
-    tables: list[Table] = []
-    for done, block in enumerate(blocks, start=1):
-        tables.append(weights_of_block(pair, block, spectra=spectra))
-        release_freed()
-        if progress is not None:
-            progress(done, len(blocks))
+    blocks = [[Ask(pair, block, spectra)] for block in pair.blocks() if block]
+    tables = [found.weights for (found,) in findings_of_blocks(blocks, progress)]
     return concatenated("weights", tables, order="relative_delta", as_one=False)

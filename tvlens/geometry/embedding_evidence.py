@@ -21,12 +21,12 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from .changes import transposed
+from .eigen import largest_eigenvalue, strongest
 from .evidence import GAIN_COSINE, Evidence, Keys, residual_side, statistic_rows
 from .matrices import Basis, Products, directions_of_gram, seen_products
 from .matrix_evidence import MatrixStructure, matrix_gain, structure_of, whole_evidence
 from .measures import Vocabulary
 from .nulls import EDGE_MARGIN, edge
-from .spikes import largest_eigenvalue
 
 DRAWS_APART = 2 * 2**0.5
 """Two standard deviations of the difference of two draws: the change and the one with its signs."""
@@ -55,12 +55,10 @@ def token_spikes(found: Vocabulary, gain: float) -> TokenSpikes:
     whole = found.sums.grouped(1)
     total, left = float(whole.residual), float(whole.residual / whole.delta)
     rest = own - gain * (both + transposed(both)) + gain**2 * base
-    energies, vectors = torch.linalg.eigh(rest)
     shape = (len(found.sums.delta), len(own))
     limit = edge(torch.tensor(total).double(), left * largest_eigenvalue(flipped), shape)
     limit = limit * max(1.0, edge_margin(found.sums.delta, len(own)) / EDGE_MARGIN)
-    above = energies > limit.square()
-    energies, vectors = energies[above].flip(0), vectors[:, above].flip(1)
+    energies, vectors = strongest(rest, float(limit.square()))
     onto = (both - gain * base) @ vectors
     through = (vectors * onto).sum(0) / energies.sqrt()
     read = onto.norm(dim=0) / energies.sqrt()

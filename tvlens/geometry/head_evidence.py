@@ -23,7 +23,7 @@ from .evidence import (
     statistic_rows,
 )
 from .heads import Coordinates, Factor
-from .nulls import factor_swap, noise_edge, own_versus_others, share_in_spans, spans_of
+from .nulls import factor_swap, noise_edge, own_versus_others, share_in_spans
 from .offsets import mean_change
 
 
@@ -76,6 +76,7 @@ class HeadChanges:
         second: W_O, [d_head, d_model], or W_K so.
         left: Coordinates of the first.
         right: Coordinates of the second.
+        spans: ``spans_of`` the base weights of both, each as [d_head, d_model].
         group: The kv head of each.
         partner: What each entry of a head rotates with, itself where it does not.
     """
@@ -85,6 +86,7 @@ class HeadChanges:
     second: Factor
     left: Coordinates
     right: Coordinates
+    spans: tuple[Float64[Tensor, "head d_model span"], ...]
     group: Int[Tensor, " head"]
     partner: Int[Tensor, " d_head"]
 
@@ -97,6 +99,16 @@ class HeadChanges:
     def shared(self) -> Factor:
         """The factor of the kv head, [d_head, d_model]: W_V or W_K."""
         return self.first.swapped if self.circuit == "OV" else self.second
+
+    @property
+    def own_spans(self) -> Float64[Tensor, "head d_model span"]:
+        """The span of each head's own factor."""
+        return self.spans[1 if self.circuit == "OV" else 0]
+
+    @property
+    def shared_spans(self) -> Float64[Tensor, "head d_model span"]:
+        """That of the factor of its kv head."""
+        return self.spans[0 if self.circuit == "OV" else 1]
 
     @property
     def side(self) -> Side:
@@ -115,11 +127,10 @@ def head_evidence(keys: Keys, heads: HeadChanges, *, seed: int) -> Evidence:
     gain = own_versus_others(swap.z.numpy(), kv, alike=swap.of_mates(kv))
     mean = mean_change(heads.left, heads.right, heads.partner)
     from_own = (mean.from_right if heads.circuit == "OV" else 1 - mean.from_right).numpy()
-    spaces = spans_of(heads.own.base)
-    spans = share_in_spans(heads.own.delta, spaces).nan_to_num()
+    spans = share_in_spans(heads.own.delta, heads.own_spans).nan_to_num()
     space = own_versus_others(spans.numpy(), kv)
-    own = head_spikes(heads.own.delta, spaces, seed=seed)
-    shared = head_spikes(heads.shared.delta, spans_of(heads.shared.base), seed=seed + 1)
+    own = head_spikes(heads.own.delta, heads.own_spans, seed=seed)
+    shared = head_spikes(heads.shared.delta, heads.shared_spans, seed=seed + 1)
     amplified = mean.kappa.nan_to_num().numpy() ** 2
     shared_inside = (shared.share * (1 - shared.outside)).numpy()
     within = from_own * _above_chance(spans, heads.own) + (1 - from_own) * shared_inside - amplified

@@ -119,16 +119,18 @@ class Basis:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A change in the directions of its base.
+    """A change in the directions of its base: of C = U' D V no more is formed than is asked for.
 
     Attributes:
-        core: C = U' D V.
+        from_read: C = ``from_read @ onto_write``.
+        onto_write: The other factor.
         read: |row|^2 of U' D, one number a direction.
         write: |column|^2 of D V, one number a direction.
         total: |D|^2.
     """
 
-    core: Float64[Tensor, "*component direction other"]
+    from_read: Float64[Tensor, "*component direction inner"]
+    onto_write: Float64[Tensor, "*component inner direction"]
     read: Float64[Tensor, "*component direction"]
     write: Float64[Tensor, "*component direction"]
     total: Float64[Tensor, "*component"]
@@ -136,7 +138,11 @@ class Seen:
     @property
     def channels(self) -> Float64[Tensor, "*component direction"]:
         """C_ii: how much the change adds to each singular value of the base, to first order."""
-        return self.core.diagonal(dim1=-2, dim2=-1)
+        return (self.from_read * transposed(self.onto_write)).sum(-1)
+
+    def corner(self, k_read: int, k_write: int) -> Float64[Tensor, "*component k_read k_write"]:
+        """C of the first directions of both sides."""
+        return self.from_read[..., :k_read, :] @ self.onto_write[..., :k_write]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +202,8 @@ def seen(basis: Basis, delta: Change, products: Products | None = None) -> Seen:
     else:
         found = seen_products(basis, products or products_of(basis, delta))
     if basis.turned:
-        return Seen(transposed(found.core), found.write, found.read, found.total)
+        sides = transposed(found.onto_write), transposed(found.from_read)
+        return Seen(*sides, found.write, found.read, found.total)
     return found
 
 
@@ -206,7 +213,7 @@ def seen_products(basis: Basis, products: Products) -> Seen:
     from_long = inverse * (transposed(short) @ products.cross)
     onto_short = (short * (products.own @ short)).sum(-2).clamp(min=0)
     total = products.own.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return Seen(from_long @ short, from_long.square().sum(-1), onto_short, total)
+    return Seen(from_long, short, from_long.square().sum(-1), onto_short, total)
 
 
 def _seen_factors(basis: Basis, delta: Factored) -> Seen:
@@ -216,7 +223,8 @@ def _seen_factors(basis: Basis, delta: Factored) -> Seen:
     from_long, onto_short = basis.coordinates(left, side), right @ basis.short
     inner, outer = transposed(left) @ left, right @ transposed(right)
     return Seen(
-        from_long @ onto_short,
+        from_long,
+        onto_short,
         ((from_long @ outer) * from_long).sum(-1).clamp(min=0),
         ((inner @ onto_short) * onto_short).sum(-2).clamp(min=0),
         (inner * outer).sum((-2, -1)).clamp(min=0),
@@ -252,7 +260,7 @@ def energy_split(basis: Basis, found: Seen, *, k_read: int, k_write: int) -> Ene
     gain = (diagonal * basis.values).sum(-1) / base_energy
     channel = diagonal - rearrange(gain, "... -> ... 1") * basis.values
     read_rest, write_rest = found.read - diagonal.square(), found.write - diagonal.square()
-    existing = found.core[..., :k_read, :k_write].square().sum((-2, -1))
+    existing = found.corner(k_read, k_write).square().sum((-2, -1))
     existing = existing - diagonal[..., : min(k_read, k_write)].square().sum(-1)
     new_write = read_rest[..., :k_read].sum(-1) - existing
     new_read = write_rest[..., :k_write].sum(-1) - existing

@@ -1,7 +1,8 @@
 """The columns of the table ``weights``: the measures of a component as rows of a table."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -165,9 +166,8 @@ def _seen_in_corner(basis: Basis, core: Float[Tensor, "head left right"]) -> See
     size = basis.values.shape[-1]
     from_read = transposed(basis.read) @ core[:, :size]
     onto_write = core[:, :, :size] @ basis.write
-    inside = from_read[:, :, :size] @ basis.write
-    total = core.square().sum((1, 2))
-    return Seen(inside, from_read.square().sum(2), onto_write.square().sum(1), total)
+    energies = from_read.square().sum(2), onto_write.square().sum(1), core.square().sum((1, 2))
+    return Seen(from_read[:, :, :size], basis.write, *energies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,45 +188,94 @@ class Vocabulary:
     grams: Sequence[Float[Tensor, "d_model d_model"]]
 
 
-def vocabulary(
-    slabs: Iterable[Weight], part: str, spectra: Spectra, *, seed: int | None = None
-) -> Vocabulary:
-    """The measures of an embedding from its pieces; memory is one piece and d_model Grams.
+@dataclass(frozen=True)
+class Tokens:
+    """What is to be measured of an embedding, a few tokens at a time.
 
-    Args:
+    Attributes:
         slabs: Its pieces.
-        part: Which embedding it is.
         spectra: Whose singular values.
         seed: Seed of the draw of signs; None where no evidence is wanted.
     """
-    sums: list[Sums] = []
-    grams: list[Tensor] = []
-    kinds: list[Slice] = []
-    for weight in map(slice_of, slabs):
-        kinds = kinds or [weight]
+
+    slabs: Iterable[Weight]
+    spectra: Spectra
+    seed: int | None = None
+
+
+def vocabulary(
+    slabs: Iterable[Weight], part: str, spectra: Spectra, *, seed: int | None = None
+) -> Vocabulary:
+    """The measures of one embedding, see ``vocabularies``."""
+    return vocabularies([Tokens(slabs, spectra, seed)], part)[0]
+
+
+def vocabularies(asked: Sequence[Tokens], part: str) -> list[Vocabulary]:
+    """The measures of an embedding in several pairs from its pieces.
+
+    Memory is a piece and the d_model Grams of each. Pairs whose pieces hold the same base share
+    its Grams.
+
+    Args:
+        asked: The embedding in each pair.
+        part: Which embedding it is.
+    """
+    adding = [_Adding(one.spectra, one.seed, part) for one in asked]
+    for pieces in zip_longest(*(one.slabs for one in asked)):
+        known: list[tuple[Tensor, Tensor]] = []
+        for one, weight in zip(adding, pieces, strict=True):
+            if weight is not None:
+                one.add(slice_of(weight), known)
+    return [one.found() for one in adding]
+
+
+@dataclass
+class _Adding:
+    """Sums over the tokens of an embedding so far."""
+
+    spectra: Spectra
+    seed: int | None
+    part: str
+    first: Slice | None = None
+    sums: list[Sums] = field(default_factory=list)
+    grams: list[Tensor] = field(default_factory=list)
+
+    def add(self, weight: Slice, known: list[tuple[Tensor, Tensor]]) -> None:
+        """Add some tokens; ``known`` are bases of the same tokens with their Grams."""
+        self.first = self.first or weight
         base, change = weight.base, weight.change
-        if part == "W_U":
+        if self.part == "W_U":
             base, change = transposed(base), turned(change)
-        sums.append(sums_of_rows(base, change, _token_rows(weight.floor, part)))
-        made = _grams(base, change, spectra)
-        if seed is not None:
-            made += [cross(base, change), flipped_gram(change, seed=seed + len(sums))]
-        grams = [old + new for old, new in zip(grams or [0] * len(made), made, strict=True)]
-    tokens = joined_sums(sums)
-    whole = tokens.grouped(1)
-    columns: Columns = {**whole.columns()}
-    return Vocabulary(columns | _gram_columns(grams, part), kinds[0], tokens, grams)
+        self.sums.append(sums_of_rows(base, change, _token_rows(weight.floor, self.part)))
+        made = [] if self.spectra == "none" else [gram(change)]
+        if self.spectra == "both":
+            made.append(_known_gram(base, known))
+        if self.seed is not None:
+            made += [cross(base, change), flipped_gram(change, seed=self.seed + len(self.sums))]
+        olds = self.grams or [torch.zeros_like(one) for one in made]
+        self.grams = [old.add_(new) for old, new in zip(olds, made, strict=True)]
+
+    def found(self) -> Vocabulary:
+        """The measures of all tokens."""
+        if self.first is None:
+            raise ValueError("an embedding needs at least one piece.")
+        tokens = joined_sums(self.sums)
+        columns: Columns = {**tokens.grouped(1).columns()}
+        columns |= _gram_columns(self.grams, self.part)
+        return Vocabulary(columns, self.first, tokens, self.grams)
+
+
+def _known_gram(base: Tensor, known: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The Gram of some tokens of a base, which another pair may have had already."""
+    for other, products in known:
+        if torch.equal(other, base):
+            return products
+    known.append((base, gram(base)))
+    return known[-1][1]
 
 
 def _token_rows(floor: Tensor | None, part: str) -> Tensor | None:
     return transposed(floor) if floor is not None and part == "W_U" else floor
-
-
-def _grams(base: Tensor, change: Change, spectra: Spectra) -> list[Tensor]:
-    """The Gram of the change, and that of the base where it is asked for."""
-    if spectra == "none":
-        return []
-    return [gram(change)] if spectra == "delta" else [gram(change), gram(base)]
 
 
 def _gram_columns(grams: Sequence[Tensor], part: str) -> Columns:

@@ -233,20 +233,19 @@ class Peers:
     covariance: Float64[Tensor, "d_model d_model"]
 
 
-def _unit(rows: Float[Tensor, "neuron d_model"]) -> Float64[Tensor, "neuron d_model"]:
-    return torch.nn.functional.normalize(rows.double(), dim=1, eps=1e-300)
-
-
 def peers_of(base: Float[Tensor, "neuron d_model"]) -> Peers:
-    """Mean and covariance of the directions of all rows."""
-    centre = base.new_zeros(base.shape[1]).double()
-    covariance = base.new_zeros((base.shape[1], base.shape[1])).double()
+    """Mean and covariance of the directions of all rows; a row of zeros has the direction zero."""
+    count, d_model = base.shape
+    inverse, centre = base.new_zeros((count, 1)).double(), base.new_zeros(d_model).double()
     for start, stop in slabs(base.shape):
-        centre += _unit(base[start:stop]).sum(0) / len(base)
+        rows = base[start:stop].double()
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        inverse[start:stop] = torch.where(length > 0, 1 / length, 0)
+        centre += (transposed(rows) @ inverse[start:stop, 0]) / count
+    covariance = base.new_zeros((d_model, d_model)).double()
     for start, stop in slabs(base.shape):
-        centred = _unit(base[start:stop]) - centre
-        covariance += transposed(centred) @ centred / len(base)
-    return Peers(centre, covariance)
+        covariance += gram((base[start:stop] * inverse[start:stop]).sub_(centre))
+    return Peers(centre, covariance / count)
 
 
 def neuron_gain(peers: Peers, change: Change, cosine: Float64[Tensor, " neuron"]) -> NeuronGain:
