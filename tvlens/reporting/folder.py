@@ -62,12 +62,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "findings": (*_KEYS, "insert", "remove", "ig", "finding", "role"),
     "curves": (
         *("curve", "ranked_by", "draw", "split", "tuned", "metric", "unit", "k", "of"),
-        *("share_of_norm", "scale", "value", "ci_low", "ci_high", "n"),
+        *("share_of_norm", "scale", "value", "ci_low", "ci_high", "n", "task"),
     ),
     "grafts": (*_KEYS, "curve", "place", "score", "delta_norm", "metric"),
     "evaluation": (
         *("model", "task", "split", "measure", "value"),
-        *("ci_low", "ci_high", "n", "unit"),
+        *("ci_low", "ci_high", "n", "unit", "control", "against", "difference"),
+        *("difference_low", "difference_high", "p_value"),
     ),
 }
 """What the page reads of each table."""

@@ -83,6 +83,7 @@ def _share(share: float) -> str:
 def evaluation_table(frame: pd.DataFrame) -> DataTable | None:
     """Measured values, one column a model."""
     rows = frame.dropna(subset=["value"])
+    rows = rows[rows["control"].isna()]  # the doses of a sweep are in its curves
     if rows.empty:
         return None
     models = [str(m) for m in rows["model"].dropna().unique()]

@@ -50,6 +50,7 @@ TABLES = (
     "curves",
     "grafts",
     "evaluation",
+    "evaluation_items",
 )
 STUDY_FILES = (
     "study.yaml",
