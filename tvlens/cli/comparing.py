@@ -64,6 +64,19 @@ def graft(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
 
 
 @app.command()
+@takes(RUN)
+def run(
+    plan: Annotated[Path, typer.Argument(help="A study.yaml.")],
+    out: Out,
+    **given: Any,
+) -> None:
+    """Run the study that a file describes: one of yours, or that of a finished study."""
+    from tvlens.study.plan import StudyPlan
+
+    _show(StudyPlan.load(plan), out, **given)
+
+
+@app.command()
 def report(study: Annotated[Path, typer.Argument(help="A study folder.")]) -> None:
     """Make report.html again from the tables of a study."""
     from tvlens.reporting.report import render_report

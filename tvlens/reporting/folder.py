@@ -70,6 +70,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("ci_low", "ci_high", "n", "unit", "control", "against", "difference"),
         *("difference_low", "difference_high", "p_value"),
     ),
+    "verdicts": (
+        *("claim", "tuned", "task", "measure", "unit", "value", "ci_low", "ci_high", "control"),
+        *("control_value", "control_low", "control_high", "verdict", "why", "command"),
+    ),
 }
 """What the page reads of each table."""
 

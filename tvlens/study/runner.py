@@ -22,6 +22,7 @@ from tvlens.weights.matching import load_pair
 from tvlens.weights.sources.memory import MemorySource
 
 from . import stages
+from .claims import verdicts_table
 from .plan import WHOLE_WAY, StudyPlan
 from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json, write_tensors
 
@@ -187,6 +188,8 @@ class _Run:
     def join(self) -> None:
         """Write what needs the tables of two stages, as far as they are there."""
         study = Study(self.folder)
+        if "evaluation_items" in study.tables:
+            verdicts_table(study).save(self.folder)
         if "attribution" not in study.tables:
             return
         if "contrasts" in study.tables:

@@ -51,6 +51,7 @@ TABLES = (
     "grafts",
     "evaluation",
     "evaluation_items",
+    "verdicts",
 )
 STUDY_FILES = (
     "study.yaml",
