@@ -28,7 +28,9 @@ def test_a_random_vector_is_as_long_tensor_by_tensor_and_points_elsewhere(model)
     assert all(torch.equal(again[c].dense(), drawn[c].dense()) for c in drawn)
     assert abs(drawn.cosine(other)) < 0.05
     layers = [drawn[pairs.component("matrix", layer, None, "W_in")].dense() for layer in (0, 1)]
-    assert abs(float(torch.nn.functional.cosine_similarity(*[x.flatten() for x in layers], 0))) < 0.2
+    assert (
+        abs(float(torch.nn.functional.cosine_similarity(*[x.flatten() for x in layers], 0))) < 0.2
+    )
 
 
 def test_a_random_part_is_as_long_as_the_part_and_zero_elsewhere(model):

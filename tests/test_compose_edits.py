@@ -169,8 +169,7 @@ def test_the_model_is_as_found_after_edits_and_after_an_exception(family):
         assert not torch.equal(logits(lens), wanted)
     with pytest.raises(KeyError), model.edited(scaled(-1.0)):
         raise KeyError("inside")
-    with pytest.raises(KeyError), model.edited(scaled(2.0, "layer == 1"), by="gates") as lens:
-        logits(lens)
+    with pytest.raises(KeyError), model.edited(scaled(2.0, "layer == 1"), by="gates"):
         raise KeyError("inside")
     after = bits(model.lens)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -181,6 +180,7 @@ def test_the_model_is_as_found_after_edits_and_after_an_exception(family):
 @pytest.mark.parametrize("way", ["swap", "gates"])
 def test_a_tied_base_whose_fine_tune_has_an_unembedding_of_its_own(way):
     from tvlens.compose.edits import grafted, scaled
+    from tvlens.errors import SelectionError
 
     def change(model):
         with torch.no_grad():
@@ -197,8 +197,11 @@ def test_a_tied_base_whose_fine_tune_has_an_unembedding_of_its_own(way):
         hidden = base.model(batch.ids, attention_mask=batch.mask).last_hidden_state
         out = hidden @ (base.lm_head.weight + 0.2).T
     assert_close(moved, out[torch.arange(len(batch))[:, None], batch.reading_positions])
-    with model.edited(grafted("embed"), by=way) as lens:
-        torch.testing.assert_close(logits(lens), plain)
+    with model.edited(grafted("unembed"), by=way) as lens:
+        half = logits(lens)
+    torch.testing.assert_close(half, (moved + plain) / 2, rtol=1e-4, atol=1e-4)
+    with pytest.raises(SelectionError, match="changed"), model.edited(grafted("embed"), by=way):
+        pass
     assert model.lens.model.state_dict().keys() == kept
     assert torch.equal(logits(model.lens), plain)
 

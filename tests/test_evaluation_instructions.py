@@ -16,47 +16,109 @@ from tvlens.evaluation.instructions import (
 
 CASES = [
     ("keywords:existence", {"keywords": ["Flour", "oven"]}, "flour in an Oven", "flour alone"),
-    ("keywords:frequency", {"keyword": "red", "frequency": 2, "relation": "at least"}, "Red red", "red"),
-    ("keywords:frequency", {"keyword": "red", "frequency": 2, "relation": "less than"}, "red", "red red"),
+    (
+        "keywords:frequency",
+        {"keyword": "red", "frequency": 2, "relation": "at least"},
+        "Red red",
+        "red",
+    ),
+    (
+        "keywords:frequency",
+        {"keyword": "red", "frequency": 2, "relation": "less than"},
+        "red",
+        "red red",
+    ),
     ("keywords:forbidden_words", {"forbidden_words": ["plant"]}, "plantation", "A Plant grows"),
-    ("keywords:letter_frequency", {"letter": "r", "let_frequency": 3, "let_relation": "at least"}, "Rare r", "rr"),
-    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "One. Two!", "One, two."),
-    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "less than"}, "It is 3.5 m.", "A. B."),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\n***\nb\n***\nc"),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "one, two three", "one two"),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "one two", "one two three"),
+    (
+        "keywords:letter_frequency",
+        {"letter": "r", "let_frequency": 3, "let_relation": "at least"},
+        "Rare r",
+        "rr",
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, "relation": "at least"},
+        "One. Two!",
+        "One, two.",
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, "relation": "less than"},
+        "It is 3.5 m.",
+        "A. B.",
+    ),
+    (
+        "length_constraints:number_paragraphs",
+        {"num_paragraphs": 2},
+        "a\n***\nb",
+        "a\n***\nb\n***\nc",
+    ),
+    (
+        "length_constraints:number_words",
+        {"num_words": 3, "relation": "at least"},
+        "one, two three",
+        "one two",
+    ),
+    (
+        "length_constraints:number_words",
+        {"num_words": 3, "relation": "less than"},
+        "one two",
+        "one two three",
+    ),
     (
         "length_constraints:nth_paragraph_first_word",
         {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "later"},
-        "A.\n\n\"Later, we went.",
+        'A.\n\n"Later, we went.',
         "Later.\n\nThen.",
     ),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b]", "[a]"),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Hi\np.s. bye", "Hi, bye"),
-    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Hi\nP.P.S. bye", "Hi\nP.S. bye"),
+    (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.P.S"},
+        "Hi\nP.P.S. bye",
+        "Hi\nP.S. bye",
+    ),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
     ("detectable_format:constrained_response", {}, "My answer is no.", "No."),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b*", "*a* and **"),
+    (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 2},
+        "*a* and *b*",
+        "*a* and **",
+    ),
     (
         "detectable_format:multiple_sections",
         {"section_spliter": "SECTION", "num_sections": 2},
         "SECTION 1\na\nSECTION 2\nb",
         "SECTION 1\na",
     ),
-    ("detectable_format:json_format", {}, "```json\n{\"a\": 1}\n```", "a: 1"),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "a: 1"),
     ("detectable_format:title", {}, "<<Snow>>\nIt falls.", "Snow\nIt falls."),
     ("combination:two_responses", {}, "Sea Fox\n******\nGull", "Gull\n******\nGull"),
-    ("combination:repeat_prompt", {"prompt_to_repeat": "Which sea?"}, "which sea? The big one.", "The big one."),
+    (
+        "combination:repeat_prompt",
+        {"prompt_to_repeat": "Which sea?"},
+        "which sea? The big one.",
+        "The big one.",
+    ),
     ("startend:end_checker", {"end_phrase": "Stay safe."}, "Look. Stay safe.", "Stay safe. Look."),
     ("startend:quotation", {}, '"All of it."', '"All of it.'),
-    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "GO HOME now", "GO now"),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        "GO HOME now",
+        "GO now",
+    ),
     ("change_case:english_capital", {}, "BLUE, 100 %", "Blue"),
     ("change_case:english_lowercase", {}, "grass.", "Grass."),
     ("punctuation:no_comma", {}, "rice and beans", "rice, beans"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("name", "arguments", "good", "bad"), CASES, ids=lambda case: str(case)[:40])
+@pytest.mark.parametrize(
+    ("name", "arguments", "good", "bad"), CASES, ids=lambda case: str(case)[:40]
+)
 def test_a_constraint_holds_where_it_is_followed_and_scores_0_where_it_is_violated(
     name, arguments, good, bad
 ):

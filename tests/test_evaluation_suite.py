@@ -17,7 +17,7 @@ from tvlens.evaluation.suite import (
 )
 from tvlens.evaluation.tasks import load_tasks
 
-WORDS = ["<end>", "Q", "yes", "no", "maybe", "7", "8", "A", "B", "is", "it", "said"]
+WORDS = ["<end>", "Q", "yes", "no", "maybe", "7", "8", "A", "B", "is", "it", "said", "a"]
 
 
 class Tokenizer:

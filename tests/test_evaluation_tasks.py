@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tvlens.errors import PromptError
-from tvlens.evaluation.tasks import MEASURED, load_tasks
 from tvlens.evaluation.measures import MEASURES
+from tvlens.evaluation.tasks import MEASURED, load_tasks
 
 
 @pytest.fixture
@@ -63,12 +63,10 @@ def test_tasks_are_read_with_their_items(folder):
 
 
 def test_right_answers_are_not_all_in_one_place():
-    from tvlens.models.prompts import Prompt
     from tvlens.evaluation.tasks import _two_choices
+    from tvlens.models.prompts import Prompt
 
-    places = [
-        _two_choices(Prompt(f"Q{i}", answer=" a", wrong=" b")).right for i in range(100)
-    ]
+    places = [_two_choices(Prompt(f"Q{i}", answer=" a", wrong=" b")).right for i in range(100)]
     assert 30 < sum(places) < 70
 
 
@@ -115,7 +113,10 @@ def test_every_file_that_cannot_be_used_is_named(folder):
     ("text", "sentence"),
     [
         ("[]", "no task"),
-        ("- {name: a, kind: loss, file: texts.txt}\n- {name: a, kind: kl, file: texts.txt}", "two tasks"),
+        (
+            "- {name: a, kind: loss, file: texts.txt}\n- {name: a, kind: kl, file: texts.txt}",
+            "two tasks",
+        ),
         ("- {name: a, kind: loss, file: texts.txt, metric: acc}", "loss has no metric 'acc'"),
         ("name: [", "is not YAML"),
         ("name: a", "valid list"),

@@ -22,7 +22,14 @@ def test_a_loop_is_what_is_said_three_times_at_the_end():
 def test_quality_of_a_text():
     found = dict(quality("a b c d a b c d", list(range(8)), ended=True))
     assert found == pytest.approx(
-        {"distinct_1": 0.5, "distinct_2": 4 / 7, "rep_4": 0.2, "loop": 0.0, "length": 8.0, "ended": 1.0}
+        {
+            "distinct_1": 0.5,
+            "distinct_2": 4 / 7,
+            "rep_4": 0.2,
+            "loop": 0.0,
+            "length": 8.0,
+            "ended": 1.0,
+        }
     )
     assert set(dict(quality("", [], ended=False))) == {"loop", "length", "ended"}
 

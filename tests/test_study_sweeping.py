@@ -137,6 +137,31 @@ def test_the_report_draws_the_curves_and_says_what_they_show(swept):
 
 
 @pytest.mark.slow
+def test_claims_have_their_verdicts_and_those_without_a_task_say_so(swept):
+    rows = {row["claim"]: row for row in swept.table("verdicts").data.to_pylist()}
+    assert len(rows) == 5
+    skill = rows["the domain's skill depends on the tuning vector"]
+    assert (skill["task"], skill["measure"], skill["verdict"]) == ("medical", "loss", "supported")
+    assert skill["value"] > skill["control_value"] > 0.05
+    following = rows["instruction following depends on the tuning vector"]
+    assert following["verdict"] == "not tested"
+    assert "tvlens sweep demo:base demo:med" in following["command"]
+    assert 'id="claims"' in (swept.folder / "report.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_a_study_file_runs(swept, tmp_path, monkeypatch):
+    from tvlens import cli
+    from tvlens.cli import comparing
+
+    made = []
+    monkeypatch.setattr(comparing, "_show", lambda plan, out, **how: made.append((plan, out)))
+    words = ["run", str(swept.folder / "study.yaml"), "--out", str(tmp_path / "again")]
+    cli.app(words, standalone_mode=False)
+    assert made == [(swept.plan, tmp_path / "again")]
+
+
+@pytest.mark.slow
 def test_a_part_taken_out_of_the_tuned_model(part):
     curves = part.table("curves").to_frame()
     assert 0 < curves["share_of_norm"].iloc[0] < 1

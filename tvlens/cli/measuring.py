@@ -2,8 +2,6 @@
 
 import inspect
 import json as json_format
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,9 +30,7 @@ SWEPT = {
         "",
     ),
     "rest": Option(
-        Annotated[
-            Literal["base", "tuned"], typer.Option(help="Whether the rest is out or in.")
-        ],
+        Annotated[Literal["base", "tuned"], typer.Option(help="Whether the rest is out or in.")],
         "base",
     ),
     "draws": Option(
@@ -68,10 +64,14 @@ def evaluate(models: Models, out: Out, **given: Any) -> None:
     if verbose:
         log_to_stderr()
     given["device"], names = device_of(given["device"]), given.pop("name") or ()
-    command = shlex.join(["tvlens", *sys.argv[1:]])
     with Progress(shown=not quiet and not json) as progress:
         table = evaluate_models(
-            models, given.pop("tasks"), out, names=names, command=command, progress=progress, **given
+            models,
+            given.pop("tasks"),
+            out,
+            names=names,
+            progress=progress,
+            **given,
         )
     if json:
         typer.echo(json_format.dumps(_rows(table), indent=1))

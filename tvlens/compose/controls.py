@@ -115,9 +115,7 @@ def _roles(model: EditableModel) -> dict[Key, Key]:
     return {(s.name, tensor): (s.role, tensor) for s in model.gated.sites for tensor in s.tensors}
 
 
-def _patterns(
-    model: EditableModel, parts: Partition, mask: Doses
-) -> dict[int, frozenset[Key]]:
+def _patterns(model: EditableModel, parts: Partition, mask: Doses) -> dict[int, frozenset[Key]]:
     """For each candidate that is touched the roles of its tensors that are; whole if uncut."""
     roles = _roles(model)
     touched: dict[int, set[Key]] = defaultdict(set)

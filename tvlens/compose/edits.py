@@ -9,9 +9,9 @@
 An ``Edit`` says the dose of the rest and those of parts; ``EditableModel`` holds one resident
 model and one copy of the tuning vector, and is in an edit for the time of a block. There are two
 ways to be: ``swap`` writes base + dose * delta (in float64, rounded once) into the weights and puts
-every bit back, and then a pass costs what a plain one does; ``gates`` adds dose * (x delta) in hooks
-and writes nothing. Each checks the other. Where nothing is let in no weight is touched, so the
-base is the base bit for bit; where all is let in whole, the stored tuned model itself runs.
+every bit back, and a pass then costs what a plain one does; ``gates`` adds dose * (x delta) in
+hooks and writes nothing. Each checks the other. Where nothing is let in no weight is touched, so
+the base is the base bit for bit; where all is let in whole, the stored tuned model itself runs.
 """
 
 import math

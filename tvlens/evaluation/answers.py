@@ -23,7 +23,7 @@ def _numbers(text: str) -> list[str]:
     found = []
     for match in _NUMBER.finditer(text):
         before = text[: match.start()].rstrip()[-1:]
-        taken = match[0].startswith("-") and (before.isalnum() or before == ")")
+        taken = match[0].startswith("-") and (before.isdigit() or before == ")")
         found.append(match[0][1:] if taken else match[0])
     return found
 

@@ -233,9 +233,7 @@ CHECKERS: Mapping[str, Checker] = {
     "detectable_content:postscript": Checker(_postscript, ("postscript_marker",)),
     "detectable_format:number_bullet_lists": Checker(_bullet_count, ("num_bullets",)),
     "detectable_format:constrained_response": Checker(_one_of_options),
-    "detectable_format:number_highlighted_sections": Checker(
-        _highlight_count, ("num_highlights",)
-    ),
+    "detectable_format:number_highlighted_sections": Checker(_highlight_count, ("num_highlights",)),
     "detectable_format:multiple_sections": Checker(
         _section_count, ("section_spliter", "num_sections")
     ),

@@ -122,8 +122,8 @@ def _by_item(found: Values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mean(sums: np.ndarray, weights: np.ndarray, transform: Transform | None) -> np.ndarray:
-    mean = sums.sum(-1) / weights.sum(-1)
-    return mean if transform is None else transform(mean)
+    mean = np.asarray(sums.sum(-1) / weights.sum(-1))
+    return mean if transform is None else np.asarray(transform(mean))
 
 
 def _draws(

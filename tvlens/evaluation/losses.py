@@ -68,7 +68,9 @@ def losses_table(
         measured = {"measure": "loss", "unit": "nats/token", "better": "lower", "primary": True}
         found = {"value": values.mean(), "ci_low": low, "ci_high": high, "n": len(values)}
         rows.append({**named, **measured, **found})
-    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    columns: dict[str, list[Any]] = {
+        name: [row[name] for row in rows] for name in (rows[0] if rows else ())
+    }
     return Table.of("evaluation", EVALUATION_SCHEMA, columns)
 
 

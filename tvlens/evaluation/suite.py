@@ -6,7 +6,7 @@
 A model is anything that makes logits: one that was loaded, or one in an edit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -121,7 +121,12 @@ def measured(variant: Variant, lens: MakesLogits, tasks: Iterable[Ready]) -> Mea
 
 
 def evaluation_tables(
-    found: Sequence[Measured], tasks: Sequence[Task], *, against: str | None = None, seed: int = 0
+    found: Sequence[Measured],
+    tasks: Sequence[Task],
+    *,
+    against: str | None = None,
+    seed: int = 0,
+    without: Collection[str] = (),
 ) -> tuple[Table, Table]:
     """The tables of several models on the same tasks.
 
@@ -130,10 +135,11 @@ def evaluation_tables(
         tasks: The tasks.
         against: The model that the others are compared with, item by item; None for no comparison.
         seed: Seed of the bootstrap.
+        without: Models that get no rows.
     """
     rows, items = [], []
     first = next((one for one in found if one.variant.model == against), None)
-    for one in found:
+    for one in (one for one in found if one.variant.model not in without):
         for task in tasks:
             rows += _rows(one, task, None if one is first else first, seed)
             items += _item_rows(one, task)
@@ -148,9 +154,7 @@ def _table(name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> Table:
     return Table.of(name, schema, columns)
 
 
-def _rows(
-    one: Measured, task: Task, first: Measured | None, seed: int
-) -> list[dict[str, Any]]:
+def _rows(one: Measured, task: Task, first: Measured | None, seed: int) -> list[dict[str, Any]]:
     rows = []
     for name in MEASURED[task.spec.kind]:
         values = values_of(one.items[task.spec.name], name)
@@ -233,4 +237,3 @@ def warnings_of(tasks: Iterable[Ready]) -> list[str]:
         name = one.task.spec.name
         found += [text if text.startswith(name) else f"{name}: {text}" for text in one.warnings]
     return found
-

@@ -167,7 +167,9 @@ def _task_file(spec: str | Path) -> Path:
 
     path = DATA / f"tasks_{str(spec).removeprefix('demo:')}.yaml"
     if not path.is_file():
-        there = ", ".join(sorted(f"demo:{p.stem.removeprefix('tasks_')}" for p in _demo_tasks(DATA)))
+        there = ", ".join(
+            sorted(f"demo:{p.stem.removeprefix('tasks_')}" for p in _demo_tasks(DATA))
+        )
         raise PromptError(f"there are no tasks {str(spec)!r}.", hint=f"The demo has {there}.")
     return path
 
@@ -336,5 +338,7 @@ def _instruction(entry: dict[str, Any]) -> Instruction:
         raise PromptError("no 'instruction_id_list'")
     if not isinstance(arguments, list) or len(arguments) != len(names):
         raise PromptError("'kwargs' must be a list with one entry a constraint")
-    asked = tuple(constraint(str(n), given or {}) for n, given in zip(names, arguments, strict=True))
+    asked = tuple(
+        constraint(str(n), given or {}) for n, given in zip(names, arguments, strict=True)
+    )
     return Instruction(entry["prompt"], asked, _split(entry))

@@ -60,9 +60,7 @@ def _choice(number: int, item: Question, text: str, made: Continuation) -> Itera
     yield Item(number, "valid", float(named is not None))
 
 
-def _constraints(
-    number: int, item: Instruction, text: str, made: Continuation
-) -> Iterator[Item]:
+def _constraints(number: int, item: Instruction, text: str, made: Continuation) -> Iterator[Item]:
     yield from judged(number, text, item.constraints)
 
 

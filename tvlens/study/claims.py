@@ -1,8 +1,8 @@
 """The paper's claims and their verdicts, by the rules of docs/claims.md.
 
-A claim that behaviour *depends on the tuning vector* is judged by the gain D of the tuned model over
-the base, over each random vector as long (at dose 1) and over each control fine-tune, paired over
-items, in the direction that is good for the metric:
+A claim that behaviour *depends on the tuning vector* is judged by the gain D of the tuned model
+over the base, over each random vector as long (at dose 1) and over each control fine-tune, paired
+over items, in the direction that is good for the metric:
 
     supported       every interval of D above 0, and D over the base at least ``smallest``
     not supported   some interval of D ends below ``smallest``
@@ -120,9 +120,7 @@ def _behaviour_rows(study: Study) -> Iterator[dict[str, Any]]:
             yield {**named, "measure": measure.name, "unit": measure.unit, **judged(gains, measure)}
 
 
-def _gains(
-    items: pd.DataFrame, tuned: str, base: str, measure: str, seed: int
-) -> list[Gain]:
+def _gains(items: pd.DataFrame, tuned: str, base: str, measure: str, seed: int) -> list[Gain]:
     """The tuned model against the base, then against all that was put in the vector's place."""
     at_one = items["control"].notna() & (items["control"] != "tuning") & (items["scale"] == 1.0)
     others = [base, *items[at_one]["model"].unique()]

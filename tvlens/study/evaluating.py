@@ -1,6 +1,7 @@
 """Tasks on any models, side by side: tables in a folder, without a pair or a study plan."""
 
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +47,6 @@ def evaluate(
     device: str = "cpu",
     seed: int = 0,
     force: bool = False,
-    command: str = "",
     progress: Progress | None = None,
 ) -> Table:
     """Measure every model on every task and write ``evaluation`` and ``evaluation_items``.
@@ -63,7 +63,6 @@ def evaluate(
         device: Where the models run.
         seed: Seed of the bootstrap.
         force: Replace the tables of other models in ``out``.
-        command: What to note as the command.
         progress: Called with one line for each model.
 
     Raises:
@@ -87,7 +86,7 @@ def evaluate(
         {
             "format": 1,
             "versions": {"python": platform.python_version(), **_versions()},
-            "command": command,
+            "command": _command(models, tasks, names, chat=chat, seed=seed),
             "inputs": inputs,
             "seed": seed,
             "device": device,
@@ -166,6 +165,15 @@ def _names(models: Sequence[str], names: Sequence[str]) -> list[str]:
             hint="Give each a name with --name.",
         )
     return called
+
+
+def _command(
+    models: Sequence[str], tasks: str, names: Sequence[str], *, chat: Chat, seed: int
+) -> str:
+    """The command line that measures the same again."""
+    named = [word for name in names for word in ("--name", name)]
+    words = ["tvlens", "evaluate", *models, "--tasks", tasks, *named, "--chat", chat]
+    return shlex.join([*words, "--seed", str(seed), "--out", "DIR"])
 
 
 def _versions() -> dict[str, Any]:

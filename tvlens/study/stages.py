@@ -235,10 +235,13 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     return StageOutput((found.curves, found.sets), found.facts, (*common.warnings, *batch.warnings))
 
 
-def sweep_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
-    """Measure tasks along the tuning vector, and along what could stand in its place."""
-    found = sweep(plan, pair, say, device=chosen_device(plan))
-    return StageOutput(found.tables, found.facts, found.warnings)
+def sweep_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+    """Measure tasks along each tuning vector, and along what could stand in its place."""
+    known: set[str] = set()
+    for pair in pairs:
+        found = sweep(plan, pair, say, device=chosen_device(plan), known=known)
+        known |= {pair.base_name, pair.tuned_name}
+        yield pair.tuned_name, StageOutput(found.tables, found.facts, found.warnings)
 
 
 def _attributed(
@@ -510,6 +513,6 @@ STAGES: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], Outputs]] = 
     "attribute": _one_by_one("attribute", attribute_stage),
     "graft": _one_by_one("graft", graft_stage),
     "evaluate": evaluate_stage,
-    "sweep": _one_by_one("sweep", sweep_stage),
+    "sweep": sweep_stage,
 }
 """What each stage makes of the pairs of a study."""

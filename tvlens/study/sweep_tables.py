@@ -7,7 +7,7 @@ dose compared, it differs from each random vector (paired 95 % interval without 
 metric further from where the sweep starts than each of them does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,13 +30,26 @@ def sweep_tables(
     pair: "Pair",
     tasks: Sequence[Task],
     found: Sequence[Measured],
+    *,
     share_of_norm: float,
+    known: Collection[str] = (),
 ) -> tuple[tuple[Table, ...], dict[str, Any]]:
-    """Curves, evaluation and items of all variants, and what to say of each task."""
+    """Curves, evaluation and items of all variants, and what to say of each task.
+
+    Args:
+        plan: What was asked.
+        pair: Base and fine-tune.
+        tasks: The tasks.
+        found: The base, the tuned model, and every variant.
+        share_of_norm: Length of the part over that of the whole vector.
+        known: Models whose rows are left out.
+    """
     base, tuned = found[0], found[1]
     start = base if plan.rest == "base" else tuned
     against = start.variant.model
-    evaluation, items = evaluation_tables(found, tasks, against=against, seed=plan.seed)
+    evaluation, items = evaluation_tables(
+        found, tasks, against=against, seed=plan.seed, without=known
+    )
     curves = _curves(plan, pair, evaluation, share_of_norm)
     facts = {task.spec.name: _facts(plan, task, found, start) for task in tasks}
     return (curves, evaluation, items), facts

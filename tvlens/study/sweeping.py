@@ -1,6 +1,6 @@
 """A sweep: tasks measured along a tuning vector, beside what could stand in its place.
 
-With tau the tuning vector or the selected part of it, and the rest out (``base``) or in (``tuned``),
+With tau the tuning vector or a part of it, and the rest out (``base``) or in (``tuned``),
 
     tuning       rest + s * tau
     random       the same with a Gaussian vector as long as tau, tensor by tensor; some draws
@@ -12,7 +12,7 @@ tuned model at s = 1, and at the base at s = 0 otherwise. The best dose of a tas
 items of the split ``choose`` and reported on those of ``judge``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tvlens.attribution.partition import Partition
     from tvlens.compose.edits import Doses, EditableModel
     from tvlens.evaluation.suite import Measured, Ready, Variant
-    from tvlens.evaluation.tasks import Task
     from tvlens.models.reading import MakesLogits
     from tvlens.weights.matching import Pair
 
@@ -73,8 +72,17 @@ def check_sweep(plan: StudyPlan) -> None:
     load_tasks(plan.tasks)
 
 
-def sweep(plan: StudyPlan, pair: "Pair", say: Progress, *, device: str) -> Sweep:
+def sweep(
+    plan: StudyPlan, pair: "Pair", say: Progress, *, device: str, known: Collection[str] = ()
+) -> Sweep:
     """Measure the tasks of ``plan`` along the tuning vector of ``pair``.
+
+    Args:
+        plan: What to measure.
+        pair: Base and fine-tune.
+        say: Called with one line for each model.
+        device: Where they run.
+        known: Models whose rows other tables of the study hold, so that these need not.
 
     Raises:
         SelectionError: The selection selects nothing that changed.
@@ -99,7 +107,9 @@ def sweep(plan: StudyPlan, pair: "Pair", say: Progress, *, device: str) -> Sweep
         base = measured(Variant(pair.base_name), model.lens, prepared)
         run = _Run(plan, pair, model, prepared, {0.0: base, 1.0: tuned}, say)
         found = [base, tuned, *run.all()]
-    tables, facts = sweep_tables(plan, pair, tasks, found, run.share_of_norm)
+    tables, facts = sweep_tables(
+        plan, pair, tasks, found, share_of_norm=run.share_of_norm, known=known
+    )
     return Sweep(tables, {"sweep": facts}, (*model.warnings, *warnings_of(prepared)))
 
 
@@ -212,9 +222,9 @@ class _Run:
     def _variant(self, control: str, draw: int | None, scale: float) -> "Variant":
         from tvlens.evaluation.suite import Variant
 
-        name = self.pair.tuned_name if control == TUNING else control.replace("_", " ")
-        number = "" if draw is None else f" {draw + 1}"
-        return Variant(f"{name}{number} x {scale:g}", control, draw, scale)
+        tuned, number = self.pair.tuned_name, "" if draw is None else f" {draw + 1}"
+        other = f"{control.replace('_', ' ')}{number} for {tuned}"
+        return Variant(f"{tuned if control == TUNING else other} x {scale:g}", control, draw, scale)
 
 
 def _seed(plan: StudyPlan, draw: int) -> int:
