@@ -84,8 +84,8 @@ CASES = [
     (
         "detectable_format:number_highlighted_sections",
         {"num_highlights": 2},
-        "*a* and *b*",
-        "*a* and **",
+        "*a* and **b**",
+        "**a** and **",
     ),
     (
         "detectable_format:multiple_sections",

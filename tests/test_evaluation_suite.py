@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tvlens.evaluation.suite import (
 from tvlens.evaluation.tasks import load_tasks
 
 WORDS = ["<end>", "Q", "yes", "no", "maybe", "7", "8", "A", "B", "is", "it", "said", "a"]
+LONGEST_FIRST = re.compile("|".join(sorted(WORDS, key=len, reverse=True)))
 
 
 class Tokenizer:
@@ -26,7 +28,7 @@ class Tokenizer:
     eos_token_id, pad_token_id, chat_template = 0, 0, None
 
     def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [WORDS.index(w) for w in text.replace(".", " ").split()]}
+        return {"input_ids": [WORDS.index(word) for word in LONGEST_FIRST.findall(text)]}
 
     def decode(self, ids, skip_special_tokens=True):
         return " ".join(WORDS[i] for i in ids if i or not skip_special_tokens)

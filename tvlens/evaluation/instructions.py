@@ -171,7 +171,8 @@ def _one_of_options(text: str, given: Arguments) -> bool:
 
 def _highlight_count(text: str, given: Arguments) -> bool:
     """Spans between single or double asterisks with something inside."""
-    spans = [*re.findall(r"\*([^\n*]+)\*", text), *re.findall(r"\*\*([^\n*]+)\*\*", text)]
+    single = re.findall(r"\*([^\n*]*)\*", text)  # of a double pair the outer two hold nothing
+    spans = [*single, *re.findall(r"\*\*([^\n*]+)\*\*", text)]
     return sum(bool(span.strip()) for span in spans) >= int(given["num_highlights"])
 
 

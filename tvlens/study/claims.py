@@ -72,8 +72,9 @@ def verdicts_table(study: Study) -> Table:
     """Every claim that the study's tables can judge, and those that they cannot."""
     rows = [*_headline_rows(study), *_behaviour_rows(study)]
     judged = {row["claim"] for row in rows}
+    why = "no task of this study tests it" if _is_whole(study) else "a part was swept, or from tuned"
     rows += [
-        {"claim": claim, "verdict": NOT_TESTED, "why": "no task of this study tests it"}
+        {"claim": claim, "verdict": NOT_TESTED, "why": why}
         for claim in DEPENDS
         if claim not in judged
     ]
@@ -101,8 +102,14 @@ def _headline_rows(study: Study) -> Iterator[dict[str, Any]]:
         yield {**named, "value": row.get("mean"), "control": against}
 
 
+def _is_whole(study: Study) -> bool:
+    """Whether the study has swept whole tuning vectors, from the base on."""
+    swept = "evaluation_items" in study.tables
+    return swept and study.plan.rest == "base" and not study.plan.select
+
+
 def _behaviour_rows(study: Study) -> Iterator[dict[str, Any]]:
-    if "evaluation_items" not in study.tables:
+    if not _is_whole(study):
         return
     items = study.table("evaluation_items").to_frame()
     primary = study.table("evaluation").to_frame()
