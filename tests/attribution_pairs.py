@@ -111,3 +111,64 @@ def component(kind: str, layer: int | None, index: int | None, part: str | None)
     from tvlens.components import Component
 
     return Component(kind, layer, index, part)
+
+
+def planted_components():
+    """What carries the change of ``planted_models``."""
+    return (
+        component("head", 0, 1, None),
+        component("neuron", 1, 5, None),
+        component("norm", 1, None, "ln2.w"),
+    )
+
+
+def planted_prompts():
+    """Sixteen prompts of tokens below 30, so that the rows of the others are never read."""
+    from tvlens.models.prompts import Batch
+
+    generator = torch.Generator().manual_seed(8)
+
+    def ids(count):
+        return torch.randint(1, 30, (count,), generator=generator).tolist()
+
+    return Batch.of_ids([ids(6 + n % 3) for n in range(16)], answers=[[7, 11]] * 16)
+
+
+def planted_models():
+    """A base, and a tuned model whose answer is likelier for three components alone.
+
+    Each is moved up its own gradient until the answers' log-probability has risen by 0.5. The
+    rows of unused tokens are moved much further and do nothing; a little noise is everywhere.
+    """
+    from tvlens.models.metrics import SHIPPED
+    from tvlens.models.reading import Reading
+
+    base, tuned = (hf_model("llama", tied=False) for _ in range(2))
+    reading = Reading.of(SHIPPED["logprob"], planted_prompts())
+
+    def value(model):
+        logits = model(reading.batch.ids, attention_mask=reading.batch.mask).logits
+        rows = torch.arange(len(logits))[:, None]
+        return reading.value(logits[rows, reading.positions]).mean()
+
+    attention, mlp = tuned.model.layers[0].self_attn, tuned.model.layers[1].mlp
+    owned = {
+        "head": [
+            (attention.q_proj.weight, (slice(8, 16),)),
+            (attention.o_proj.weight, (slice(None), slice(8, 16))),
+        ],
+        "neuron": [(mlp.up_proj.weight, (5,)), (mlp.down_proj.weight, (slice(None), 5))],
+        "norm": [(tuned.model.layers[1].post_attention_layernorm.weight, (slice(None),))],
+    }
+    for slices in owned.values():
+        start = float(value(tuned))
+        while float(value(tuned)) < start + 0.5:
+            gradients = torch.autograd.grad(value(tuned), [tensor for tensor, _ in slices])
+            with torch.no_grad():
+                for (tensor, place), gradient in zip(slices, gradients, strict=True):
+                    step = gradient[place]
+                    tensor[place] += 0.05 * step / step.norm().clamp_min(1e-9)
+    with torch.no_grad():
+        tuned.model.embed_tokens.weight[30:] += torch.randn(10, 32)
+    noised(tuned, scale=1e-4)
+    return base, tuned

@@ -138,3 +138,28 @@ def test_the_command_of_a_plan_is_read_back_as_that_plan(monkeypatch) -> None:
     monkeypatch.setattr(comparing, "_show", lambda plan, out, **how: made.append(plan))
     cli.app(shlex.split(plan.command)[1:], standalone_mode=False)
     assert made == [plan]
+
+
+def test_the_command_of_a_sweep_is_read_back_as_that_plan(monkeypatch) -> None:
+    import shlex
+
+    from tvlens import cli
+    from tvlens.cli import comparing
+
+    plan = StudyPlan(
+        base="a",
+        tuned=("b",),
+        stages=("sweep",),
+        controls=("c",),
+        tasks="tasks.yaml",
+        scales="-1:1:0.5",
+        select='kind == "head" and layer == 3',
+        rest="tuned",
+        draws=1,
+        chat="off",
+        seed=4,
+    )
+    made = []
+    monkeypatch.setattr(comparing, "_show", lambda plan, out, **how: made.append(plan))
+    cli.app(shlex.split(plan.command)[1:], standalone_mode=False)
+    assert made == [plan]

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tvlens.components import Component
@@ -152,7 +152,15 @@ class GatedModel:
 
     def hooks(self, gates: Gates, reading: Reading) -> HookList:
         """Forward hooks for the prompts of ``reading``, repeated as often as gates have rows."""
-        return _Adder(self, gates, reading).hooks()
+        copies = len(next(iter(gates.values()))) // max(1, len(reading.batch))
+        ids, positions = (x.repeat(copies, 1) for x in (reading.batch.ids, reading.positions))
+        return self.hooks_at(gates, ids, positions)
+
+    def hooks_at(
+        self, gates: Gates, ids: Int[Tensor, "row pos"], positions: Int[Tensor, "row read"]
+    ) -> HookList:
+        """Forward hooks for a pass over ``ids`` whose logits are made at ``positions``."""
+        return _Adder(self, gates, ids, positions).hooks()
 
     def logits(self, gates: Gates, reading: Reading) -> Float[Tensor, "batch read d_vocab"]:
         """What ``reading`` reads of the model with its gates set so."""
@@ -316,13 +324,10 @@ class _Swings:
 class _Adder:
     """The forward hooks of one pass: inputs are kept, gated outputs added."""
 
-    def __init__(self, gated: GatedModel, gates: Gates, reading: Reading) -> None:
-        self.gated, self.gates, self.reading = gated, gates, reading
+    def __init__(self, gated: GatedModel, gates: Gates, ids: Tensor, positions: Tensor) -> None:
+        self.gated, self.gates = gated, gates
         self.inputs: dict[str, Tensor] = {}
-        rows = len(next(iter(gates.values())))
-        copies = rows // max(1, len(reading.batch))
-        self.ids = reading.batch.ids.repeat(copies, 1).to(gated.lens.device)
-        self.positions = reading.positions.repeat(copies, 1).to(gated.lens.device)
+        self.ids, self.positions = (x.to(gated.lens.device) for x in (ids, positions))
 
     def hooks(self) -> HookList:
         """Hooks at every site whose difference is not absent."""

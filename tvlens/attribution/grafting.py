@@ -65,8 +65,10 @@ CURVES_SCHEMA = pa.schema(
         ("ci_low", pa.float64()),
         ("ci_high", pa.float64()),
         ("n", pa.int32()),
+        ("task", pa.string()),
     ]
 )
+"""``curve`` is ``restored`` or ``destroyed`` here, ``sweep`` for the curves of doses."""
 GRAFTS_SCHEMA = keyed_schema(
     ("curve", pa.string()),
     ("place", pa.int32()),

@@ -27,11 +27,13 @@ class Partition:
         components: The candidates, in the order of the forward pass.
         owners: For every gate of every tensor the number of the candidate it belongs to.
         norms: Length of each candidate's tuning vector; a tied embedding counts at both uses.
+        squares: For every gate of every tensor the squared length of what it lets in, float64.
     """
 
     components: list[Component]
     owners: dict[Key, Int[Tensor, " index"]] = field(repr=False)
     norms: Float[Tensor, " candidate"] = field(repr=False)
+    squares: dict[Key, Float[Tensor, " index"]] = field(repr=False)
 
     def gates(self, values: Float[Tensor, " candidate"], rows: int) -> Gates:
         """The gates of ``rows`` prompts where every candidate has its value."""
@@ -49,18 +51,18 @@ def partition(gated: GatedModel) -> Partition:
     """The candidates of ``gated``, with the lengths of their tuning vectors in float64."""
     numbers: dict[Component, int] = {}
     owners: dict[Key, Tensor] = {}
-    squares: list[Tensor] = []
+    squares: dict[Key, Tensor] = {}
     for site in gated.sites:
         for tensor in site.tensors:
             key, count = (site.name, tensor), gate_count(site, tensor, gated.lens)
             mine = _candidates(site, tensor, count)
             owned = [numbers.setdefault(component, len(numbers)) for component in mine]
             owners[key] = torch.tensor(owned, device=gated.lens.device)
-            squares.append(_squares(gated.deltas[key], site, tensor, count))
+            squares[key] = _squares(gated.deltas[key], site, tensor, count)
     total = torch.zeros(len(numbers), dtype=torch.float64)
-    for owner, square in zip(owners.values(), squares, strict=True):
-        total.index_add_(0, owner.cpu(), square)
-    return Partition(list(numbers), owners, total.sqrt())
+    for key, owner in owners.items():
+        total.index_add_(0, owner.cpu(), squares[key])
+    return Partition(list(numbers), owners, total.sqrt(), squares)
 
 
 def _candidates(site: Site, tensor: str, count: int) -> list[Component]:

@@ -279,7 +279,7 @@ def weight_path(hooked: HookedPair) -> Iterator[WeightPath]:
     sites, others = weight_sites(hooked.base), weight_sites(hooked.tuned)
     _check_alike(sites, others)
     tuned = {(o.name, t): o.parameter(t).data for o in others for t in o.tensors}
-    with _parted(sites):
+    with parted(sites):
         live = {(s.name, t): s.parameter(t).data for s in sites for t in s.tensors}
         base = {key: tensor.clone() for key, tensor in live.items()}
         try:
@@ -311,7 +311,8 @@ def _check_alike(sites: list[Site], others: list[Site]) -> None:
 
 
 @contextmanager
-def _parted(sites: list[Site]) -> Iterator[None]:
+def parted(sites: list[Site]) -> Iterator[None]:
+    """Tied embeddings have a parameter each for the time of the block."""
     by_role = {site.role: site for site in sites}
     embed, unembed = by_role["embed"], by_role.get("unembed")
     if unembed is None or embed.parameter("weight") is not unembed.parameter("weight"):

@@ -38,28 +38,41 @@ KEEP = {
 @takes(PROMPTS, CHECKS, MODELS, NAMES, SEED, RUN)
 def compare(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """What was written, what kind it is, and what it does: the whole study."""
-    _run(("decompose", "attribute"), base, tuned, out, given)
+    run_stages(("decompose", "attribute"), base, tuned, out, given)
 
 
 @app.command()
 @takes(MODELS, NAMES, SEED, RUN)
 def decompose(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """The weights side alone: what was written and what kind it is. Loads no model."""
-    _run(("decompose",), base, tuned, out, given)
+    run_stages(("decompose",), base, tuned, out, given)
 
 
 @app.command()
 @takes(PROMPTS, CHECKS, PARENT, NAMES, SEED, RUN)
 def attribute(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """The attribution side alone: which parts the behaviour on the prompts depends on."""
-    _run(("attribute",), base, tuned, out, given)
+    run_stages(("attribute",), base, tuned, out, given)
 
 
 @app.command()
 @takes(PROMPTS, KEEP, NAMES, SEED, RUN)
 def graft(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """The smallest sets of components whose tuning vectors carry the behaviour, tried for real."""
-    _run(("graft",), base, tuned, out, given)
+    run_stages(("graft",), base, tuned, out, given)
+
+
+@app.command()
+@takes(RUN)
+def run(
+    plan: Annotated[Path, typer.Argument(help="A study.yaml.")],
+    out: Out,
+    **given: Any,
+) -> None:
+    """Run the study that a file describes: one of yours, or that of a finished study."""
+    from tvlens.study.plan import StudyPlan
+
+    _show(StudyPlan.load(plan), out, **given)
 
 
 @app.command()
@@ -80,7 +93,7 @@ def demo(**given: Any) -> None:
     _show(demo_plan(), given.pop("out"), resume=False, **given)
 
 
-def _run(
+def run_stages(
     stages: tuple[str, ...], base: str, tuned: list[str], out: Path, given: dict[str, Any]
 ) -> None:
     """Make the plan that the options ask for, and run it."""

@@ -19,6 +19,11 @@ def study_summary(study: "Study") -> dict[str, object]:
             for name, facts in manifest.get("facts", {}).items()
             if "graft" in facts
         },
+        "sweep": {
+            name: facts["sweep"]
+            for name, facts in manifest.get("facts", {}).items()
+            if "sweep" in facts
+        },
         "warnings": manifest["warnings"],
         "tables": {name: len(study.table(name)) for name in study.tables},
         "seconds": manifest["stages"],
@@ -50,4 +55,6 @@ def summary_text(summary: dict[str, object]) -> str:
         lines += [f"{name}: {contrast['sentence']}" for contrast in quoted]
     for name, graft in summary["graft"].items():  # type: ignore[attr-defined]
         lines += [f"{name}: {found['sentence']}" for found in graft.values()]
+    for name, tasks in summary["sweep"].items():  # type: ignore[attr-defined]
+        lines += [f"{name}: {found['sentence']}" for found in tasks.values()]
     return "\n".join([*lines, f"report: {summary['report']}"])

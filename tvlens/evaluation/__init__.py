@@ -1,1 +1,1 @@
-"""How well a model does on a task: held-out loss today, with its interval."""
+"""How well a model does on tasks: losses, distances, answers, instructions, with intervals."""

@@ -200,11 +200,16 @@ class LensModel:
     def _run(
         self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch read d_vocab"]:
-        self._require_known(ids)
+        self.require_known(ids)
         where = self.device
         return self.host.logits(ids.to(where), mask.to(where))
 
-    def _require_known(self, ids: Int[Tensor, "batch pos"]) -> None:
+    def require_known(self, ids: Int[Tensor, "batch pos"]) -> None:
+        """Refuse tokens that this model must not read.
+
+        Raises:
+            PromptError: A token has no row, or only one model of the pair knows it.
+        """
         if ids.numel() and (largest := int(ids.max())) >= self.d_vocab:
             raise PromptError(
                 f"a prompt has token {largest}, but the embedding has {self.d_vocab} rows.",

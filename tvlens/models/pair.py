@@ -66,17 +66,11 @@ class HookedPair:
         Raises:
             IncomparableModelsError: A token has another number in each, or the shapes differ.
         """
-        base, tuned, adapter, names = _folders(pair)
-        inside, common = _models(pair), common_tokens_of(pair)
-        how = {"rows": common.size, "device": device, "dtype": dtype}
-        self.base = _lens(inside[0], base, **how)
-        if adapter is None:
-            self.tuned = _lens(inside[1], tuned, **how)
-        else:
-            self.tuned = _adapted(inside, base, adapter, **how)
-        self.base.unknown = self.tuned.unknown = common.unknown
-        self.base_name, self.tuned_name = names
-        self.tokenizer = tokenizer_in(common.folders) or _carried_tokenizer(inside)
+        common, how = common_tokens_of(pair), {"device": device, "dtype": dtype}
+        self.base = base_lens(pair, common, **how)
+        self.tuned = tuned_lens(pair, common, **how)
+        self.base_name, self.tuned_name = _folders(pair)[-1]
+        self.tokenizer = common.tokenizer(pair)
         self.warnings = common.warnings
         self._require_same_shape()
 
@@ -173,6 +167,40 @@ class CommonTokens:
     unknown: Mapping[int, str]
     folders: tuple[Path, ...]
     warnings: tuple[str, ...] = ()
+
+    def tokenizer(self, pair: Any) -> Any:
+        """The tokenizer of the prompts for ``pair``, or None."""
+        return tokenizer_in(self.folders) or _carried_tokenizer(_models(pair))
+
+
+def base_lens(pair: Any, common: CommonTokens, *, device: str, dtype: torch.dtype) -> LensModel:
+    """The base of a pair alone, with the rows that ``common`` says.
+
+    Raises:
+        CheckpointError: It does not load.
+        HostError: TransformerLens does not know the architecture.
+    """
+    base, *_ = _folders(pair)
+    lens = _lens(_models(pair)[0], base, rows=common.size, device=device, dtype=dtype)
+    lens.unknown = common.unknown
+    return lens
+
+
+def tuned_lens(pair: Any, common: CommonTokens, *, device: str, dtype: torch.dtype) -> LensModel:
+    """The fine-tune of a pair alone, an adapter merged, with the rows that ``common`` says.
+
+    Raises:
+        CheckpointError: It does not load.
+        AdapterError: The adapter does not fit the base.
+    """
+    base, tuned, adapter, _ = _folders(pair)
+    inside, how = _models(pair), {"rows": common.size, "device": device, "dtype": dtype}
+    if adapter is None:
+        lens = _lens(inside[1], tuned, **how)
+    else:
+        lens = _adapted(inside, base, adapter, **how)
+    lens.unknown = common.unknown
+    return lens
 
 
 def common_tokens(

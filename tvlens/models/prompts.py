@@ -393,11 +393,7 @@ def tokenised(prompts: PromptSet, tokenizer: Any, *, chat: Chat = "auto") -> Bat
         HostError: There is no tokenizer.
         PromptError: Some prompt or answer has no token, or a template is asked for and missing.
     """
-    if tokenizer is None:
-        raise HostError(
-            "neither model has a tokenizer.",
-            hint="Put the tokenizer's files into the folder, or build a Batch from ids.",
-        )
+    _require_tokenizer(tokenizer)
     encode = _Encoder(tokenizer, _uses_chat(tokenizer, chat))
     parts = [_row(encode, prompt) for prompt in prompts]
     _refuse_empty(prompts, parts)
@@ -416,6 +412,29 @@ def tokenised(prompts: PromptSet, tokenizer: Any, *, chat: Chat = "auto") -> Bat
         adds_bos=encode.adds_bos,
         chat=encode.chat,
     )
+
+
+def prompt_ids(texts: Sequence[str], tokenizer: Any, *, chat: Chat = "auto") -> list[list[int]]:
+    """The token ids of texts that an answer is to follow, in the chat template as ``tokenised``.
+
+    Raises:
+        HostError: There is no tokenizer.
+        PromptError: A text has no token, or a template is asked for and missing.
+    """
+    _require_tokenizer(tokenizer)
+    encode = _Encoder(tokenizer, _uses_chat(tokenizer, chat))
+    rows = [encode.prompt(text, answered=True) for text in texts]
+    if empty := [number for number, row in enumerate(rows, 1) if not row]:
+        raise PromptError(f"prompts {_listed(empty)} have no token.")
+    return rows
+
+
+def _require_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise HostError(
+            "neither model has a tokenizer.",
+            hint="Put the tokenizer's files into the folder, or build a Batch from ids.",
+        )
 
 
 @dataclass

@@ -120,6 +120,9 @@ MARKS: dict[str, Mark] = {
 SERIES: dict[str, Mark] = {
     "raw": Mark("#8a8a94", "M-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0"),
     "minus controls": Mark("#0072b2", "M0-4.2L3.6 0L0 4.2L-3.6 0Z"),
+    "random vector": Mark("#8a8a94", "M-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0"),
+    "random set": Mark("#b88600", "M-2.6-2.6h5.2v5.2h-5.2Z"),
+    "tuning vector": Mark("#d55e00", "M0-4.2L3.6 0L0 4.2L-3.6 0Z"),
 }
 OTHER_MARK = Mark("#8a8a94", "M-1.5-1.5h3v3h-3Z")
 LABELS = tuple(MARKS)
@@ -135,12 +138,21 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The points of one label, how many there are and how many are drawn."""
+    """The points of one label, how many there are and how many are drawn.
+
+    Attributes:
+        label: The label.
+        mark: How a point is drawn.
+        points: The points.
+        total: How many there are.
+        line: An SVG path through points that belong together, with their intervals; or empty.
+    """
 
     label: str
     mark: Mark
     points: tuple[Point, ...]
     total: int
+    line: str = ""
 
 
 class ScatterWords(NamedTuple):
@@ -328,7 +340,8 @@ def scatter(
     Args:
         name: Part of the figure's id.
         words: Its texts.
-        points: Columns ``x y label title``, no nulls.
+        points: Columns ``x y label title``, no nulls; with ``line`` (points of one are joined),
+            ``low`` and ``high`` (ends of intervals, may be null) where curves are drawn.
         totals: How many there are of each label, where not all are drawn.
         positive: Whether y starts at 0.
         height: Of the area that holds the points.
@@ -336,10 +349,11 @@ def scatter(
     left, right, top, width = 62.0, 664.0, 14.0, 680.0
     bottom = top + height
     x_low, x_high = _limits(points["x"])
-    y_low, y_high = _limits(points["y"], from_zero=positive)
+    heights = points[[name for name in ("y", "low", "high") if name in points]]
+    y_low, y_high = _limits(heights.stack(), from_zero=positive)
     x = left + (points["x"] - x_low) / (x_high - x_low) * (right - left)
-    y = bottom - (points["y"] - y_low) / (y_high - y_low) * (bottom - top)
-    placed = points.assign(x=x.round(1), y=y.round(1))
+    ys = {n: bottom - (heights[n] - y_low) / (y_high - y_low) * (bottom - top) for n in heights}
+    placed = points.assign(x=x.round(1), **{name: y.round(1) for name, y in ys.items()})
     totals = points["label"].value_counts() if totals is None else totals
     return Scatter(
         name=name,
@@ -366,8 +380,23 @@ def _groups(placed: pd.DataFrame, totals: pd.Series) -> tuple[Group, ...]:
     for label in [*others, *known]:
         rows = placed[placed["label"] == label]
         points = (Point(*row) for row in zip(*(rows[c] for c in Point._fields), strict=True))
-        groups.append(Group(label, marks.get(label, OTHER_MARK), tuple(points), int(totals[label])))
+        mark, total = marks.get(label, OTHER_MARK), int(totals[label])
+        groups.append(Group(label, mark, tuple(points), total, _line(rows)))
     return tuple(groups)
+
+
+def _line(rows: pd.DataFrame) -> str:
+    """The path through the points of each ``line`` from left to right, and their intervals."""
+    if "line" not in rows:
+        return ""
+    path = ""
+    for _, points in rows.sort_values("x", kind="stable").groupby("line", sort=False):
+        places = [f"{x:g} {y:g}" for x, y in zip(points["x"], points["y"], strict=True)]
+        path += "M" + "L".join(places)
+    for x, low, high in zip(rows["x"], rows["low"], rows["high"], strict=True):
+        if np.isfinite(low) and np.isfinite(high):
+            path += f"M{x:g} {low:g}V{high:g}"
+    return path
 
 
 def _limits(values: pd.Series, *, from_zero: bool = False) -> tuple[float, float]:

@@ -62,12 +62,17 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "findings": (*_KEYS, "insert", "remove", "ig", "finding", "role"),
     "curves": (
         *("curve", "ranked_by", "draw", "split", "tuned", "metric", "unit", "k", "of"),
-        *("share_of_norm", "scale", "value", "ci_low", "ci_high", "n"),
+        *("share_of_norm", "scale", "value", "ci_low", "ci_high", "n", "task"),
     ),
     "grafts": (*_KEYS, "curve", "place", "score", "delta_norm", "metric"),
     "evaluation": (
         *("model", "task", "split", "measure", "value"),
-        *("ci_low", "ci_high", "n", "unit"),
+        *("ci_low", "ci_high", "n", "unit", "control", "against", "difference"),
+        *("difference_low", "difference_high", "p_value"),
+    ),
+    "verdicts": (
+        *("claim", "tuned", "task", "measure", "unit", "value", "ci_low", "ci_high", "control"),
+        *("control_value", "control_low", "control_high", "verdict", "why", "command"),
     ),
 }
 """What the page reads of each table."""

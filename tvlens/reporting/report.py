@@ -19,7 +19,13 @@ from .datatable import described
 from .direction_tables import overlap_table
 from .folder import StudyFolder
 from .sections import ModelPart, model_part
-from .study_tables import config_table, evaluation_table, lineage_table, load_tables
+from .study_tables import (
+    config_table,
+    evaluation_table,
+    lineage_table,
+    load_tables,
+    verdicts_table,
+)
 
 PAGE = "report.html"
 MAX_BYTES = 8 * 10**6  # a page above this is made again without the figures' tooltips
@@ -66,6 +72,7 @@ def page_of(study: StudyFolder, *, tooltips: bool = True) -> str:
             lineage=lineage_table(study.table("lineage")),
             overlap=overlap_table(study),
             evaluation=evaluation_table(evaluation),
+            verdicts=verdicts_table(study.table("verdicts")),
             missing={name: study.missing(name) for name in ("load_report", "evaluation")},
             reproduce=_reproduce(study),
             warnings=_warnings(study),

@@ -11,6 +11,7 @@ from .figures import HeatMap, Scatter, heat_map
 from .folder import StudyFolder
 from .graft_tables import graft_tables
 from .grids import score_grids, size_grids
+from .sweeps import sweep_notes, sweep_plots
 from .tokens import TokenText, token_texts
 from .weight_tables import label_table, largest_table, neuron_scatter, places_table
 
@@ -35,6 +36,8 @@ class ModelPart:
         score_maps: Heat maps of scores.
         fidelity: The checks.
         grafts: The smallest sets that carry the behaviour.
+        sweeps: Tasks along the tuning vector, beside controls.
+        sweep_notes: What they show, a sentence a task.
         tokens: Texts coloured by score.
         notes: What could not be drawn and why, by section.
         missing: The command that makes a section, by table.
@@ -55,6 +58,8 @@ class ModelPart:
     score_maps: list[HeatMap]
     fidelity: list[DataTable]
     grafts: list[DataTable]
+    sweeps: list[Scatter]
+    sweep_notes: list[str]
     tokens: list[TokenText]
     missing: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
@@ -82,7 +87,9 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         score_maps=[heat_map(grid, tooltips=tooltips) for grid in score_grids(study, tuned, slug)],
         fidelity=fidelity_tables(study.table("fidelity", tuned)),
         grafts=graft_tables(study, tuned),
+        sweeps=sweep_plots(study, tuned, slug, tooltips=tooltips),
+        sweep_notes=sweep_notes(study, tuned),
         tokens=tokens,
-        missing={name: study.missing(name) for name in (*names, "curves", "prompts")},
+        missing={name: study.missing(name) for name in (*names, "grafts", "prompts")},
         notes={"tokens": note},
     )

@@ -83,6 +83,7 @@ def _share(share: float) -> str:
 def evaluation_table(frame: pd.DataFrame) -> DataTable | None:
     """Measured values, one column a model."""
     rows = frame.dropna(subset=["value"])
+    rows = rows[rows["control"].isna()]  # the doses of a sweep are in its curves
     if rows.empty:
         return None
     models = [str(m) for m in rows["model"].dropna().unique()]
@@ -100,6 +101,38 @@ def evaluation_table(frame: pd.DataFrame) -> DataTable | None:
         tuple(lines),
         text_columns=4,
     )
+
+
+def verdicts_table(frame: pd.DataFrame) -> DataTable | None:
+    """The paper's claims with what was measured of each, and the verdict."""
+    if frame.empty:
+        return None
+    lines = []
+    for row in rows_of(frame):
+        texts = (row.claim, row.tuned, row.task, row.measure)
+        value = (row.value, row.ci_low, row.ci_high)
+        control = (row.control_value, row.control_low, row.control_high)
+        lines.append(
+            (
+                *(text if isinstance(text, str) else NOTHING for text in texts),
+                _with_ends(*value),
+                row.control if isinstance(row.control, str) else NOTHING,
+                _with_ends(*control),
+                f"{row.verdict}: {row.why}" if isinstance(row.why, str) else str(row.verdict),
+            )
+        )
+    return DataTable(
+        "The paper's claims (arXiv 2510.09359): the gain over the base with its 95 % interval, the "
+        "control over which the gain is smallest, and the verdict by the rules of docs/claims.md.",
+        ("claim", "model", "task", "measure", "gain", "control", "gain over it", "verdict"),
+        tuple(lines),
+        text_columns=4,
+    )
+
+
+def _with_ends(value: float, low: float, high: float) -> str:
+    known = pd.notna(low) and pd.notna(high)
+    return number(value) + (f" [{number(low)}, {number(high)}]" if known else "")
 
 
 def _measured(rows: pd.DataFrame) -> str:

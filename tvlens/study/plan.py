@@ -1,5 +1,6 @@
 """What was asked, enough to run it again: the content of ``study.yaml``."""
 
+import math
 import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -9,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tvlens.errors import StudyError
 
-Stage = Literal["decompose", "attribute", "graft", "evaluate"]
+Stage = Literal["decompose", "attribute", "graft", "evaluate", "sweep"]
 Estimator = Literal["first_order", "qk_fix", "atp_star"]
-STAGES: tuple[Stage, ...] = ("decompose", "attribute", "graft", "evaluate")
+STAGES: tuple[Stage, ...] = ("decompose", "attribute", "graft", "evaluate", "sweep")
 
 
-ALONE = ("decompose", "attribute", "graft")
+ALONE = ("decompose", "attribute", "graft", "sweep")
 """Stages that have a command of their own."""
 NOT_OPTIONS = {
     *("base", "tuned", "stages", "seed"),  # written in places of their own
@@ -70,6 +71,11 @@ class StudyPlan(BaseModel):
         estimators: How the effects of exchanged activations are estimated; each is checked. With
             others than first order, queries and keys are attributed to as well.
         keep: Share of a behaviour's change that grafting restores or destroys.
+        tasks: Task file of a sweep, or ``demo:NAME``.
+        scales: Doses of a sweep: ``first:last:step``, or numbers with commas.
+        select: The part of the tuning vector that a sweep lets in; empty for all of it.
+        rest: Whether the rest of it is out (``base``) or in (``tuned``).
+        draws: Random vectors, and random parts, that a sweep is repeated with.
         seed: Seed of every random draw.
     """
 
@@ -94,6 +100,11 @@ class StudyPlan(BaseModel):
     check_prompts: int | None = Field(default=None, ge=1)
     check_seconds: float = Field(default=60.0, gt=0)
     keep: float = Field(default=0.9, gt=0, le=1)
+    tasks: str | None = None
+    scales: str = "-0.5:1.5:0.25"
+    select: str = ""
+    rest: Literal["base", "tuned"] = "base"
+    draws: int = Field(default=3, ge=0)
     skip_bad_lines: bool = False
     device: str = "auto"
     dtype: Literal["float32"] = "float32"
@@ -140,6 +151,15 @@ class StudyPlan(BaseModel):
         return tuple(steps)
 
     @property
+    def doses(self) -> tuple[float, ...]:
+        """The doses that ``scales`` says, in order.
+
+        Raises:
+            StudyError: They cannot be read, or there is none.
+        """
+        return scales_in(self.scales)
+
+    @property
     def command(self) -> str:
         """The command line that runs this plan again."""
         alone = self.stages[0] if len(self.stages) == 1 else "compare"
@@ -170,6 +190,35 @@ class StudyPlan(BaseModel):
             raise StudyError(f"there is no study plan at {path}.") from error
         except (ValidationError, yaml.YAMLError) as error:
             raise StudyError(f"{path} is not a study plan: {error}") from error
+
+
+MOST_SCALES = 1_000
+
+
+def scales_in(text: str) -> tuple[float, ...]:
+    """The numbers of ``first:last:step``, both ends included, or of a list with commas.
+
+    Raises:
+        StudyError: They cannot be read, or there is none.
+    """
+    try:
+        numbers = [float(word) for word in text.replace(":", ",").split(",")]
+    except ValueError:
+        numbers = []
+    found = numbers
+    if ":" in text and len(numbers) == 3 and numbers[2]:
+        first, last, step = numbers
+        count = (last - first) / step
+        steps = math.floor(count + 1e-6) + 1 if math.isfinite(count) else 0
+        found = [round(first + place * step, 10) for place in range(min(steps, MOST_SCALES + 1))]
+    elif ":" in text:
+        found = []
+    if not 0 < len(found) <= MOST_SCALES or not all(map(math.isfinite, found)):
+        raise StudyError(
+            f"the scales {text!r} cannot be read.",
+            hint="Write first:last:step, such as -0.5:1.5:0.25, or numbers with commas.",
+        )
+    return tuple(dict.fromkeys(found))
 
 
 def _written(option: str, value: object) -> list[str]:

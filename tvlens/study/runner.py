@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from tvlens.errors import AdapterError, StudyError, TvlensError
 from tvlens.reporting.report import render_report
 from tvlens.tables import Table, concatenated
@@ -19,6 +22,7 @@ from tvlens.weights.matching import load_pair
 from tvlens.weights.sources.memory import MemorySource
 
 from . import stages
+from .claims import verdicts_table
 from .plan import WHOLE_WAY, StudyPlan
 from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json, write_tensors
 
@@ -36,6 +40,11 @@ PLANNED = {
     "check_prompts": "check_prompts",
 }
 """Options that a plan by time fills in, and the fact that holds each."""
+SHARED = {
+    "curves": ("curve", "sweep", "sweep"),
+    "evaluation": ("split", "held_out", "evaluate"),
+}
+"""Tables that two stages fill: the column and value that mark the rows of one, and which."""
 PACKAGES = ("tvlens", "torch", "transformer-lens", "transformers", "safetensors", "scipy")
 
 
@@ -156,14 +165,31 @@ class _Run:
                 for file_name, named in output.vectors.items():
                     vectors.setdefault(file_name, {}).update(named)
             for table_name, parts in made.items():
-                concatenated(table_name, parts, order=ORDERS.get(table_name, "")).save(self.folder)
+                joined = concatenated(table_name, parts, order=ORDERS.get(table_name, ""))
+                self._with_other_rows(name, joined).save(self.folder)
             for file_name, named in vectors.items():
                 write_tensors(self.folder / f"{file_name}.safetensors", named)
         self.write_manifest()
 
+    def _with_other_rows(self, stage: str, table: Table) -> Table:
+        """A table that two stages fill, with the rows of the other one that are there."""
+        path = self.folder / f"{table.name}.parquet"
+        if table.name not in SHARED or not path.is_file():
+            return table
+        column, value, owner = SHARED[table.name]
+        earlier = Table.load(path)
+        if column not in earlier.data.column_names:
+            return table
+        mine = pc.equal(earlier.data[column], value)
+        kept = earlier.data.filter(pc.invert(mine) if stage == owner else mine)
+        both = pa.concat_tables([kept, table.data], promote_options="default")
+        return Table(table.name, both.select(table.data.column_names), table.order)
+
     def join(self) -> None:
         """Write what needs the tables of two stages, as far as they are there."""
         study = Study(self.folder)
+        if "evaluation_items" in study.tables:
+            verdicts_table(study).save(self.folder)
         if "attribution" not in study.tables:
             return
         if "contrasts" in study.tables:

@@ -5,6 +5,7 @@
     attribute   HookedPair, prompts, metric -> prompts, attribution, fidelity, findings, roles
     graft       base, tuning vector, prompts, metric -> curves, grafts
     evaluate    models, held-out texts -> evaluation
+    sweep       base, tuning vector, controls, tasks -> curves, evaluation, evaluation_items
 
 A stage is a pure function of its inputs; the runner writes what it returns.
 """
@@ -25,6 +26,7 @@ from tvlens.weights.matching import load_pair
 from .controls import controls_from
 from .directions import check_replicates, overlap_tables, written_directions
 from .plan import WHOLE_WAY, StudyPlan, name_of
+from .sweeping import check_sweep, sweep
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -269,6 +271,15 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     )
 
 
+def sweep_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+    """Measure tasks along each tuning vector, and along what could stand in its place."""
+    known: set[str] = set()
+    for pair in pairs:
+        found = sweep(plan, pair, say, device=chosen_device(plan), known=known)
+        known |= {pair.base_name, pair.tuned_name}
+        yield pair.tuned_name, StageOutput(found.tables, found.facts, found.warnings)
+
+
 def _attributed(
     plan: StudyPlan,
     hooked: "HookedPair",
@@ -321,6 +332,8 @@ def check_inputs(plan: StudyPlan) -> None:
         resolve_metric(plan.metric, load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines))
     for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
         load_texts(spec)
+    if "sweep" in plan.stages:
+        check_sweep(plan)
 
 
 def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
@@ -332,7 +345,7 @@ def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     """
     for pair in pairs if plan.canonical else ():
         refuse_canonical(pair)
-    for pair in pairs if {"attribute", "graft"} & set(plan.stages) else ():
+    for pair in pairs if {"attribute", "graft", "sweep"} & set(plan.stages) else ():
         if not pair.layout.listed:
             kind = pair.base.config.get("model_type")
             raise UnsupportedFormatError(
@@ -349,7 +362,7 @@ def check_vocabularies(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     Raises:
         IncomparableModelsError: A token has another number in base and tuned model.
     """
-    if not {"attribute", "graft", "evaluate"} & set(plan.stages):
+    if not {"attribute", "graft", "evaluate", "sweep"} & set(plan.stages):
         return
     from tvlens.models.pair import common_tokens_of
 
@@ -368,10 +381,15 @@ def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
 
 def chosen_device(plan: StudyPlan) -> str:
     """Where the models run: as asked, else on an accelerator if there is one."""
+    return device_of(plan.device)
+
+
+def device_of(asked: str) -> str:
+    """A device by name; ``auto`` is an accelerator if there is one."""
     import torch
 
-    if plan.device != "auto":
-        return plan.device
+    if asked != "auto":
+        return asked
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator is not None else "cpu"
 
@@ -584,5 +602,6 @@ STAGES: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], Outputs]] = 
     "attribute": _one_by_one("attribute", attribute_stage),
     "graft": _one_by_one("graft", graft_stage),
     "evaluate": evaluate_stage,
+    "sweep": sweep_stage,
 }
 """What each stage makes of the pairs of a study."""

@@ -50,6 +50,8 @@ TABLES = (
     "curves",
     "grafts",
     "evaluation",
+    "evaluation_items",
+    "verdicts",
 )
 STUDY_FILES = (
     "study.yaml",
