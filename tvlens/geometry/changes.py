@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Float, Float32, Float64, Shaped
 from torch import Tensor
 
 ENTRIES_AT_ONCE = 2**20
@@ -103,6 +103,22 @@ def cross(
     return base.new_zeros(shape, dtype=torch.float64) if found is None else found
 
 
+def cross_and_gram(
+    base: Float[Tensor, "*component a b"], change: Change
+) -> tuple[Float64[Tensor, "*component b c"], Float64[Tensor, "*component c c"]]:
+    """W' D and D' D, a dense change upcast once for both."""
+    if isinstance(change, Factored):
+        return cross(base, change), gram(change)
+    shape = (*base.shape[:-2], base.shape[-1], change.shape[-1])
+    mixed = base.new_zeros(shape, dtype=torch.float64)
+    own = base.new_zeros((*shape[:-2], shape[-1], shape[-1]), dtype=torch.float64)
+    for start, stop in slabs(base.shape):
+        rows, others = (side[..., start:stop, :].double() for side in (base, change))
+        mixed += torch.from_numpy(np.matmul(rows.numpy().swapaxes(-1, -2), others.numpy()))
+        own += own_products(others)
+    return mixed, own
+
+
 def product(
     change: Change, vectors: Float[Tensor, "*given b k"]
 ) -> Float64[Tensor, "*component a k"]:
@@ -174,6 +190,15 @@ class Remainder:
         """Some rows, written out."""
         gain = self.gain[start:stop] if len(self.gain) > 1 else self.gain
         return written_rows(self.change, start, stop) - gain * self.base[start:stop]
+
+    def rough_rows(self, start: int, stop: int) -> Float32[Tensor, "row b"]:
+        """The same in float32: 6e-8 of the change off, which a small remainder does not bear."""
+        gain = (self.gain[start:stop] if len(self.gain) > 1 else self.gain).float()
+        if isinstance(self.change, Factored):
+            rows = written_rows(self.change, start, stop).float()
+        else:
+            rows = self.change[start:stop].float()
+        return rows - gain * self.base[start:stop].float()
 
     def product(self, vectors: Float64[Tensor, "b k"]) -> Float64[Tensor, "a k"]:
         """(D - g W) V."""

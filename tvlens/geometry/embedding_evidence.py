@@ -15,7 +15,6 @@ A small fine-tune moves few tokens; how many hold half of the energy is a row of
 
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -113,4 +112,4 @@ def embedding_evidence(keys: Keys, found: Vocabulary) -> Evidence:
         effect=[half / tokens],
         k=half,
     )
-    return Evidence(whole.frame, pd.concat([whole.tests, moved], ignore_index=True))
+    return Evidence(whole.components, [*whole.statistics, moved])

@@ -17,6 +17,7 @@ whose upper bound is below NEW_HI, and a claim needs ``contrasts``.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,21 +67,62 @@ TEST_COLUMNS = (
 )
 
 
+Rows = dict[str, Any]
+"""Columns of equal length, lists of texts and arrays of numbers: some rows of a frame to come."""
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """What is known about some components before the false discovery rate is settled.
 
+    Frames are made when all is known: one for each of thousands of matrices would cost more than
+    what is in it.
+
     Attributes:
-        frame: One row a component (module docstring).
-        tests: One row a statistic of a component, columns ``TEST_COLUMNS``.
+        components: Rows of the frame, in order.
+        statistics: Rows of the tests, in order.
     """
 
-    frame: pd.DataFrame
-    tests: pd.DataFrame
+    components: Sequence[Rows]
+    statistics: Sequence[Rows]
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row a component (module docstring)."""
+        return _frame_of(self.components)
+
+    @cached_property
+    def tests(self) -> pd.DataFrame:
+        """One row a statistic of a component, columns ``TEST_COLUMNS``."""
+        found = _frame_of(self.statistics)
+        return found if len(found.columns) else pd.DataFrame(columns=list(TEST_COLUMNS))
 
 
-def evidence_frame(keys: Keys, **columns: Any) -> pd.DataFrame:
-    """A frame of evidence; what is not given is absent (NaN shares, nothing sure)."""
+def _frame_of(parts: Sequence[Rows]) -> pd.DataFrame:
+    if len(parts) == 1:
+        return pd.DataFrame(parts[0])
+    names = parts[0] if parts else ()
+    return pd.DataFrame({name: _joined([part[name] for part in parts]) for name in names})
+
+
+def _joined(columns: Sequence[Any]) -> Any:
+    if all(isinstance(column, np.ndarray) for column in columns):
+        return np.concatenate(columns)
+    return [value for column in columns for value in column]
+
+
+def _column(values: Any, count: int) -> Any:
+    """A column of a component each, from one or from a value that all share."""
+    if isinstance(values, Tensor):
+        return values.numpy()
+    if isinstance(values, list) or (isinstance(values, np.ndarray) and values.ndim):
+        return values
+    is_text = isinstance(values, str) or values is None
+    return [values] * count if is_text else np.full(count, values)
+
+
+def evidence_rows(keys: Keys, **columns: Any) -> Rows:
+    """Rows of evidence; what is not given is absent (NaN shares, nothing sure)."""
     values: dict[str, Any] = {
         **keys,
         "alignment": np.nan,
@@ -91,9 +133,8 @@ def evidence_frame(keys: Keys, **columns: Any) -> pd.DataFrame:
     }
     for part in PARTS:
         values |= {f"share_{part}": 0.0, f"p_{part}": np.nan, f"sure_{part}": False}
-    for name, column in columns.items():
-        values[name] = column.numpy() if isinstance(column, Tensor) else column
-    return pd.DataFrame(values)
+    count = len(keys["component"])
+    return {name: _column(column, count) for name, column in (values | columns).items()}
 
 
 def statistic_rows(
@@ -106,29 +147,28 @@ def statistic_rows(
     half_interval: Any = np.nan,
     p_value: Any = np.nan,
     k: int | None = None,
-) -> pd.DataFrame:
+) -> Rows:
     """Rows of the table of tests for one statistic; analytic nulls reach any p and draw nothing."""
     middle = np.asarray(effect, dtype=float)
-    return pd.DataFrame(
-        {
-            **{name: keys[name] for name in (*KEY_COLUMNS, "tied")},
-            "side": side,
-            "statistic": statistic,
-            "null": null,
-            "effect": middle,
-            "ci_low": middle - half_interval,
-            "ci_high": middle + half_interval,
-            "p_value": np.asarray(p_value, dtype=float),
-            "p_floor": 0.0,
-            "draws": 0,
-            "k": k,
-        }
-    )
+    values = {
+        **{name: keys[name] for name in (*KEY_COLUMNS, "tied")},
+        "side": side,
+        "statistic": statistic,
+        "null": null,
+        "effect": middle,
+        "ci_low": middle - half_interval,
+        "ci_high": middle + half_interval,
+        "p_value": np.asarray(p_value, dtype=float),
+        "p_floor": 0.0,
+        "draws": 0,
+        "k": k,
+    }
+    return {name: _column(column, len(middle)) for name, column in values.items()}
 
 
 def untested(keys: Keys) -> Evidence:
     """Components of which nothing is known but their measures."""
-    return Evidence(evidence_frame(keys), pd.DataFrame(columns=list(TEST_COLUMNS)))
+    return Evidence([evidence_rows(keys)], [])
 
 
 def placed(
@@ -151,11 +191,9 @@ def residual_side(part: str) -> Side:
 
 def joined_evidence(parts: Sequence[Evidence]) -> Evidence:
     """The evidence of several groups of components, in order."""
-    tests = [part.tests for part in parts if len(part.tests)]
-    empty = pd.DataFrame(columns=list(TEST_COLUMNS))
     return Evidence(
-        pd.concat([part.frame for part in parts], ignore_index=True),
-        pd.concat(tests, ignore_index=True) if tests else empty,
+        [rows for part in parts for rows in part.components],
+        [rows for part in parts for rows in part.statistics],
     )
 
 
@@ -163,9 +201,15 @@ def replaced(evidence: Evidence, newer: Evidence) -> Evidence:
     """Evidence in which some components have newer rows; the order stays."""
     order = {name: place for place, name in enumerate(evidence.frame["component"])}
     known = set(newer.frame["component"])
-    older = Evidence(
-        *(part[~part["component"].isin(known)] for part in (evidence.frame, evidence.tests))
+    frames = (
+        pd.concat([old[~old["component"].isin(known)], new], ignore_index=True)
+        for old, new in ((evidence.frame, newer.frame), (evidence.tests, newer.tests))
     )
-    both = joined_evidence([older, newer])
-    places = both.frame["component"].map(order).to_numpy()
-    return Evidence(both.frame.iloc[np.argsort(places)].reset_index(drop=True), both.tests)
+    frame, tests = frames
+    places = frame["component"].map(order).to_numpy()
+    frame = frame.iloc[np.argsort(places)].reset_index(drop=True)
+    return Evidence([_rows_of(frame)], [_rows_of(tests)])
+
+
+def _rows_of(frame: pd.DataFrame) -> Rows:
+    return {str(name): frame[name].array for name in frame}

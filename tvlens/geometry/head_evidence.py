@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float64, Int
@@ -16,10 +15,9 @@ from .evidence import (
     BY_PEERS,
     NO_GAIN_TEST,
     NO_PEERS,
-    TEST_COLUMNS,
     Evidence,
     Keys,
-    evidence_frame,
+    evidence_rows,
     statistic_rows,
 )
 from .heads import Coordinates, Factor
@@ -136,7 +134,7 @@ def head_evidence(keys: Keys, heads: HeadChanges, *, seed: int) -> Evidence:
     within = from_own * _above_chance(spans, heads.own) + (1 - from_own) * shared_inside - amplified
     p_space = nothing if space is None else space.p_greater()
     p_gain = nothing if gain is None else gain.p_two_sided()
-    frame = evidence_frame(
+    rows = evidence_rows(
         {**keys, "gain": mean.gain.numpy(), "kappa": mean.kappa.numpy()},
         share_gain=amplified,
         p_gain=p_gain,
@@ -156,8 +154,7 @@ def head_evidence(keys: Keys, heads: HeadChanges, *, seed: int) -> Evidence:
         )
         if found is not None
     ]  # fmt: skip
-    empty = pd.DataFrame(columns=list(TEST_COLUMNS))
-    return Evidence(frame, pd.concat(tests, ignore_index=True) if tests else empty)
+    return Evidence([rows], tests)
 
 
 def _above_chance(

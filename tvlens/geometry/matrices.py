@@ -42,7 +42,7 @@ from tvlens.components import Side
 from .changes import (
     Change,
     Factored,
-    cross,
+    cross_and_gram,
     energies_of_gram,
     gram,
     product,
@@ -192,7 +192,7 @@ class Products:
 def products_of(basis: Basis, delta: Change) -> Products:
     """The products of a change with its base and with itself."""
     tall = turned(delta) if basis.turned else delta
-    return Products(cross(basis.tall, tall), gram(tall))
+    return Products(*cross_and_gram(basis.tall, tall))
 
 
 def seen(basis: Basis, delta: Change, products: Products | None = None) -> Seen:

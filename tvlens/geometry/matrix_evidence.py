@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from einops import einsum
 from jaxtyping import Float, Float64
@@ -20,7 +19,7 @@ from .evidence import (
     Z95,
     Evidence,
     Keys,
-    evidence_frame,
+    evidence_rows,
     placed,
     residual_side,
     statistic_rows,
@@ -124,7 +123,7 @@ def _spikes(one: MatrixChange, gain: float, left: float, *, seed: int) -> Spikes
     grams = None
     if left > CANCELS:
         both = found.cross + transposed(found.cross)
-        grams = found.own - gain * both + gain**2 * one.basis.gram
+        grams = both.mul_(-gain).add_(found.own).add_(one.basis.gram, alpha=gain**2)
     return spikes_above_edge(rest, total, seed=seed, products=grams)
 
 
@@ -194,7 +193,7 @@ def whole_evidence(
     limit = stats.norm.sf(GAIN_Z)
     share = rest.share * (1 - own.kappa**2)
     where = placed(np.array([share]), np.array([rest.aligned]), np.array([rest.error]), part)
-    frame = evidence_frame(
+    rows = evidence_rows(
         keys,
         share_gain=own.share,
         sure_gain=bool(p_kappa < 2 * limit or p_scale < limit),
@@ -218,4 +217,4 @@ def whole_evidence(
                       effect=[rest.aligned], half_interval=Z95 * rest.error,
                       p_value=2 * stats.norm.sf(abs(z)), k=rest.spikes)
         )  # fmt: skip
-    return Evidence(frame, pd.concat(tests, ignore_index=True))
+    return Evidence([rows], tests)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float64
@@ -16,7 +15,7 @@ from .evidence import (
     Z95,
     Evidence,
     Keys,
-    evidence_frame,
+    evidence_rows,
     placed,
     residual_side,
     statistic_rows,
@@ -137,7 +136,7 @@ def neuron_evidence(keys: Keys, neurons: NeuronChanges, *, seed: int) -> Evidenc
     aligned = shared.aligned.numpy()
     spread = unit_alignment_spread(d_model) / abs(float(self_alignment(neurons.basis, d_model)))
     error = np.where(np.isnan(aligned), np.nan, spread)
-    frame = evidence_frame(
+    rows = evidence_rows(
         keys,
         share_gain=kappa.square(),
         p_gain=p_gain,
@@ -155,4 +154,4 @@ def neuron_evidence(keys: Keys, neurons: NeuronChanges, *, seed: int) -> Evidenc
         statistic_rows(keys, "structured_share", side=residual_side(part), null="isotropic",
                        effect=shared.share, p_value=shared.p_value, k=shared.spikes),
     ]  # fmt: skip
-    return Evidence(frame, pd.concat(tests, ignore_index=True))
+    return Evidence([rows], tests)

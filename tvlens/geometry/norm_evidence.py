@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float64
@@ -27,10 +26,9 @@ from torch import Tensor
 from .evidence import (
     GATE_COLUMNS,
     MINS,
-    TEST_COLUMNS,
     Evidence,
     Keys,
-    evidence_frame,
+    evidence_rows,
     joined_evidence,
     statistic_rows,
 )
@@ -164,7 +162,7 @@ def _of_width(norms: Sequence[NormChange]) -> Evidence:
     single = single_channels(joint.rest)
     within = single.energy / np.where(total > 0, total, np.inf)
     told = joint.estimable.numpy() & (found is not None)
-    frame = evidence_frame(
+    rows = evidence_rows(
         keys,
         share_gain=share,
         p_gain=p_gain,
@@ -183,7 +181,7 @@ def _of_width(norms: Sequence[NormChange]) -> Evidence:
             statistic_rows(keys, "gain", side="both", null="own_versus_other", effect=found.effect,
                            half_interval=found.half_interval(), p_value=p_gain)
         )  # fmt: skip
-    return Evidence(frame, pd.concat(tests, ignore_index=True)[list(TEST_COLUMNS)])
+    return Evidence([rows], tests)
 
 
 def _own_shares(gain: Float[np.ndarray, " norm"], keys: Keys) -> Float[np.ndarray, " norm"]:

@@ -103,13 +103,20 @@ def _grams(
     total: float,
     products: Float64[Tensor, "short short"] | None,
 ) -> _Grams:
-    """Grams of a remainder and, of unit energy, of one with other signs, in one pass over it."""
+    """Grams of a remainder and, of unit energy, of one with other signs, in one pass over it.
+
+    Products are known only where the remainder is no small difference (``CANCELS``): float32 then
+    does for the signs.
+    """
     size = tall.shape[1]
     own = torch.zeros((size, size), dtype=torch.float64) if products is None else products
     flipped = torch.zeros((size, size), dtype=torch.float32)
     for start, stop in slabs(tall.shape):
-        rows = tall.rows(start, stop)
         if products is None:
+            rows = tall.rows(start, stop)
             own += own_products(rows)
-        flipped += own_products(rows.div_(total**0.5).float().mul_(signs[start:stop]))
+            signed = rows.div_(total**0.5).float()
+        else:
+            signed = tall.rough_rows(start, stop).div_(total**0.5)
+        flipped += own_products(signed.mul_(signs[start:stop]))
     return _Grams(own, flipped)

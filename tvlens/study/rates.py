@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import pandas as pd
 import torch
 
 from tvlens.components import Component, key_columns
 from tvlens.geometry.classify import labelled, with_q_values
 from tvlens.geometry.decompose import WEIGHTS_SCHEMA
-from tvlens.geometry.evidence import evidence_frame
+from tvlens.geometry.evidence import evidence_rows
 from tvlens.geometry.neurons import vector_measures
 from tvlens.tables import Table
 from tvlens.threads import one_thread
@@ -101,8 +102,8 @@ def _label_rate(clock: Clock) -> float:
     def seconds(count: int) -> float:
         spread = np.linspace(0.01, 0.5, count)
         keys = {**key_columns(_neurons(count)), "tied": [False] * count}
-        frame = evidence_frame(keys, share_gain=spread, p_gain=spread, share_within=spread)
-        frame = frame.assign(delta_norm=1.0, snr=10.0, gain=spread, kappa=spread)
+        rows = evidence_rows(keys, share_gain=spread, p_gain=spread, share_within=spread)
+        frame = pd.DataFrame(rows).assign(delta_norm=1.0, snr=10.0, gain=spread, kappa=spread)
         return _least_seconds(lambda: labelled(with_q_values(frame)), clock)
 
     return max(0.0, seconds(many) - seconds(few)) / (many - few)
