@@ -2,12 +2,15 @@
 
     python -m tests.calibration            what docs/calibration.md shows: the demo models, and
                                            SmolLM2-135M where its fine-tunes are
+    python -m tests.calibration detection  the table of small plants alone, which needs no model
+                                           that is not shipped
 
 The fine-tunes are looked for in ``TVLENS_REAL`` or ``~/.cache/tvlens/real`` (``base``, ``ctl``,
 ``ctl-1``, ``med``, ``med-lora``); examples/real_models makes them.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +21,10 @@ import torch
 from tests.null_suites import (
     FACTOR_SIZES,
     OV_PARTS,
+    against_inputs,
     evidence,
     factor_noise,
+    from_inputs,
     gain_in_bf16,
     isotropic,
     labels,
@@ -41,6 +46,7 @@ from tests.planted_suites import (
     evidence_of,
     false_gains,
     ground_of,
+    made_ground,
     missed_bars,
     quiet_on_noise,
     recalls,
@@ -55,6 +61,10 @@ HEAD_DRAWS = 4
 CLASSIFIERS = (labelled, always_unresolved, by_raw_cosine)
 
 
+DETECTION_SIZES = (0.005, 0.01, 0.02, 0.05)
+DETECTION_BACKGROUNDS = ("none", "isotropic")
+
+
 class Model(NamedTuple):
     """A base, its control fine-tune, and how much of it the suites use.
 
@@ -63,6 +73,7 @@ class Model(NamedTuple):
         head_layers: Layers of a seed in the suite of heads, which has few in each.
         step: Every how many layers the suites of storage look at all matrices.
         null_step: The same of the p-values of neurons.
+        made: No model, but matrices of SmolLM2-135M's shapes and spectra.
     """
 
     name: str
@@ -71,6 +82,10 @@ class Model(NamedTuple):
     head_layers: int
     step: int
     null_step: int
+    made: bool = False
+
+    def ground(self, layer: int) -> Ground:
+        return made_ground(layer) if self.made else ground_of(self.pair(), layer)
 
     def pair(self, tuned: str = "ctl") -> object:
         from tvlens.weights.matching import load_pair
@@ -88,18 +103,28 @@ class Model(NamedTuple):
 
 
 DEMO = Model("demo", "demo:base", 8, 2, 1, 1)
+MADE = Model("random weights of SmolLM2-135M's shapes and spectra", "", 10, 2, 1, 1, made=True)
 SMOL = Model("SmolLM2-135M", str(REAL / "base"), 30, 2, 6, 3)
 
 
-def planted(model: Model, family: str, seeds: Sequence[int] = SEEDS) -> pd.DataFrame:
+def planted(
+    model: Model, family: str, seeds: Sequence[int] = SEEDS, **cells: Sequence[object]
+) -> pd.DataFrame:
     """Evidence of one family of plants; every seed has layers of its own."""
-    pair, count = model.pair(), model.head_layers if family == "heads" else 1
+    count = model.head_layers if family == "heads" else 1
     frames = []
     for number, seed in enumerate(seeds):
         for place in range(count):
             layer = (number + len(seeds) * place) * model.layers // (len(seeds) * count)
-            frames.append(evidence_of(family, ground_of(pair, layer), seed))
+            frames.append(evidence_of(family, model.ground(layer), seed, **cells))
     return pd.concat(frames, ignore_index=True)
+
+
+def detection(model: Model, family: str) -> pd.DataFrame:
+    """Labels of plants of half a per cent to five, on backgrounds that need no fine-tune."""
+    seeds = SEEDS[:2] if model.made else SEEDS
+    cells = {"backgrounds": DETECTION_BACKGROUNDS, "sizes": DETECTION_SIZES}
+    return called(planted(model, family, seeds, **cells))
 
 
 def factors(model: Model, *, seed: int = 20) -> pd.DataFrame:
@@ -135,6 +160,37 @@ def null_p_values(model: Model, *, seed: int = 20) -> pd.DataFrame:
                 frames[name].append(frame)
     tables = [small_p(some).assign(change=name) for name, some in frames.items()]
     return pd.concat(tables, ignore_index=True)[["change", "kind", "part", "test", "n", "below"]]
+
+
+def known_inputs(model: Model) -> object:
+    """Covariances of the base's inputs on the demo's general texts, or on the neutral ones."""
+    from tvlens import HookedPair, covariances
+    from tvlens.models import load_prompts, load_texts, tokenised
+
+    hooked = HookedPair(model.pair())
+    texts = load_texts("demo:gen") if model is DEMO else load_prompts()
+    return covariances(hooked, tokenised(texts, hooked.tokenizer))
+
+
+def input_p_values(model: Model, *, seed: int = 20) -> pd.DataFrame:
+    """Share of p < .05 of gains and reads against the inputs and against isotropic noise."""
+    known, frames = known_inputs(model), []
+    for ground in model.grounds(step=model.null_step):
+        changes = {
+            f"drawn from the inputs {i}": from_inputs(ground, known, seed + i)
+            for i in range(HEAD_DRAWS)
+        }
+        changes |= {"isotropic": isotropic(ground, PARTS, seed), "control": ground.control}
+        frames.append(against_inputs(ground, known, changes, seed=seed))
+    rows = pd.concat(frames, ignore_index=True)
+    nulls = rows["null"].isin(("covariance_matched", "isotropic"))
+    rows = rows[nulls & rows["p_value"].notna() & (rows["statistic"] != "structured_share")]
+    rows = rows.assign(
+        change=rows["change"].str.replace(r" \d+$", "", regex=True),
+        below=pd.to_numeric(rows["p_value"]) < 0.05,
+    )
+    keys = ["change", "kind", "statistic", "side", "null"]
+    return rows.groupby(keys, sort=False)["below"].agg(["size", "mean"]).reset_index()
 
 
 def stored(model: Model, *, gain: float = 1.003) -> dict[str, pd.DataFrame]:
@@ -204,12 +260,28 @@ def _print_planted(model: Model) -> None:
                 print("".join(f"\n- {sentence}" for sentence in missed))
 
 
+def _print_detection(model: Model) -> None:
+    for family in FAMILIES:
+        calls = detection(model, family)
+        table = markdown(recall_table(calls))
+        print(f"\n### {model.name}: {family}\n\n{table}\n", flush=True)
+        gains, quiet = false_gains(calls), quiet_on_noise(calls)
+        print(f"False gains: {gains['wrong'].sum()} of {gains['named'].sum()} calls.")
+        if len(quiet):
+            print(f"Untouched, isotropic background: {quiet['mean'].min():.4f} unresolved.")
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["detection"]:
+        for model in (DEMO, MADE):
+            _print_detection(model)
+        return
     for model in (DEMO, SMOL) if REAL.is_dir() else (DEMO,):
         _print_planted(model)
         print(f"\n### {model.name}: random factors\n\n{markdown(factors(model))}")
         print(f"\n### {model.name}: p < .05\n\n{markdown(null_p_values(model))}")
+        print(f"\n### {model.name}: inputs, p < .05\n\n{markdown(input_p_values(model))}")
         for name, calls in stored(model).items():
             print(f"\n### {model.name}: {name}\n\n{markdown(counts(calls))}")
     for tuned in ("med", "ctl-1") if REAL.is_dir() else ():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.geometry_pairs import FakePair, FakeWeight
-from tests.planted_suites import PARTS, Ground, noise, sized, stream
+from tests.planted_suites import PARTS, RELATIVE, Ground, noise, sized, stream
 from tvlens.geometry.blocks import Ask, findings_of_block
 from tvlens.geometry.classify import labelled, with_q_values
 from tvlens.weights.precision import rounding_energy
@@ -95,6 +95,31 @@ def shuffled(ground: Ground, seed: int) -> dict[str, Tensor]:
         "W_out": ground.control["W_out"][order],
         "W_gate": ground.control["W_gate"][:, order],
     }
+
+
+def from_inputs(ground: Ground, known: object, seed: int) -> dict[str, Tensor]:
+    """Changes whose reads are drawn from what each matrix reads, and nothing else."""
+    changes = {}
+    for number, part in enumerate(PARTS):
+        base, generator = ground.base[part], stream(9, seed, ground.layer, number)
+        root = torch.linalg.cholesky(known.of(ground.component(part)).double())
+        changes[part] = sized(root @ noise(base, generator), RELATIVE, base)
+    return changes
+
+
+def against_inputs(
+    ground: Ground, known: object, changes: Mapping[str, Mapping[str, Tensor]], *, seed: int = 0
+) -> pd.DataFrame:
+    """Rows of tests against both nulls, by the name of the change."""
+    asks = [
+        Ask(pair, pair.components, seed=seed, covariances=known)
+        for pair in (pair_of(ground, change) for change in changes.values())
+    ]
+    found = findings_of_block(asks)
+    frames = [
+        one.evidence.tests.assign(change=name) for name, one in zip(changes, found, strict=True)
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 def small_p(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:

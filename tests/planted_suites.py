@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from scipy import optimize
 from torch import Tensor
 
 from tests.geometry_pairs import FakePair, FakeWeight
@@ -167,6 +168,54 @@ class Ground:
 
 
 PARTS = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out")
+ALIGNED = {"W_Q": 0.73, "W_K": 0.85, "W_V": 0.79, "W_O": 0.67, "W_gate": 0.45, "W_in": 0.40}
+ALIGNED["W_out"] = 0.43
+"""G_self of each matrix of SmolLM2-135M on its residual side, means over its layers."""
+
+
+@dataclass(frozen=True)
+class MadeLayout:
+    """SmolLM2-135M's numbers."""
+
+    n_heads: int = 9
+    n_kv_heads: int = 3
+    d_model: int = 576
+    d_head: int = 64
+    d_mlp: int = 1536
+    n_layers: int = 1
+    qk_norm: str = ""
+
+
+def made_ground(layer: int, layout: MadeLayout | None = None) -> Ground:
+    """A layer of no model: matrices of SmolLM2-135M's shapes and G_self, in random directions.
+
+    Singular values fall exponentially; the rate is what gives the alignment of a pure gain.
+    """
+    layout = layout or MadeLayout()
+    d_model, queries = layout.d_model, layout.n_heads * layout.d_head
+    shape = {"W_Q": (d_model, queries), "W_O": (queries, d_model), "W_out": (layout.d_mlp, d_model)}
+    shape |= dict.fromkeys(("W_K", "W_V"), (d_model, layout.n_kv_heads * layout.d_head))
+    shape |= dict.fromkeys(("W_gate", "W_in"), (d_model, layout.d_mlp))
+    base = {
+        part: _falling(*shape[part], ALIGNED[part], stream(8, layer, number))
+        for number, part in enumerate(PARTS)
+    }
+    return Ground(layer, layout, base, {part: torch.zeros_like(own) for part, own in base.items()})
+
+
+def _falling(rows: int, columns: int, aligned: float, generator: torch.Generator) -> Tensor:
+    """A matrix whose own alignment G on d_model, its shared side, is ``aligned``."""
+    drawn = _normal(rows, columns, generator=generator)
+    left, _, right = torch.linalg.svd(drawn, full_matrices=False)
+    rank, d_model = len(right), 576 if 576 in (rows, columns) else min(rows, columns)
+    places = (torch.arange(rank, dtype=torch.float64) + 0.5) / d_model
+
+    def own(rate: float) -> float:
+        energies = torch.exp(-2 * rate * places)
+        return float((energies * (1 - 2 * places)).sum() / energies.sum())
+
+    rate = optimize.brentq(lambda x: own(x) - aligned, -50.0, 200.0)
+    return ((left * torch.exp(-rate * places)) @ right).float()
 
 
 def ground_of(pair: object, layer: int, parts: Sequence[str] = PARTS) -> Ground:

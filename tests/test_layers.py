@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tvlens"
 RINGS = {
     "errors": 0,
+    "callables": 0,
     "components": 0,
     "selection": 0,
     "tables": 0,

@@ -456,3 +456,29 @@ def test_the_pages_lines_run():
     assert frame.loc[frame["kind"] == "matrix", "score"].abs().max() > 1e-2
     assert (frame["status"] == "ok").all()
     assert len(names["passing"].to_frame())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_of_inputs_are_those_of_the_bridge_and_nothing_is_left_behind(family):
+    from tvlens.models import LensModel
+    from tvlens.models.covariances import covariances
+    from tvlens.models.lens import _bridge
+
+    model, batch = hooked.hf_model(family), pairs.batch()
+    own = hooked.hooked_transformer(model)
+    before = state(own)
+    found = covariances(own, batch)
+    assert_as_found(before, own)
+    theirs = covariances(LensModel.wrap(_bridge(copy.deepcopy(model), "tiny")), batch)
+    assert found.moments.keys() == theirs.moments.keys()
+    for key, moments in theirs.moments.items():
+        torch.testing.assert_close(found.moments[key].raw, moments.raw, rtol=1e-4, atol=1e-5)
+
+
+def test_moments_of_folded_weights_are_refused():
+    from tvlens.errors import HostError
+    from tvlens.models.covariances import covariances
+
+    folded = hooked.hooked_transformer(hooked.hf_model("llama"), folded=True)
+    with pytest.raises(HostError, match="not a checkpoint's"):
+        covariances(folded, pairs.batch())

@@ -125,7 +125,7 @@ def test_the_rows_of_weights_and_labels_are_those_of_the_tables(pair, weights) -
         assert planned.known
         assert planned.at_least == len(made)
         assert dict(planned.by) == made.to_frame()["kind"].value_counts().to_dict()
-    bound = tested_rows(pair)
+    bound = tested_rows(pair, ())
     assert not bound.known
     assert 0.5 * bound.at_most < len(labels.tests) <= bound.at_most
 

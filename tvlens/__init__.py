@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .geometry.classify import classify
     from .geometry.decompose import decompose
     from .models.anchors import anchor
+    from .models.covariances import covariances
     from .models.metrics import Metric
     from .models.pair import HookedPair
     from .models.prompts import load_prompts as prompts
@@ -45,6 +46,7 @@ _HOMES = {
     "attribute_weights": ("attribution.weights", "attribute_weights"),
     "compare": ("study.runner", "compare"),
     "classify": ("geometry.classify", "classify"),
+    "covariances": ("models.covariances", "covariances"),
     "decompose": ("geometry.decompose", "decompose"),
     "exact_weights": ("attribution.exact", "exact_weight_table"),
     "load_pair": ("weights.matching", "load_pair"),
@@ -70,6 +72,7 @@ __all__ = [
     "attribute_weights",
     "classify",
     "compare",
+    "covariances",
     "decompose",
     "exact_weights",
     "load_pair",

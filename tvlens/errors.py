@@ -8,6 +8,7 @@ TvlensError
 ├── SelectionError             a selection that cannot be read, or that selects nothing
 ├── PromptError                a prompt file or a prompt
 ├── MetricError                a metric that cannot be computed as asked
+├── ExtensionError             a classifier or measure of the user's own
 ├── HostError                  the hooked model lacks what an analysis needs
 ├── StudyError                 a study folder, its tables, or its options
 └── BudgetError                more memory, time or disk than there is
@@ -57,6 +58,10 @@ class PromptError(TvlensError):
 
 class MetricError(TvlensError):
     """A metric that is unknown or needs what the prompts do not give."""
+
+
+class ExtensionError(TvlensError):
+    """A callable of the user's own that is not found, or does not give what it must."""
 
 
 class HostError(TvlensError):

@@ -9,6 +9,7 @@ import typer
 from .application import app
 from .options import (
     CHECKS,
+    GEOMETRY,
     MODELS,
     NAMES,
     PROMPTS,
@@ -35,14 +36,14 @@ KEEP = {
 
 
 @app.command()
-@takes(PROMPTS, CHECKS, MODELS, NAMES, SEED, RUN)
+@takes(PROMPTS, CHECKS, MODELS, GEOMETRY, NAMES, SEED, RUN)
 def compare(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """What was written, what kind it is, and what it does: the whole study."""
     run_stages(("decompose", "attribute"), base, tuned, out, given)
 
 
 @app.command()
-@takes(MODELS, NAMES, SEED, RUN)
+@takes(MODELS, GEOMETRY, NAMES, SEED, RUN)
 def decompose(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """The weights side alone: what was written and what kind it is. Loads no model."""
     run_stages(("decompose",), base, tuned, out, given)

@@ -58,7 +58,7 @@ def evaluate(models: Models, out: Out, **given: Any) -> None:
     """Measure models on tasks, each compared with the first item by item."""
     from tvlens.reporting.measured import evaluation_view
     from tvlens.study.evaluating import evaluate as evaluate_models
-    from tvlens.study.stages import device_of
+    from tvlens.study.prompted import device_of
 
     json, quiet, verbose = (given.pop(name) for name in ("json", "quiet", "verbose"))
     if verbose:

@@ -64,6 +64,19 @@ PROMPTS = {
     "device": Option(Annotated[str, typer.Option(help="auto, cpu, or a torch device.")], "auto"),
 }
 """What the models are run on."""
+GEOMETRY = {
+    "covariances": Option(
+        Annotated[str, typer.Option(help="What the base reads: auto, off, or a file.")], "auto"
+    ),
+    "classifier": Option(
+        Annotated[str | None, typer.Option(help="Your own labels: package.module:function.")], None
+    ),
+    "measure": Option(
+        Annotated[list[str] | None, typer.Option("--measure", help="Your own number, likewise.")],
+        None,
+    ),
+}
+"""What the weights side is judged by."""
 CHECKS = {
     "check_exact": Option(
         Annotated[int | None, typer.Option(min=1, help="Components checked exactly.")], None
@@ -93,7 +106,10 @@ SHOWN = {
 }
 RUN = {"resume": _flag("resume", "Keep tables that are already complete."), **SHOWN}
 """How a study is run and shown."""
-REPEATED = {"tuned_name": "tuned_names", "control": "controls", "estimator": "estimators"}
+REPEATED = {
+    **{"tuned_name": "tuned_names", "control": "controls"},
+    **{"estimator": "estimators", "measure": "measures"},
+}
 """Options given once per value, and the field of a plan that holds all values."""
 
 

@@ -15,7 +15,15 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tvlens.components import KNOWN_PARTS, Component, Pieces, columns_of_pieces, key_columns
+from tvlens.components import (
+    KNOWN_PARTS,
+    READING_PARTS,
+    Component,
+    Pieces,
+    columns_of_pieces,
+    key_columns,
+)
+from tvlens.errors import StudyError
 from tvlens.memory import release_freed
 from tvlens.tables import Table, concatenated
 from tvlens.threads import Map, side_by_side
@@ -35,6 +43,8 @@ from .heads import (
     cores_of,
     slices_of_heads,
 )
+from .input_evidence import head_rows, matrix_rows, neuron_rows, with_rows
+from .input_null import InputMoment, MatrixInputs
 from .matrices import Basis, Products, Seen, products_of, seen, spectral_basis
 from .matrix_evidence import MatrixChange, matrix_evidence
 from .measures import (
@@ -57,7 +67,7 @@ from .neuron_evidence import NeuronChanges, neuron_evidence
 from .neurons import Sums, change_of_neurons, rows_of_neurons
 from .norm_evidence import NormChange
 from .nulls import Peers, peers_of, spans_of
-from .reading import Layout, Pair, Slice, factor_of_heads, kv_index_of, slice_of
+from .reading import Inputs, Layout, Pair, Slice, factor_of_heads, kv_index_of, slice_of
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(blocks done, blocks in all)``."""
@@ -77,12 +87,14 @@ class Ask:
         block: The components of interest.
         spectra: Whose singular values.
         seed: Seed of the null models, None where no evidence is wanted; it needs both spectra.
+        covariances: What the base's matrices read, None where that is unknown.
     """
 
     pair: Pair
     block: Sequence[Component]
     spectra: Spectra = "both"
     seed: int | None = None
+    covariances: Inputs | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,11 +128,13 @@ class BaseMatrix:
         base: Base weights.
         part: Which matrix it is.
         n_heads: Heads that it is cut into, 0 for none.
+        moment: Second moment of what it reads, None where that is unknown.
     """
 
     base: Float[Tensor, "d_in d_out"]
     part: str
     n_heads: int
+    moment: Float[Tensor, "d_in d_in"] | None = None
 
     @cached_property
     def basis(self) -> Basis:
@@ -137,6 +151,13 @@ class BaseMatrix:
         """Orthonormal bases of what each head's slice reads or writes of the residual stream."""
         slices = slices_of_heads(self.base, self.part, self.n_heads)
         return spans_of(slices if self.part == "W_O" else transposed(slices))
+
+    @cached_property
+    def inputs(self) -> MatrixInputs | None:
+        """What the null of its inputs needs."""
+        if self.moment is None:
+            return None
+        return MatrixInputs(InputMoment.of(self.moment), self.base, self.basis)
 
     @cached_property
     def peers(self) -> Peers:
@@ -301,7 +322,7 @@ def _measure_group(
             columns = pieces_of(weight, part).grouped(1).columns()
             _keep_untested(component, columns, weight, state)
             continue
-        base = _base_matrix(kept, component, weight, state.n_heads(part))
+        base = _base_matrix(kept, component, weight, state)
         _measure_matrix(component, base, weight, state)
         if base.n_heads:
             attention[part] = AttentionMatrix(base, weight)
@@ -311,13 +332,33 @@ def _measure_group(
 
 
 def _base_matrix(
-    kept: dict[Component, BaseMatrix], component: Component, weight: Slice, n_heads: int
+    kept: dict[Component, BaseMatrix], component: Component, weight: Slice, state: _Block
 ) -> BaseMatrix:
     """What is known of the base already, if it is the same base."""
-    found = kept.get(component)
+    found, part = kept.get(component), component.part or ""
     if found is None or not torch.equal(found.base, weight.base):
-        found = kept[component] = BaseMatrix(weight.base, component.part or "", n_heads)
+        moment = _moment_of(component, weight, state.ask)
+        found = BaseMatrix(weight.base, part, state.n_heads(part), moment)
+        kept[component] = found
     return found
+
+
+def _moment_of(component: Component, weight: Slice, ask: Ask) -> Tensor | None:
+    """The second moment of what a matrix reads, where evidence is wanted and it is known.
+
+    Raises:
+        StudyError: It is that of another model.
+    """
+    if ask.covariances is None or ask.seed is None:
+        return None
+    moment = ask.covariances.of(component)
+    if moment is not None and len(moment) != len(weight.base):
+        raise StudyError(
+            f"the covariances hold {len(moment)} inputs of {component}, which reads "
+            f"{len(weight.base)}.",
+            hint="Take them on the base of the pair.",
+        )
+    return moment
 
 
 def _keep_untested(component: Component, columns: Columns, weight: Slice, state: _Block) -> Keys:
@@ -368,7 +409,9 @@ def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state
                 base.base, weight.change, base.basis, spectral.found, spectral.products, base.part
             )
             left = float(whole.residual / whole.delta)
-            state.evidence[place] = matrix_evidence(keys, one, left, seed=state.seed)
+            found = matrix_evidence(keys, one, left, seed=state.seed)
+            known = [] if base.inputs is None else matrix_rows(keys, one, base.inputs)
+            state.evidence[place] = with_rows(found, known)
     if base.n_heads:
         _measure_heads(base, weight, pieces, state)
     if base.part in NEURON_PARTS:
@@ -453,7 +496,10 @@ def _measure_circuit(
     partner = torch.tensor(list(partners))
     heads = HeadChanges(name, one, two, left, right, spans, state.kv_index, partner)
     seed = state.seed + SEEDS_OF_CIRCUIT * number
-    state.evidence[CIRCUIT, number] = head_evidence(keys, heads, seed=seed)
+    found = head_evidence(keys, heads, seed=seed)
+    known = parts[first].base.inputs
+    rows = [] if known is None else head_rows(keys, heads, known.inputs)
+    state.evidence[CIRCUIT, number] = with_rows(found, rows)
 
 
 def _factor_of_circuit(weight: Slice, part: str, state: _Block) -> Factor:
@@ -494,5 +540,8 @@ def _measure_neurons(
         rows_of_neurons(base.base, base.part),
         change_of_neurons(weight.change, base.part),
     )
-    found = NeuronChanges(rows, changes, pieces, base.basis, base.peers, base.part)
-    state.evidence[place] = neuron_evidence(keys, found, seed=state.seed)
+    cut = NeuronChanges(rows, changes, pieces, base.basis, base.peers, base.part)
+    found, known = neuron_evidence(keys, cut, seed=state.seed), []
+    if base.inputs is not None and base.part in READING_PARTS:
+        known = neuron_rows(keys, cut, base.inputs.inputs)
+    state.evidence[place] = with_rows(found, known)

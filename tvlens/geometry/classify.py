@@ -15,7 +15,7 @@ is unaligned with the base. The headline is therefore a contrast of MLP and atte
 (``contrasts``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +34,9 @@ from .contrasts import WRITES, contrasts_table
 from .evidence import MINS, PARTS, Evidence, replaced
 from .norm_evidence import norm_evidence
 from .nulls import SNR, SNR_OF_STRUCTURE, above_rounding, benjamini_hochberg
-from .reading import Pair
+from .own_classifiers import Classifier, called_by, resolved_classifier
+from .own_measures import Given, measured, resolved_measures, with_measures
+from .reading import Inputs, Pair
 
 Q = 0.05
 """False discovery rate of a labelled part."""
@@ -69,9 +71,6 @@ REASON_COLUMNS = (
 Row = dict[Any, Any]
 """One record of the evidence frame."""
 
-Classifier = Callable[[pd.DataFrame], pd.DataFrame]
-"""Evidence, one row a component, to the same rows with the columns of ``LABELS_SCHEMA``."""
-
 
 @dataclass(frozen=True, eq=False)
 class Labels:
@@ -81,11 +80,13 @@ class Labels:
         tests: Component x side x statistic x null.
         labels: One row a component.
         contrasts: MLP against attention, with verdicts and the sentences to quote.
+        measures: What the user's own measures found; None where there are none.
     """
 
     tests: Table
     labels: Table
     contrasts: Table
+    measures: Table | None = None
 
     def where(self, **equal: object) -> Table:
         """The labels whose columns equal the given values."""
@@ -284,7 +285,9 @@ def classify(
     weights: Table,
     *,
     controls: Sequence[Pair] = (),
-    classifier: Classifier | None = None,
+    covariances: Inputs | None = None,
+    classifier: str | Classifier | None = None,
+    measures: Sequence[Given] = (),
     seed: int = 0,
 ) -> Labels:
     """Label every matrix, head (OV) and neuron of a pair; reads the tensors again, block by block.
@@ -295,12 +298,17 @@ def classify(
         pair: Base and tuned checkpoint.
         weights: Its table from ``decompose``.
         controls: Pairs of the same base with control fine-tunes; the contrasts subtract them.
-        classifier: Evidence to labels; ``labelled`` where None.
+        covariances: What the base's matrices read (``tvlens.covariances``): more rows of tests,
+            against the covariance-matched null.
+        classifier: Your own, evidence to labels (``own_classifiers``); ``labelled`` where None.
+        measures: Your own numbers of a component (``own_measures``).
         seed: Seed of the one sign-flip draw a matrix and of the contrasts' flips.
 
     Raises:
-        StudyError: ``weights`` is of another pair.
+        StudyError: ``weights`` is of another pair, or ``covariances`` of another base.
+        ExtensionError: The classifier or a measure gives something else than it must.
     """
+    own, wanted = resolved_classifier(classifier), resolved_measures(measures)
     frame = weights.to_frame()
     known = set(frame["component"])
     if missing := [c for block in pair.blocks() for c in block if str(c) not in known]:
@@ -308,8 +316,9 @@ def classify(
             f"the weights table has no row {str(missing[0])!r} of the pair.",
             hint="Pass decompose(pair) of the same pair.",
         )
-    (found,), others = _examined([pair], controls, seed=seed)
-    return labels_of(found, frame, others, classifier=classifier, seed=seed)
+    (found,), others = _examined([pair], controls, covariances=covariances, seed=seed)
+    table = measured(pair, wanted) if wanted else None
+    return labels_of(found, frame, others, classifier=own, measures=table, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,7 +338,9 @@ def decompose_and_classify(
     pairs: Sequence[Pair],
     *,
     controls: Sequence[Pair] = (),
-    classifier: Classifier | None = None,
+    covariances: Inputs | None = None,
+    classifier: str | Classifier | None = None,
+    measures: Sequence[Given] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Geometry]:
@@ -341,24 +352,33 @@ def decompose_and_classify(
     Args:
         pairs: Base and each fine-tune.
         controls: Pairs of the same base with control fine-tunes; the contrasts subtract them.
-        classifier: Evidence to labels; ``labelled`` where None.
+        covariances: As for ``classify``, of the base of all pairs.
+        classifier: As for ``classify``.
+        measures: As for ``classify``.
         seed: Seed of the one sign-flip draw a matrix and of the contrasts' flips.
         progress: Called after every block.
+
+    Raises:
+        StudyError: ``covariances`` is of another base.
+        ExtensionError: The classifier or a measure gives something else than it must.
     """
-    found, others = _examined(pairs, controls, seed=seed, progress=progress)
-    return [
-        Geometry(
-            one.weights,
-            labels_of(one, one.weights.to_frame(), others, classifier=classifier, seed=seed),
-        )
-        for one in found
-    ]
+    own, wanted = resolved_classifier(classifier), resolved_measures(measures)
+    found, others = _examined(
+        pairs, controls, covariances=covariances, seed=seed, progress=progress
+    )
+    made = []
+    for pair, one in zip(pairs, found, strict=True):
+        table, frame = measured(pair, wanted) if wanted else None, one.weights.to_frame()
+        labels = labels_of(one, frame, others, classifier=own, measures=table, seed=seed)
+        made.append(Geometry(one.weights, labels))
+    return made
 
 
 def _examined(
     pairs: Sequence[Pair],
     controls: Sequence[Pair],
     *,
+    covariances: Inputs | None = None,
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[list[Findings], list[pd.DataFrame]]:
@@ -371,7 +391,10 @@ def _examined(
         for number in range(total)
     ]
     asks = [
-        [Ask(plans[i][0], plans[i][1][number], seed=plans[i][2]) for i in some]
+        [
+            Ask(plans[i][0], plans[i][1][number], seed=plans[i][2], covariances=covariances)
+            for i in some
+        ]
         for number, some in enumerate(wanted)
     ]
     parts: list[list[Findings]] = [[] for _ in plans]
@@ -389,6 +412,7 @@ def labels_of(
     controls: Sequence[pd.DataFrame] = (),
     *,
     classifier: Classifier | None = None,
+    measures: Table | None = None,
     seed: int = 0,
 ) -> Labels:
     """The labels of a pair from what was found of all of its components.
@@ -397,18 +421,26 @@ def labels_of(
         found: Findings with evidence.
         weights: Frame of the table ``weights``.
         controls: The same for control fine-tunes.
-        classifier: Evidence to labels; ``labelled`` where None.
+        classifier: The user's own; ``labelled`` where None.
+        measures: The table of the user's own measures.
         seed: Seed of the contrasts' flips.
+
+    Raises:
+        ExtensionError: The classifier gives something else than labels.
     """
     evidence = _settled(found)
     rows = with_q_values(evidence.frame)
-    calls = (classifier or labelled)(rows)
+    calls = labelled(rows)
+    if classifier is not None and classifier is not labelled:
+        given = with_measures(weights, measures, taken=list(rows.columns))
+        calls = called_by(classifier, rows, calls, given)
     tests = adjusted_tests(evidence.tests, rows.loc[rows["resolved"], "component"])
     names = {name: weights[name].iloc[0] for name in ("base", "tuned")}
     return Labels(
         tests=_table("tests", TESTS_SCHEMA, tests, names, order="effect"),
         labels=_table("labels", LABELS_SCHEMA, calls, names, order="structured_share"),
         contrasts=contrasts_table(weights, controls, seed=seed),
+        measures=measures,
     )
 
 

@@ -1,16 +1,27 @@
-"""Evidence about neurons: gain against the layer's other neurons, structure that they share."""
+"""Evidence about neurons: gain against the layer's other neurons, structure that they share.
+
+Where the layer's common directions hold too little of a neuron's change to say anything, its own
+direction may still say that the change stays where the base is strong: the alignment of one vector
+with the base's directions has a known spread at chance. Such a neuron is *within* if the lower
+bound of its alignment is beyond NEW_HI; as a share of its energy the alignment itself counts, since
+a part f with the base's spectrum and a rest at chance have G_rel = f. Nothing of the kind can be
+said of new directions: of one vector, new and noise look alike.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from scipy import stats
 from torch import Tensor
 
 from .changes import Change, Remainder, slabs, transposed
 from .evidence import (
+    DEVIATIONS,
+    MINS,
+    NEW_HI,
     STRUCTURED,
     Z95,
     Evidence,
@@ -25,6 +36,11 @@ from .matrix_evidence import relative_alignment
 from .neurons import Sums
 from .nulls import Peers, neuron_gain, unit_alignment_spread
 from .spikes import Spikes, spikes_above_edge
+
+BY_OTHERS = "own versus other neurons of the layer; sign-flip edge"
+BY_ITSELF = (
+    "alignment of the neuron's own change with the base, isotropic null with an effect floor"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +126,25 @@ def shared_with_others(
     return inside * (1 - own).clamp(min=0)
 
 
+def own_alignments(
+    neurons: NeuronChanges, asked: Bool[np.ndarray, " neuron"]
+) -> Float64[Tensor, " neuron"]:
+    """G_rel of some neurons' changes less their own gains, NaN for the others."""
+    found = torch.full_like(neurons.sums.delta, torch.nan)
+    gain = rearrange(neurons.sums.gain.nan_to_num(), "neuron -> neuron 1")
+    rest = Remainder(neurons.base, neurons.change, gain)
+    side, d_model = residual_side(neurons.part), neurons.base.shape[1]
+    for start, stop in slabs(rest.shape):
+        some = torch.from_numpy(asked[start:stop])
+        if not bool(some.any()):
+            continue
+        rows = rest.rows(start, stop)[some]
+        coordinates = neurons.basis.coordinates(transposed(rows), side)
+        aligned = relative_alignment(coordinates, rows.square().sum(1), neurons.basis, d_model)
+        found[start:stop][some] = aligned
+    return found
+
+
 def _alignments(
     inside: Float64[Tensor, "neuron spike"],
     coordinates: Float64[Tensor, "direction spike"],
@@ -126,6 +161,33 @@ def _alignments(
     return torch.cat(parts)
 
 
+def structured_columns(
+    neurons: NeuronChanges, shared: NeuronStructure, spread: float
+) -> dict[str, np.ndarray]:
+    """Structured shares of every neuron: in common directions, or else where the base is strong.
+
+    Args:
+        neurons: The neurons.
+        shared: Their structure in common directions.
+        spread: Standard deviation of G_rel of one random vector.
+    """
+    share, aligned = shared.share.numpy(), shared.aligned.numpy()
+    left = (neurons.sums.residual / neurons.sums.delta).nan_to_num().numpy()
+    own = own_alignments(neurons, (share < MINS) & (left >= MINS)).numpy()
+    alone = own - DEVIATIONS * spread > NEW_HI
+    aligned = np.where(alone, own, aligned)
+    error = np.where(np.isnan(aligned), np.nan, spread)
+    share = np.where(alone, own.clip(max=1) * left, share)
+    p_own = stats.norm.sf(own / spread)
+    return {
+        **placed(share, aligned, error, neurons.part),
+        **{f"p_{name}": np.where(alone, p_own, shared.p_value) for name in STRUCTURED},
+        "alignment": aligned,
+        "alignment_se": error,
+        "decided_by": np.where(alone, BY_ITSELF, BY_OTHERS),
+    }
+
+
 def neuron_evidence(keys: Keys, neurons: NeuronChanges, *, seed: int) -> Evidence:
     """Gain against the other neurons of the layer; structure as the share in common spikes."""
     d_model, part = neurons.base.shape[1], neurons.part
@@ -133,19 +195,13 @@ def neuron_evidence(keys: Keys, neurons: NeuronChanges, *, seed: int) -> Evidenc
     shared = neuron_structure(neurons, seed=seed)
     swap = neuron_gain(neurons.peers, neurons.change, kappa)
     p_gain = 2 * stats.norm.sf((swap.effect / swap.spread).abs().nan_to_num().numpy())
-    aligned = shared.aligned.numpy()
     spread = unit_alignment_spread(d_model) / abs(float(self_alignment(neurons.basis, d_model)))
-    error = np.where(np.isnan(aligned), np.nan, spread)
     rows = evidence_rows(
         keys,
         share_gain=kappa.square(),
         p_gain=p_gain,
-        **placed(shared.share.numpy(), aligned, error, part),
-        **{f"p_{name}": shared.p_value for name in STRUCTURED},
-        alignment=aligned,
-        alignment_se=error,
+        **structured_columns(neurons, shared, spread),
         spikes=shared.spikes,
-        decided_by="own versus other neurons of the layer; sign-flip edge",
     )
     tests = [
         statistic_rows(keys, "gain", side="both", null="own_versus_other",

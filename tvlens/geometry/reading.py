@@ -113,6 +113,15 @@ class Pair(Protocol):
         ...
 
 
+@runtime_checkable
+class Inputs(Protocol):
+    """What is known of the inputs of a base's matrices; ``models.covariances`` has the real one."""
+
+    def of(self, component: Component) -> Tensor | None:
+        """Second moment [d_in, d_in] of what a matrix reads; None where it is unknown."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Slice:
     """A component's weight as tensors, read once.

@@ -4,7 +4,6 @@ A metric is called as ``metric(run, batch)`` and must treat prompts as independe
 backward of the sum then gives every prompt's own gradient.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tvlens.callables import imported
 from tvlens.errors import MetricError
 
 from .prompts import Batch, PromptSet
@@ -229,14 +229,13 @@ def _named(name: str) -> Any:
         return SHIPPED[name]
     if is_anchor(name):
         return Metric(name, ANCHOR_UNIT, "higher", _no_direction, answers_only=True)
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise MetricError(
             f"there is no metric {name!r}; there are {', '.join((*SHIPPED, ANCHOR))}.",
             hint="Your own is given as package.module:function.",
         )
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return imported(name)
     except (ImportError, AttributeError) as error:
         raise MetricError(f"the metric {name!r} cannot be imported: {error}") from error
 

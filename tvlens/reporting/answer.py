@@ -109,7 +109,8 @@ def kinds(study: StudyFolder, tuned: str) -> list[Statement]:
     sentences = []
     for things, rows in labelled_groups(labels):
         counts = rows["label"].value_counts()
-        listed = [f"{counts[x]:,} {x.replace('_', ' ')}" for x in LABELS[::-1] if x in counts]
+        order = [*LABELS[::-1], *sorted(set(counts.index) - set(LABELS))]
+        listed = [f"{counts[x]:,} {x.replace('_', ' ')}" for x in order if x in counts]
         sentences.append(f"{len(rows):,} {things}: {', '.join(listed)}")
     return [Statement(question, "; ".join(sentences) + "." + _near_rounding(labels))]
 

@@ -13,7 +13,13 @@ from .graft_tables import graft_tables
 from .grids import score_grids, size_grids
 from .sweeps import sweep_notes, sweep_plots
 from .tokens import TokenText, token_texts
-from .weight_tables import label_table, largest_table, neuron_scatter, places_table
+from .weight_tables import (
+    inputs_table,
+    label_table,
+    largest_table,
+    neuron_scatter,
+    places_table,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class ModelPart:
         contrasts: MLP against attention.
         contrast_plots: The same layer by layer.
         label_table: Labels by kind.
+        inputs_table: Gains and reads against what the base's inputs explain.
         scatter: Neurons by gain and residual.
         directions: What is written, by name.
         readings: The paper's candidate readings.
@@ -51,6 +58,7 @@ class ModelPart:
     contrasts: DataTable | None
     contrast_plots: list[Scatter]
     label_table: DataTable | None
+    inputs_table: DataTable | None
     scatter: Scatter | None
     directions: DataTable | None
     readings: DataTable | None
@@ -80,6 +88,7 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         contrasts=contrasts_table(contrasts),
         contrast_plots=contrast_plots(contrasts, slug, tooltips=tooltips),
         label_table=label_table(study, tuned),
+        inputs_table=inputs_table(study.table("tests", tuned)),
         scatter=neuron_scatter(study, tuned, slug, tooltips=tooltips),
         directions=directions_table(study.table("directions", tuned)),
         readings=readings_table(study.table("readings", tuned)),

@@ -10,6 +10,14 @@ from .scores import disjoint, energy_shares, labelled_groups, labels_for, relati
 
 PRODUCTS = ("OV", "QK")  # two factors change: not to be ranked beside slices of one tensor
 TOP = 12  # rows of a ranking that fit a screen with their captions
+INPUTS_NULL = "covariance_matched"
+LEVEL = 0.05
+INPUT_STATISTICS = {
+    "g_read": "reads along the base's reads",
+    "share_in_own_space": "reads in the head's own space",
+    "kappa": "gain of a matrix",
+    "gain": "gain of a neuron",
+}
 
 
 def places_table(weights: pd.DataFrame) -> DataTable:
@@ -80,6 +88,29 @@ def label_table(study: StudyFolder, tuned: str) -> DataTable | None:
         "read the contrasts above before this table.",
         ("kind", "all", *(label.replace("_", " ") for label in labels)),
         tuple(rows),
+    )
+
+
+def inputs_table(tests: pd.DataFrame) -> DataTable | None:
+    """Gains and reads against what the base's inputs explain; None where these are unknown."""
+    frame = tests[tests["null"] == INPUTS_NULL].dropna(subset=["effect"])
+    if frame.empty:
+        return None
+    rows = []
+    for statistic, words in INPUT_STATISTICS.items():
+        for part, of in frame[frame["statistic"] == statistic].groupby("part", sort=False):
+            found = of["q_value"] < LEVEL
+            more, less = ((found & (of["effect"] * sign > 0)).sum() for sign in (1, -1))
+            median = number(float(of["effect"].median()))
+            rows.append((words, str(part), f"{len(of):,}", median, f"{more:,}", f"{less:,}"))
+    return DataTable(
+        "Against what the base reads on the prompts (covariance-matched null): how many components "
+        "exceed, or fall short of, what such inputs alone would make of their change (false "
+        "discovery rate 5 %). A gradient's reads follow its inputs, so that reads resemble the "
+        "base's is no finding by itself.",
+        ("what", "part", "all", "median excess", "more", "less"),
+        tuple(rows),
+        text_columns=2,
     )
 
 

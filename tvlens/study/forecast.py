@@ -13,6 +13,7 @@ from tvlens.models.prompts import Batch
 from tvlens.weights.matching import Pair
 
 from . import peaks, work
+from .covariances import planned_inputs
 from .plan import StudyPlan
 from .rates import Rates
 from .row_counts import (
@@ -103,7 +104,7 @@ def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecas
     """Matching, and what needs no model."""
     every = work.read_bytes(pair, pair.components)
     files = sum(work.stored_bytes(pair))
-    controls = len(plan.controls)
+    controls, inputs = len(plan.controls), planned_inputs(plan, pair.layout)
     made = {
         "match": (3 * files, work.matching_work(pair), peaks.matching_peak(pair), {}),
         "decompose": (
@@ -115,9 +116,9 @@ def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecas
         "classify": (
             every + controls * 4 * files,
             work.classify_work(pair, controls),
-            peaks.classify_peak(pair),
+            peaks.classify_peak(pair, inputs),
             {
-                "tests": tested_rows(pair),
+                "tests": tested_rows(pair, inputs),
                 "labels": label_rows(pair),
                 "contrasts": contrast_rows(pair, controls, weighted="attribute" in plan.stages),
             },
@@ -168,6 +169,12 @@ def attribution_side(
     """The stages that run the models on the prompts, as far as they are asked for."""
     found = {}
     one = work.passes_of(pair, prompted.batch, prompted.metric, d_vocab=prompted.d_vocab)
+    inputs = planned_inputs(plan, pair.layout) if "decompose" in plan.stages else ()
+    if inputs:
+        tokens = int(prompted.batch.mask.sum())
+        done = work.covariances_work(pair, one, tokens, inputs)
+        peak = peaks.covariances_peak(pair, inputs)
+        found["covariances"] = _forecast(work.stored_bytes(pair)[0], done, peak, {}, rates=rates)
     if "attribute" in plan.stages:
         found["attribute"] = _attribute(pair, plan, prompted, one, rates)
     if "graft" in plan.stages:

@@ -14,7 +14,8 @@ inspected as fast as the demo. The shape of what ``inspection`` gives is stable:
     bytes               {base, tuned, total} of the tensors as stored
     prompts             {name, prompts, tokens, longest, scored, corrupt, chat, metric, unit,
                         warnings}, or {name, prompts, problem}: why they cannot be run
-    stages              by name (match, decompose, classify, attribute, graft, evaluate):
+    stages              by name (match, decompose, classify, directions, covariances, attribute,
+                        graft, evaluate):
         bytes_read          all passes over the files together
         seconds             {expected, low, high}
         peak_memory_bytes   of the whole process
@@ -50,8 +51,9 @@ from .forecast import (
     weights_side,
 )
 from .plan import StudyPlan, name_of
+from .prompted import WIDE, chosen_device
 from .rates import Rates, measured_rates
-from .stages import WIDE, check_pairs, chosen_device
+from .stages import check_pairs
 from .work import entries, stored_bytes
 
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp", "d_vocab")

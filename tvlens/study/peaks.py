@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from tvlens.attribution.weights import chunks
 from tvlens.components import Component
 from tvlens.geometry.measures import HEAD_PARTS
+from tvlens.models.covariances import Input, bytes_needed
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
 from tvlens.weights.contents import CHUNK
 from tvlens.weights.matching import Pair
 from tvlens.weights.pair import SLAB, VOCABULARY_PARTS
 
+from .covariances import input_widths
 from .row_counts import Rows, label_rows, weight_rows
 from .work import entries
 
@@ -56,10 +58,21 @@ def decompose_peak(pair: Pair) -> float:
     return INTERPRETER + _measured_at_once(pair) + WEIGHT_ROW * weight_rows(pair).at_most
 
 
-def classify_peak(pair: Pair) -> float:
-    """The same with more products of an embedding, and every row's evidence."""
+def classify_peak(pair: Pair, inputs: Sequence[Input] = ()) -> float:
+    """The same with more products of an embedding, every row's evidence, and moments of inputs."""
     rows = WEIGHT_ROW * weight_rows(pair).at_most + EVIDENCE_ROW * label_rows(pair).at_most
-    return INTERPRETER + _measured_at_once(pair, products=8) + rows
+    return INTERPRETER + _measured_at_once(pair, products=8) + rows + _moments(pair, inputs)
+
+
+def _moments(pair: Pair, inputs: Sequence[Input]) -> float:
+    if not inputs:
+        return 0.0
+    return float(bytes_needed(input_widths(pair.layout), inputs, layers=pair.layout.n_layers))
+
+
+def covariances_peak(pair: Pair, inputs: Sequence[Input]) -> float:
+    """The base, and the moments of what it reads."""
+    return INTERPRETER + HOST + model_bytes(pair) + _moments(pair, inputs)
 
 
 def _measured_at_once(pair: Pair, *, products: int = 4) -> float:

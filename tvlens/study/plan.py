@@ -22,7 +22,10 @@ NOT_OPTIONS = {
     *("replicates", "evaluate", "check_nodes", "check_prompts"),  # Python's alone
 }
 """Fields that the command line does not take as options."""
-OPTION_NAMES = {"tuned_names": "tuned-name", "controls": "control", "estimators": "estimator"}
+OPTION_NAMES = {
+    **{"tuned_names": "tuned-name", "controls": "control"},
+    **{"estimators": "estimator", "measures": "measure"},
+}
 """Options whose name is not that of their field."""
 WHOLE_WAY = "-from-base"
 """What the name of a fine-tune ends in where tables hold its way from the base past the parent."""
@@ -59,6 +62,10 @@ class StudyPlan(BaseModel):
         prompts: Prompt file, ``demo:NAME``, or None for the shipped neutral texts.
         metric: Metric name, ``anchor`` or ``anchor@LAYER``, or ``package.module:function``; None
             chooses by the prompts.
+        classifier: Your own classifier, ``package.module:function``.
+        measures: Your own measures, each ``package.module:function``.
+        covariances: A file of ``tvlens.covariances`` of the base; ``auto`` takes them on the
+            prompts where the models are run on these anyway; or ``off``.
         canonical: Measure the weights in the base's coordinates (``weights.gauge``); what runs
             the models stays as stored.
         stages: Which stages to run.
@@ -89,6 +96,9 @@ class StudyPlan(BaseModel):
     replicates: dict[str, str] = {}
     prompts: str | None = None
     metric: str | None = None
+    classifier: str | None = None
+    measures: tuple[str, ...] = ()
+    covariances: str = "auto"
     canonical: bool = False
     stages: tuple[Stage, ...] = ("decompose", "attribute")
     evaluate: dict[str, str] = {}

@@ -8,7 +8,7 @@ bounds.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,13 @@ from tvlens.attribution.sampling import (
 from tvlens.attribution.series import group_of
 from tvlens.attribution.tables import NEURONS_PER_PROMPT
 from tvlens.attribution.weights import NEURONS_AT_RANDOM
-from tvlens.components import KNOWN_PARTS, Component
+from tvlens.components import KNOWN_PARTS, READING_PARTS, Component
 from tvlens.geometry.blocks import circuits_of
 from tvlens.geometry.contrasts import MEASURES, WRITES
 from tvlens.geometry.measures import HEAD_PARTS, KV_PARTS, NEURON_PARTS
 from tvlens.geometry.readings import ENERGY_RULES, PHI_GRID
 from tvlens.geometry.writes import HEAD_KEPT, MATRIX_KEPT, NEURONS_KEPT, WRITERS
+from tvlens.models.covariances import READ_BY
 from tvlens.weights.layout import Layout
 from tvlens.weights.matching import Pair
 
@@ -116,13 +117,29 @@ def label_rows(pair: Pair) -> Rows:
     return _summed(found)
 
 
-def tested_rows(pair: Pair) -> Rows:
-    """At most this many rows of ``tests``: all components above the rounding floor, with spikes."""
+def tested_rows(pair: Pair, inputs: Collection[str]) -> Rows:
+    """At most this many rows of ``tests``: all components above the rounding floor, with spikes.
+
+    Args:
+        pair: The pair.
+        inputs: Those of a block whose covariances are known.
+    """
     layout, labels = pair.layout, label_rows(pair).by
     peers = layout.n_heads - layout.n_heads // max(1, layout.n_kv_heads)
     statistics = {"matrix": 3 if layout.listed else 2, "head": 2 if peers >= 2 else 0}
     statistics |= {"neuron": 2, "norm": 2, "embedding": statistics["matrix"] + 1}
-    return Rows(0, sum(each * labels.get(kind, 0) for kind, each in statistics.items()))
+    known = sum(each * labels.get(kind, 0) for kind, each in statistics.items())
+    return Rows(0, known + sum(_input_rows(pair, block, inputs) for block in pair.blocks()))
+
+
+def _input_rows(pair: Pair, block: Sequence[Component], inputs: Collection[str]) -> int:
+    """Rows of one block against the covariance-matched null (``geometry.input_evidence``)."""
+    layout, rows = pair.layout, 0
+    known = {part for part in matrix_parts(block) if READ_BY.get(part) in inputs}
+    circuits = [needed for _, *needed in circuits_of(layout) if matrix_parts(block) >= {*needed}]
+    rows += len(known) + len(known & {*READING_PARTS})
+    rows += layout.n_heads * sum(first in known for first, _ in circuits)
+    return rows + layout.d_mlp * len(known & {*NEURON_PARTS} & {*READING_PARTS})
 
 
 def contrast_rows(pair: Pair, controls: int, *, weighted: bool) -> Rows:

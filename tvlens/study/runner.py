@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tvlens.errors import AdapterError, StudyError, TvlensError
+from tvlens.callables import name_of, spec_of
+from tvlens.errors import AdapterError, ExtensionError, StudyError, TvlensError
 from tvlens.reporting.report import render_report
 from tvlens.tables import Table, concatenated
 from tvlens.weights.matching import load_pair
@@ -96,10 +97,11 @@ def compare(
     out: Path | str | None = None,
     metric: str | None = None,
     controls: Sequence[str] = (),
-    canonical: bool = False,
+    classifier: "str | Callable[..., Any] | None" = None,
+    measures: "Sequence[str | Callable[..., Any]]" = (),
     force: bool = False,
-    seed: int = 0,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Study:
     """The whole study of a pair: what was written, what kind it is, and what it does.
 
@@ -110,13 +112,15 @@ def compare(
         out: The study folder; a new temporary one where None.
         metric: Metric name or ``package.module:function``; None chooses by the prompts.
         controls: Specifications of control fine-tunes.
-        canonical: Measure the weights in the base's coordinates.
+        classifier: Your own labels: ``package.module:function``, or a function of a module.
+        measures: Your own numbers of a component, likewise.
         force: Replace another study in ``out``.
-        seed: Seed of every random draw.
         progress: Called with one line at the start of each stage.
+        options: Further fields of ``StudyPlan``: ``seed``, ``canonical``, ``covariances``, ...
 
     Raises:
         StudyError: ``out`` holds another pair's study.
+        ExtensionError: A function of yours is in no module, so that a study could not name it.
         TvlensError: The prompts or the metric do not fit.
     """
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="tvlens-")) / "study"
@@ -128,12 +132,27 @@ def compare(
         tuned=(_spec(pair.tuned),),
         tuned_names=(pair.tuned_name,),
         controls=tuple(controls),
+        classifier=None if classifier is None else _named(classifier),
+        measures=tuple(map(_named, measures)),
         prompts=asked,
         metric=metric,
-        canonical=canonical,
-        seed=seed,
+        **options,
     )
     return run_study(plan, folder, force=force, progress=progress)
+
+
+def _named(function: "str | Callable[..., Any]") -> str:
+    """How a study names a function, so that it can be run again."""
+    if isinstance(function, str):
+        return function
+    spec = spec_of(function)
+    if spec is None:
+        raise ExtensionError(
+            f"{name_of(function)} cannot be imported under that name, and a study is run again "
+            "from files.",
+            hint="Put it into a module of its own, or call tvlens.classify, which takes anything.",
+        )
+    return spec
 
 
 class _Run:

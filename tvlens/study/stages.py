@@ -1,6 +1,6 @@
 """The stages of a study: each takes a plan and all pairs and yields tables.
 
-    decompose   Pair -> weights, tests, labels, contrasts, directions, readings;
+    decompose   Pair -> weights, tests, labels, contrasts, measures, directions, readings;
                 all pairs -> lineage, overlap
     attribute   HookedPair, prompts, metric -> prompts, attribution, fidelity, findings, roles
     graft       base, tuning vector, prompts, metric -> curves, grafts
@@ -24,8 +24,10 @@ from tvlens.weights.gauge import canonical, refuse_canonical, removed
 from tvlens.weights.matching import load_pair
 
 from .controls import controls_from
+from .covariances import Known, base_covariances, check_covariances, runs_models
 from .directions import check_replicates, overlap_tables, written_directions
 from .plan import WHOLE_WAY, StudyPlan, name_of
+from .prompted import WIDE, base_on_prompts, chosen_device
 from .sweeping import check_sweep, sweep
 
 if TYPE_CHECKING:
@@ -63,10 +65,6 @@ PROMPTS_SCHEMA = pa.schema(
 )
 
 
-WIDE = 512
-"""d_model from which a forward pass gains from several threads."""
-
-
 @dataclass(frozen=True)
 class StageOutput:
     """What a stage made.
@@ -95,7 +93,10 @@ def decompose_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> 
     for group in _of_one_base(pairs):
         found = _canonical(plan, controls_from(plan, group[0]), say)
         controls[group[0].base.folder] = found
-        made.update(_decomposed(plan, group, found, say))
+        if runs_models(plan):
+            say(f"what the matrices of {group[0].base_name} read")
+        known = base_covariances(plan, group[0])
+        made.update(_decomposed(plan, group, found, known, say))
     yield from ((pair.tuned_name, made[pair.tuned_name]) for pair in pairs)
     lineage = lineage_stage(plan, pairs, say)
     overlaps = overlap_tables(plan, pairs, controls, say)
@@ -111,33 +112,44 @@ def _of_one_base(pairs: "Sequence[Pair]") -> "list[list[Pair]]":
 
 
 def _decomposed(
-    plan: StudyPlan, pairs: "Sequence[Pair]", controls: "Sequence[Pair]", say: Progress
+    plan: StudyPlan,
+    pairs: "Sequence[Pair]",
+    controls: "Sequence[Pair]",
+    known: Known,
+    say: Progress,
 ) -> Outputs:
     """The geometry of fine-tunes of one base."""
     from tvlens.geometry.classify import decompose_and_classify
 
-    facts: dict[str, dict[str, Any]] = {pair.tuned_name: {} for pair in pairs}
-    warnings: dict[str, tuple[str, ...]] = {}
+    facts: dict[str, dict[str, Any]] = {pair.tuned_name: dict(known.facts) for pair in pairs}
+    warnings: dict[str, tuple[str, ...]] = {pair.tuned_name: known.warnings for pair in pairs}
     for pair in pairs if plan.canonical else ():
         moved = removed(pair)
         counts = {"neurons": moved.neurons, "heads": moved.heads}
         facts[pair.tuned_name]["canonical"] = counts
-        warnings[pair.tuned_name] = (moved.sentence,)
+        warnings[pair.tuned_name] = (*known.warnings, moved.sentence)
     say(f"decompose and classify: {', '.join(pair.tuned_name for pair in pairs)}")
     found = decompose_and_classify(
-        pairs, controls=controls, seed=plan.seed, progress=_blocks_of("decompose", say)
+        pairs,
+        controls=controls,
+        covariances=known.covariances,
+        classifier=plan.classifier,
+        measures=plan.measures,
+        seed=plan.seed,
+        progress=_blocks_of("decompose", say),
     )
     for pair, geometry in zip(pairs, found, strict=True):
         name, labels = pair.tuned_name, geometry.labels
         say(f"directions: {name}")
         written = written_directions(pair, labels.labels, seed=plan.seed)
         tables = (geometry.weights, labels.tests, labels.labels, labels.contrasts)
+        tables += () if labels.measures is None else (labels.measures,)
         yield (
             name,
             StageOutput(
                 (*tables, written.directions, written.readings),
                 facts[name],
-                warnings.get(name, ()),
+                warnings[name],
                 vectors={"directions": written.vectors},
             ),
         )
@@ -230,18 +242,13 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Find the smallest sets of components that carry the change of the metric."""
     from tvlens.attribution.gates import GatedModel, gated_weight_scores
     from tvlens.attribution.grafting import graft
-    from tvlens.models.lens import LensModel
     from tvlens.models.metrics import is_anchor, resolve_metric
-    from tvlens.models.pair import HookedPair, common_tokens_of, tokenizer_in
-    from tvlens.models.prompts import load_prompts, tokenised
+    from tvlens.models.pair import HookedPair
     from tvlens.weights.vector import tuning_vector
 
-    asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
+    run = base_on_prompts(plan, pair)
+    lens, asked, batch = run.lens, run.asked, run.batch
     metric = resolve_metric(plan.metric, asked)
-    common = common_tokens_of(pair)
-    batch = tokenised(asked, tokenizer_in(common.folders), chat=plan.chat)
-    lens = LensModel.load(pair.base.folder, rows=common.size, device=chosen_device(plan))
-    lens.unknown = common.unknown
     splits = {split: _of_split(asked, batch, split) for split in ("choose", "judge")}
     found_direction = StageOutput(())
     with one_thread(only_if=lens.d_model < WIDE):
@@ -266,7 +273,7 @@ def graft_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     return StageOutput(
         (found.curves, found.sets),
         {**found.facts, **found_direction.facts},
-        (*common.warnings, *batch.warnings, *found_direction.warnings),
+        (*run.warnings, *batch.warnings, *found_direction.warnings),
         vectors=found_direction.vectors,
     )
 
@@ -311,8 +318,9 @@ def check_inputs(plan: StudyPlan) -> None:
     """Find what a later stage would refuse, before any time is spent.
 
     Raises:
-        TvlensError: A prompt file, the metric, a held-out file or a control cannot be used, or two
-            options exclude each other.
+        TvlensError: A prompt file, the metric, a held-out file, a control, the covariances, or a
+            classifier or measure of the user's own cannot be used, or two options exclude each
+            other.
     """
     if plan.canonical and plan.parent is not None:
         raise StudyError(
@@ -324,6 +332,7 @@ def check_inputs(plan: StudyPlan) -> None:
     from tvlens.models.prompts import load_prompts, load_texts
 
     check_replicates(plan)
+    _check_weights_side(plan)
     for spec in plan.controls:
         control = load_pair(plan.base, spec, names=("base", name_of(spec)), scan=False)
         if plan.canonical:
@@ -334,6 +343,18 @@ def check_inputs(plan: StudyPlan) -> None:
         load_texts(spec)
     if "sweep" in plan.stages:
         check_sweep(plan)
+
+
+def _check_weights_side(plan: StudyPlan) -> None:
+    """Find what the decompose stage would refuse of its options."""
+    if "decompose" not in plan.stages:
+        return
+    from tvlens.geometry.own_classifiers import resolved_classifier
+    from tvlens.geometry.own_measures import resolved_measures
+
+    check_covariances(plan)
+    resolved_classifier(plan.classifier)
+    resolved_measures(plan.measures)
 
 
 def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
@@ -377,21 +398,6 @@ def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
         left_out = f"{len(asked.skipped)} bad prompt lines were left out: {asked.skipped[0]}"
         warnings = (*warnings, left_out)
     return warnings
-
-
-def chosen_device(plan: StudyPlan) -> str:
-    """Where the models run: as asked, else on an accelerator if there is one."""
-    return device_of(plan.device)
-
-
-def device_of(asked: str) -> str:
-    """A device by name; ``auto`` is an accelerator if there is one."""
-    import torch
-
-    if asked != "auto":
-        return asked
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
 
 
 def _estimates(

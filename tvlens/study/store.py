@@ -25,6 +25,7 @@ ORDERS = {
     "tests": "effect",
     "directions": "strength",
     "readings": "corrected",
+    "measures": "value",
     "overlap": "cosine",
 }
 """The column that ``Table.top`` ranks by, per table."""
@@ -37,6 +38,7 @@ TABLES = (
     "tests",
     "labels",
     "contrasts",
+    "measures",
     "directions",
     "readings",
     "lineage",

@@ -21,15 +21,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvlens.attribution.weights import NODE_COUNTS, chunks
-from tvlens.components import Component
+from tvlens.components import READING_PARTS, Component
 from tvlens.geometry.blocks import circuits_of
 from tvlens.geometry.measures import HEAD_PARTS, KV_PARTS, NEURON_PARTS
 from tvlens.geometry.readout import DRAWS
+from tvlens.models.covariances import READ_BY, Input
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
 from tvlens.weights.layout import Layout
 from tvlens.weights.matching import Pair
 
+from .covariances import input_widths
 from .row_counts import (
     SETS_OF_A_SIZE,
     Asked,
@@ -149,13 +151,38 @@ def decompose_work(pair: Pair) -> Work:
 def classify_work(pair: Pair, controls: int = 0) -> Work:
     """Every block's evidence and labels, and the writing matrices of each control."""
     blocks = [_classified_block(pair, block) for block in pair.blocks() if block]
-    rows = {"label": EVIDENCE * label_rows(pair).at_most, "row": tested_rows(pair).at_most}
+    rows = {"label": EVIDENCE * label_rows(pair).at_most, "row": tested_rows(pair, ()).at_most}
     control = [
         _decomposed_block(pair, [c for c in block if c.part in ("W_O", "W_out")])
         for block in pair.blocks()
     ]
     control.append({"entry": SCANNING * entries(pair, pair.components)})
     return added(*blocks, rows, times(controls, added(*control)))
+
+
+def covariances_work(pair: Pair, one: "Passes", tokens: int, inputs: Sequence[Input]) -> Work:
+    """Running the base once, a product a token and input, and the null of every matrix."""
+    layout, widths = pair.layout, input_widths(pair.layout)
+    streamed = sum(2.0 * widths[name] ** 2 for name in inputs) * layout.n_layers * tokens
+    loading = {"entry": SCANNING * one.parameters, "call": CALLS_OF_A_START / 2}
+    tested = [_against_inputs(pair, block, inputs) for block in pair.blocks() if block]
+    return added(loading, one.work, one.calls(1.0, 1), {"product": streamed}, *tested)
+
+
+def _against_inputs(pair: Pair, block: Sequence[Component], inputs: Sequence[Input]) -> Work:
+    """Roots, whitened changes, and the moments of every form in one block."""
+    products = eigen = 0.0
+    known = [c for c in block if c.kind == "matrix" and READ_BY.get(c.part or "") in inputs]
+    for component in known:
+        d_in, d_out = pair.layout.shape(component)
+        products += d_in**3 / 3 + 3 * d_in**2 * d_out + 2 * min(d_in, d_out) ** 2 * max(d_in, d_out)
+        if component.part in READING_PARTS:
+            products += 8 * d_in**2 * min(d_in, d_out) + 4 * min(d_in, d_out) ** 3
+        if component.part in ("W_Q", "W_V"):
+            products += 6 * d_in**2 * pair.layout.d_head * pair.layout.n_heads
+        if component.part in ("W_gate", "W_in"):
+            products, eigen = products + 2 * d_in**2 * d_out, eigen + _eigen(d_in)
+    return {"product": products, "eigen": eigen, "call": CALLS_OF_A_TEST * len(known)}
 
 
 def directions_work(pair: Pair) -> Work:
