@@ -236,7 +236,7 @@ def test_models_are_left_as_found(fails):
     from tests.test_attribution_activations import state
     from tvlens.models.anchors import anchor
 
-    def stop(*arguments):
+    def stop(*arguments, **named):
         raise Stop
 
     hooked, rows = pairs.hooked_pair("llama"), batch()
