@@ -149,7 +149,7 @@ def test_patches_before_and_after_the_place_are_those_of_a_plain_loop(layer):
             if component.layer > layer:
                 assert ours[key] == first[key] == 0
             elif key in first:
-                assert first[key] == pytest.approx(wanted, abs=0.05 * abs(wanted) + 1e-3)
+                assert first[key] == pytest.approx(wanted, abs=0.15 * abs(wanted) + 1e-3)
 
 
 def test_gates_measure_the_same_anchor():
@@ -236,7 +236,7 @@ def test_models_are_left_as_found(fails):
     from tests.test_attribution_activations import state
     from tvlens.models.anchors import anchor
 
-    def stop(*arguments):
+    def stop(*arguments, **named):
         raise Stop
 
     hooked, rows = pairs.hooked_pair("llama"), batch()

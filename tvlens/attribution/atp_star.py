@@ -24,7 +24,7 @@ of itself; and an effect of attention through the MLP of its own block is never 
 its direct one. It is for finding what first order misses. ``qk_fix`` is the first repair alone, in
 the metric's units like first order.
 
-Cost: a forward pass and three runs of each attention beside first order, and for GradDrop a
+Cost: a forward pass and five runs of each attention beside first order, and for GradDrop a
 backward pass a layer through one graph, which with all differences stays until the last of them.
 """
 

@@ -17,10 +17,12 @@ and scales the others alike, so that with g_-s the mean of the others' gradients
 
     sum over columns of (p' - p) g = (new share - old share) (g_s - g_-s).
 
-A key-value head is read by several query heads: its score is the sum over them.
+A key-value head is read by several query heads: its score is the sum over them. Where a family
+normalises the queries of all heads together (OLMo 2), exchanging one head moves the patterns of
+the others: heads are then exchanged one by one, and the score is the sum over all patterns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -34,9 +36,12 @@ from tvlens.models.attention import Attended, RecordedAttention, recorded
 
 from .directions import Patch
 from .nodes import NODES, Site, wide
+from .patching import Edit
 
 _SOFTMAX = 1e-3
 """Largest difference of a pattern from the softmax of its scores."""
+_MEET = 1e-5
+"""Least movement of a pattern, whose entries are at most 1, that is not rounding."""
 
 
 @runtime_checkable
@@ -104,13 +109,29 @@ class OneKey:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """Heads that are exchanged one by one, because the patterns of all depend on each.
+
+    Attributes:
+        changes: Of every head; each sums over all patterns of the block.
+    """
+
+    changes: Sequence[PatternChange]
+
+    def score(self, gradient: Float[Tensor, "batch head query key"]) -> Tensor:
+        """The scores of all heads beside each other."""
+        return torch.cat([change.score(gradient) for change in self.changes], dim=-1)
+
+
 def pattern_changes(
     patch: Patch, sites: Sequence[Site], given: Mapping[str, Tensor], *, by_position: bool = False
 ) -> dict[str, PatternChange]:
     """The change of the pattern for every site of queries or keys, by the site's hook.
 
     Memory: O(batch * head * pos^2) a site, by position four times that for keys; what the
-    backward pass keeps of a block is as large.
+    backward pass keeps of a block is as large. Heads that are exchanged one by one need as many
+    times that.
 
     Args:
         patch: The run that is patched.
@@ -124,42 +145,70 @@ def pattern_changes(
     model = patch.receiver
     blocks = sorted({site.layer for site in sites if site.layer is not None})
     calls = recorded(model, patch.receiver_ids, patch.batch.mask, blocks)
+    real = patch.batch.mask.bool().to(model.device)
     changes: dict[str, PatternChange] = {}
     for layer in blocks:
-        own = calls.again(layer)
+        block = _Block(calls, layer, calls.again(layer), real, by_position)
         for site in (site for site in sites if site.layer == layer):
-            changes[site.hook] = _change(patch, calls, site, own, given[site.hook], by_position)
+            changes[site.hook] = block.change(site, given[site.hook])
     return changes
 
 
-def _change(
-    patch: Patch,
-    calls: RecordedAttention,
-    site: Site,
-    own: Attended,
-    given: Tensor,
-    by_position: bool,
-) -> PatternChange:
-    model, layer = patch.receiver, site.layer or 0
-    real = patch.batch.mask.bool().to(model.device)
-    other = calls.again(layer, [(site.hook, _exchanged(site, given, real))])
-    padding = ~rearrange(real, "batch query -> batch 1 query 1")
-    share = model.n_heads // model.n_kv_heads if site.part == "k" else 1
-    if by_position and site.part == "k":
-        return _one_key(own, other, padding, share)
-    cut, name = NODES["pattern"]
-    change = (wide(other.pattern) - wide(own.pattern)).masked_fill(padding, 0.0)
-    return Together(Site(cut, layer, name.format(layer)), change, share, by_position)
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """The attention of one block as it is, and what it becomes.
 
+    Attributes:
+        calls: What runs it again.
+        layer: Its number.
+        own: What it attends to.
+        real: Real tokens.
+        by_position: One position at a time.
+    """
 
-def _exchanged(site: Site, given: Tensor, real: Bool[Tensor, "batch pos"]) -> Callable[..., Tensor]:
-    """A forward hook that puts ``given`` in at real tokens."""
+    calls: RecordedAttention
+    layer: int
+    own: Attended
+    real: Bool[Tensor, "batch pos"]
+    by_position: bool
 
-    def hook_function(activation: Tensor, hook: object) -> Tensor:
-        new = given.to(activation.device, activation.dtype).expand_as(activation)
-        return torch.where(site.real(real, activation.ndim), new, activation)
+    @property
+    def padding(self) -> Bool[Tensor, "batch 1 query 1"]:
+        """Rows that belong to no token."""
+        return ~rearrange(self.real, "batch query -> batch 1 query 1")
 
-    return hook_function
+    def change(self, site: Site, given: Tensor) -> PatternChange:
+        """The change of the patterns where ``given`` is put in."""
+        model = self.calls.model
+        count = model.n_kv_heads if site.part == "k" else model.n_heads
+        share = model.n_heads // count
+        if not self._heads_meet(site, share):
+            return self._exchanged(site, given, None, share)
+        heads = [self._exchanged(site, given, index, model.n_heads) for index in range(count)]
+        return Apart(heads)
+
+    def _heads_meet(self, site: Site, share: int) -> bool:
+        """Whether the last head's patterns move when the activations of all others do."""
+
+        def others(activation: Tensor, hook: object) -> Tensor:
+            moved = 2.0 * activation + 1.0
+            moved[:, :, -1] = activation[:, :, -1]
+            return moved
+
+        moved = self.calls.again(self.layer, [(site.hook, others)]).pattern - self.own.pattern
+        moved = moved.masked_fill(self.padding, 0.0)[:, -share:]
+        return bool(moved.abs().max() > _MEET)
+
+    def _exchanged(self, site: Site, given: Tensor, index: int | None, share: int) -> PatternChange:
+        """The change where one head's, or with None every head's, are exchanged."""
+        edit = Edit(site, index, self.real, given).hook(slice(None))
+        other = self.calls.again(self.layer, [edit])
+        if self.by_position and site.part == "k":
+            return _one_key(self.own, other, self.padding, share)
+        cut, name = NODES["pattern"]
+        change = wide(other.pattern) - wide(self.own.pattern)
+        pattern = Site(cut, self.layer, name.format(self.layer))
+        return Together(pattern, change.masked_fill(self.padding, 0.0), share, self.by_position)
 
 
 def _one_key(

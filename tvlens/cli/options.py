@@ -3,10 +3,19 @@
 import functools
 import inspect
 from collections.abc import Callable
+from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
+
+
+class Estimator(StrEnum):
+    """Estimators of activations; typer takes no list of literals."""
+
+    first_order = auto()
+    qk_fix = auto()
+    atp_star = auto()
 
 
 class Option(NamedTuple):
@@ -89,7 +98,7 @@ CHECKS = {
     ),
     "estimator": Option(
         Annotated[
-            list[Literal["first_order", "qk_fix", "atp_star"]] | None,
+            list[Estimator] | None,
             typer.Option("--estimator", help="Of activations; may be given several times."),
         ],
         None,
