@@ -54,7 +54,7 @@ from .measures import (
 from .neuron_evidence import NeuronChanges, neuron_evidence
 from .neurons import Sums, change_of_neurons, rows_of_neurons
 from .norm_evidence import NormChange
-from .nulls import Peers, peers_of, spans_of
+from .nulls import Peers, Signs, peers_of, spans_of
 from .reading import Layout, Pair, Slice, factor_of_heads, kv_index_of, slice_of
 
 Progress = Callable[[int, int], None]
@@ -114,11 +114,17 @@ class BaseMatrix:
         base: Base weights.
         part: Which matrix it is.
         n_heads: Heads that it is cut into, 0 for none.
+        draws: Signs by their seed.
     """
 
     base: Float[Tensor, "d_in d_out"]
     part: str
     n_heads: int
+    draws: dict[int, Signs] = field(default_factory=dict)
+
+    def signs(self, seed: int) -> Signs:
+        """The draws of a seed, the same for every change of the base."""
+        return self.draws.setdefault(seed, Signs(seed))
 
     @cached_property
     def basis(self) -> Basis:
@@ -363,10 +369,11 @@ def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state
         state.evidence[place] = untested(keys)
         if testable and spectral.found is not None:
             one = MatrixChange(
-                base.base, weight.change, base.basis, spectral.found, spectral.products, base.part
+                *(base.base, weight.change, base.basis, spectral.found, spectral.products),
+                *(base.part, base.signs(state.seed)),
             )
             left = float(whole.residual / whole.delta)
-            state.evidence[place] = matrix_evidence(keys, one, left, seed=state.seed)
+            state.evidence[place] = matrix_evidence(keys, one, left)
     if base.n_heads:
         _measure_heads(base, weight, pieces, state)
     if base.part in NEURON_PARTS:
@@ -492,5 +499,6 @@ def _measure_neurons(
         rows_of_neurons(base.base, base.part),
         change_of_neurons(weight.change, base.part),
     )
-    found = NeuronChanges(rows, changes, pieces, base.basis, base.peers, base.part)
-    state.evidence[place] = neuron_evidence(keys, found, seed=state.seed)
+    shared = (base.basis, base.peers, base.part, base.signs(state.seed))
+    found = NeuronChanges(rows, changes, pieces, *shared)
+    state.evidence[place] = neuron_evidence(keys, found)
