@@ -9,7 +9,7 @@ from torch import Tensor
 from tvlens.geometry import eigen
 from tvlens.geometry.changes import Remainder, gram, own_products
 from tvlens.geometry.eigen import largest_eigenvalue, strongest
-from tvlens.geometry.nulls import noise_edge
+from tvlens.geometry.nulls import Signs, noise_edge
 from tvlens.geometry.spikes import spikes_above_edge
 
 SPECTRA = ("noise", "low rank", "clusters", "one value")
@@ -101,7 +101,9 @@ def test_spikes_are_what_a_dense_svd_leaves_above_the_edge(
         return  # on the edge: its float32 draw decides
     gain = torch.full((1, 1), 0.1, dtype=torch.float64)
     total = float(rest.square().sum())
-    found = spikes_above_edge(Remainder(base, change, gain), total, seed=4, at_least=at_least)
+    found = spikes_above_edge(
+        Remainder(base, change, gain), total, signs=Signs(4), at_least=at_least
+    )
     assert found.above == int((values > limit).sum())
     known = values[: max(found.above, at_least)]
     torch.testing.assert_close(found.values, known[known > 1e-5 * values[0]])

@@ -29,6 +29,7 @@ from tvlens.geometry.matrices import seen, spectral_basis
 from tvlens.geometry.measures import Spectra
 from tvlens.geometry.neurons import sums_of_rows
 from tvlens.geometry.nulls import (
+    Signs,
     inner_of_heads,
     neuron_gain,
     noise_edge,
@@ -167,7 +168,7 @@ def test_spikes_of_a_remainder_are_those_of_the_matrix_above_the_edge(
     above = values > noise_edge(rest, seed=2)
     total = float(rest.square().sum())
     for form in (change, _dense(change)):
-        found = spikes_above_edge(Remainder(base, form, gain), total, seed=2)
+        found = spikes_above_edge(Remainder(base, form, gain), total, signs=Signs(2))
         assert 0 < int(above.sum()) == len(found.values)
         torch.testing.assert_close(found.values.sort().values, values[above].sort().values)
         along = transposed(found.read) @ rest @ found.write

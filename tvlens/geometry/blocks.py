@@ -66,7 +66,7 @@ from .measures import (
 from .neuron_evidence import NeuronChanges, neuron_evidence
 from .neurons import Sums, change_of_neurons, rows_of_neurons
 from .norm_evidence import NormChange
-from .nulls import Peers, peers_of, spans_of
+from .nulls import Peers, Signs, peers_of, spans_of
 from .reading import Inputs, Layout, Pair, Slice, factor_of_heads, kv_index_of, slice_of
 
 Progress = Callable[[int, int], None]
@@ -129,12 +129,18 @@ class BaseMatrix:
         part: Which matrix it is.
         n_heads: Heads that it is cut into, 0 for none.
         moment: Second moment of what it reads, None where that is unknown.
+        draws: Signs by their seed.
     """
 
     base: Float[Tensor, "d_in d_out"]
     part: str
     n_heads: int
     moment: Float[Tensor, "d_in d_in"] | None = None
+    draws: dict[int, Signs] = field(default_factory=dict)
+
+    def signs(self, seed: int) -> Signs:
+        """The draws of a seed, the same for every change of the base."""
+        return self.draws.setdefault(seed, Signs(seed))
 
     @cached_property
     def basis(self) -> Basis:
@@ -406,10 +412,11 @@ def _measure_matrix(component: Component, base: BaseMatrix, weight: Slice, state
         state.evidence[place] = untested(keys)
         if testable and spectral.found is not None:
             one = MatrixChange(
-                base.base, weight.change, base.basis, spectral.found, spectral.products, base.part
+                *(base.base, weight.change, base.basis, spectral.found, spectral.products),
+                *(base.part, base.signs(state.seed)),
             )
             left = float(whole.residual / whole.delta)
-            found = matrix_evidence(keys, one, left, seed=state.seed)
+            found = matrix_evidence(keys, one, left)
             known = [] if base.inputs is None else matrix_rows(keys, one, base.inputs)
             state.evidence[place] = with_rows(found, known)
     if base.n_heads:
@@ -540,8 +547,9 @@ def _measure_neurons(
         rows_of_neurons(base.base, base.part),
         change_of_neurons(weight.change, base.part),
     )
-    cut = NeuronChanges(rows, changes, pieces, base.basis, base.peers, base.part)
-    found, known = neuron_evidence(keys, cut, seed=state.seed), []
+    shared = (base.basis, base.peers, base.part, base.signs(state.seed))
+    cut = NeuronChanges(rows, changes, pieces, *shared)
+    found, known = neuron_evidence(keys, cut), []
     if base.inputs is not None and base.part in READING_PARTS:
         known = neuron_rows(keys, cut, base.inputs.inputs)
     state.evidence[place] = with_rows(found, known)

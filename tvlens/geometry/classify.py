@@ -260,14 +260,14 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     return out.assign(**{name: [row[name] for row in rows] for name in named})
 
 
-def adjusted_tests(tests: pd.DataFrame, resolved: pd.Series) -> pd.DataFrame:
+def adjusted_tests(tests: pd.DataFrame, below: pd.Series) -> pd.DataFrame:
     """The tests of components above the floor, BH within kind, part, statistic and null.
 
     Args:
         tests: Rows of evidence.
-        resolved: The components above the floor.
+        below: The components that are not above the floor, most often none.
     """
-    tests = tests[tests["component"].isin(resolved)].copy()
+    tests = tests[~tests["component"].isin(below)].copy() if len(below) else tests.copy()
     family = [tests["kind"], tests["part"].fillna(""), tests["statistic"], tests["null"]]
     p_values = pd.to_numeric(tests["p_value"]).groupby(family)
     tests["q_value"] = p_values.transform(lambda p: benjamini_hochberg(p.to_numpy(float)))
@@ -434,7 +434,7 @@ def labels_of(
     if classifier is not None and classifier is not labelled:
         given = with_measures(weights, measures, taken=list(rows.columns))
         calls = called_by(classifier, rows, calls, given)
-    tests = adjusted_tests(evidence.tests, rows.loc[rows["resolved"], "component"])
+    tests = adjusted_tests(evidence.tests, rows.loc[~rows["resolved"], "component"])
     names = {name: weights[name].iloc[0] for name in ("base", "tuned")}
     return Labels(
         tests=_table("tests", TESTS_SCHEMA, tests, names, order="effect"),

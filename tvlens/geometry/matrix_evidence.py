@@ -25,7 +25,7 @@ from .evidence import (
     statistic_rows,
 )
 from .matrices import Basis, Products, Seen, alignment, products_of, self_alignment
-from .nulls import cosine_spread, unit_alignment_spread
+from .nulls import Signs, cosine_spread, unit_alignment_spread
 from .spikes import Spikes, spikes_above_edge
 
 CANCELS = 1e-4
@@ -43,6 +43,7 @@ class MatrixChange:
         found: ``seen(basis, change)``.
         products: ``products_of(basis, change)``, None where they have not been taken.
         part: Which matrix it is.
+        signs: Of the one draw for its noise edge.
     """
 
     base: Float[Tensor, "d_in d_out"]
@@ -51,6 +52,7 @@ class MatrixChange:
     found: Seen
     products: Products | None
     part: str
+    signs: Signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,7 @@ def gain_cosines(
     return through / size.clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def _spikes(one: MatrixChange, gain: float, left: float, *, seed: int) -> Spikes:
+def _spikes(one: MatrixChange, gain: float, left: float) -> Spikes:
     """Spikes of the change less its global gain, of which the share ``left`` remains."""
     rest = Remainder(one.base, one.change, torch.full((1, 1), gain, dtype=torch.float64))
     total = float(one.found.total) * left
@@ -124,14 +126,14 @@ def _spikes(one: MatrixChange, gain: float, left: float, *, seed: int) -> Spikes
     if left > CANCELS:
         both = found.cross + transposed(found.cross)
         grams = both.mul_(-gain).add_(found.own).add_(one.basis.gram, alpha=gain**2)
-    return spikes_above_edge(rest, total, seed=seed, products=grams)
+    return spikes_above_edge(rest, total, signs=one.signs, products=grams)
 
 
-def matrix_structure(one: MatrixChange, gain: float, left: float, *, seed: int) -> MatrixStructure:
+def matrix_structure(one: MatrixChange, gain: float, left: float) -> MatrixStructure:
     """Spikes of the change less its global gain that are no gains of base directions."""
     if left <= 0:
         return MatrixStructure(0.0, np.nan, np.nan, 0)
-    spikes = _spikes(one, gain, left, seed=seed)
+    spikes = _spikes(one, gain, left)
     plain = gain_cosines(spikes.read, spikes.write, one.base).abs() <= GAIN_COSINE
     vectors = (spikes.write if residual_side(one.part) == "write" else spikes.read)[:, plain]
     return structure_of(spikes.shares[plain], vectors, one.basis, one.part)
@@ -169,17 +171,16 @@ def matrix_gain(found: Seen, basis: Basis, size: int) -> MatrixGain:
     return MatrixGain(float(inner / energy), kappa, scale, (2 * rank) ** 0.5 / size)
 
 
-def matrix_evidence(keys: Keys, one: MatrixChange, left: float, *, seed: int) -> Evidence:
+def matrix_evidence(keys: Keys, one: MatrixChange, left: float) -> Evidence:
     """Gain against the isotropic null with an effect floor; structure by spikes above the edge.
 
     Args:
         keys: The component's.
         one: Its base and change.
         left: Share of the change's energy that its global gain leaves.
-        seed: Seed of the one draw of signs.
     """
     own = matrix_gain(one.found, one.basis, one.base.numel())
-    rest = matrix_structure(one, own.gain, left, seed=seed)
+    rest = matrix_structure(one, own.gain, left)
     return whole_evidence(keys, own, rest, shape=(one.base.shape[0], one.base.shape[1]))
 
 

@@ -34,7 +34,7 @@ from .evidence import (
 from .matrices import Basis, self_alignment
 from .matrix_evidence import relative_alignment
 from .neurons import Sums
-from .nulls import Peers, neuron_gain, unit_alignment_spread
+from .nulls import Peers, Signs, neuron_gain, unit_alignment_spread
 from .spikes import Spikes, spikes_above_edge
 
 BY_OTHERS = "own versus other neurons of the layer; sign-flip edge"
@@ -54,6 +54,7 @@ class NeuronChanges:
         basis: ``spectral_basis`` of the matrix that the neurons are cut from.
         peers: ``peers_of(base)``.
         part: Which matrix it is.
+        signs: Of the one draw for the noise edge.
     """
 
     base: Float[Tensor, "neuron d_model"]
@@ -62,6 +63,7 @@ class NeuronChanges:
     basis: Basis
     peers: Peers
     part: str
+    signs: Signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ class NeuronStructure:
     spikes: int
 
 
-def neuron_structure(neurons: NeuronChanges, *, seed: int) -> NeuronStructure:
+def neuron_structure(neurons: NeuronChanges) -> NeuronStructure:
     """Spikes of the layer's changes less their own gains, and each neuron's share.
 
     A single changed neuron has none: one vector carries no evidence of structure.
@@ -92,7 +94,8 @@ def neuron_structure(neurons: NeuronChanges, *, seed: int) -> NeuronStructure:
     if left <= 0:
         return NeuronStructure(nothing, np.ones(len(nothing)), nothing + torch.nan, 0)
     gain = rearrange(sums.gain.nan_to_num(), "neuron -> neuron 1")
-    spikes = spikes_above_edge(Remainder(neurons.base, neurons.change, gain), left, seed=seed)
+    rest = Remainder(neurons.base, neurons.change, gain)
+    spikes = spikes_above_edge(rest, left, signs=neurons.signs)
     inside, rank = shared_with_others(spikes, sums.residual), len(spikes.values)
     found, chance = inside.square().sum(1), rank / d_model
     share = (found / sums.delta - chance) / (1 - chance)
@@ -188,11 +191,11 @@ def structured_columns(
     }
 
 
-def neuron_evidence(keys: Keys, neurons: NeuronChanges, *, seed: int) -> Evidence:
+def neuron_evidence(keys: Keys, neurons: NeuronChanges) -> Evidence:
     """Gain against the other neurons of the layer; structure as the share in common spikes."""
     d_model, part = neurons.base.shape[1], neurons.part
     kappa = neurons.sums.measures().kappa.nan_to_num()
-    shared = neuron_structure(neurons, seed=seed)
+    shared = neuron_structure(neurons)
     swap = neuron_gain(neurons.peers, neurons.change, kappa)
     p_gain = 2 * stats.norm.sf((swap.effect / swap.spread).abs().nan_to_num().numpy())
     spread = unit_alignment_spread(d_model) / abs(float(self_alignment(neurons.basis, d_model)))

@@ -13,7 +13,7 @@ Rows are always the *changes* of a component and columns the *base weights* it i
 one strongly changed component does not disturb the test of the others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -55,6 +55,25 @@ def random_signs(shape: tuple[int, ...], *, seed: int) -> Int[Tensor, "*shape"]:
     """1 and -1 with equal chance."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+
+
+@dataclass(frozen=True)
+class Signs:
+    """The signs of a seed, drawn once for every shape that needs them.
+
+    Attributes:
+        seed: The seed.
+        drawn: What has been drawn; nobody writes into it.
+    """
+
+    seed: int
+    drawn: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def of(self, shape: tuple[int, ...]) -> Int[Tensor, "*shape"]:
+        """``random_signs`` of a shape."""
+        if shape not in self.drawn:
+            self.drawn[shape] = random_signs(shape, seed=self.seed)
+        return self.drawn[shape]
 
 
 def noise_edge(delta: Change, *, seed: int) -> Float[Tensor, "*component"]:

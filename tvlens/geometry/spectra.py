@@ -18,7 +18,7 @@ from tvlens.components import KNOWN_PARTS, Component
 from .changes import Change, Remainder, energy, gram, product, turned
 from .evidence import residual_side
 from .matrices import Basis, directions_of_gram, spectral_basis
-from .nulls import above_rounding
+from .nulls import Signs, above_rounding
 from .reading import Pair, Slice, slice_of
 from .spikes import Spikes, spikes_above_edge
 
@@ -78,7 +78,9 @@ def spikes_of(weight: Slice, *, seed: int, at_least: int = 0) -> Spikes:
     """Triplets of the whole change of a matrix above its noise edge, or ``at_least`` so many."""
     nothing_less = torch.zeros((1, 1), dtype=torch.float64)
     whole = Remainder(weight.base, weight.change, nothing_less)
-    return spikes_above_edge(whole, float(energy(weight.change)), seed=seed, at_least=at_least)
+    return spikes_above_edge(
+        whole, float(energy(weight.change)), signs=Signs(seed), at_least=at_least
+    )
 
 
 def onto_residual(

@@ -15,7 +15,7 @@ from torch import Tensor
 from .changes import Change, Remainder, own_products, slabs, transposed, written_rows
 from .eigen import largest_eigenvalue, strongest
 from .matrices import RANK_TOLERANCE
-from .nulls import edge, random_signs
+from .nulls import Signs, edge, random_signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ def spikes_above_edge(
     rest: Remainder,
     total: float,
     *,
-    seed: int,
+    signs: Signs,
     products: Float64[Tensor, "short short"] | None = None,
     at_least: int = 0,
 ) -> Spikes:
@@ -60,14 +60,14 @@ def spikes_above_edge(
     Args:
         rest: The change less gains.
         total: Its energy.
-        seed: Seed of the signs.
+        signs: Those of its draw.
         products: Its Gram matrix on the shorter side, taken now where it is not known.
         at_least: Triplets wanted even where fewer stand above the edge, as far as the rank goes.
     """
     is_wide = rest.shape[0] < rest.shape[1]
-    signs = random_signs(rest.shape, seed=seed)
-    tall, signs = (rest.turned, transposed(signs)) if is_wide else (rest, signs)
-    grams = _grams(tall, signs, total, products)
+    drawn = signs.of(rest.shape)
+    tall, drawn = (rest.turned, transposed(drawn)) if is_wide else (rest, drawn)
+    grams = _grams(tall, drawn, total, products)
     flipped = total * largest_eigenvalue(grams.flipped)
     limit = edge(torch.tensor(total).double(), flipped, rest.shape)
     energies, short = strongest(grams.own, float(limit.square()), at_least=at_least)
