@@ -100,7 +100,8 @@ class PositionFile:
 
     def _begin(self) -> None:
         """The header, and room for every tensor; safetensors aligns what it holds."""
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for part, shape in self.shapes.items():
             size = 4 * int(np.prod(shape))
             header[part] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}

@@ -185,8 +185,11 @@ def selected(attribution: Table, only: Selection | None) -> Table:
     columns = sorted(only.columns)
     known = frame[columns].astype(object).where(frame[columns].notna(), None)
     rows = known.drop_duplicates()
-    accepted = rows[[only.accepts(row) for row in rows.to_dict("records")]]
-    taken = set(accepted.itertuples(index=False, name=None))
+    taken = {
+        row
+        for row in rows.itertuples(index=False, name=None)
+        if only.accepts(dict(zip(columns, row, strict=True)))
+    }
     keep = np.array([row in taken for row in known.itertuples(index=False, name=None)], dtype=bool)
     if not (keep & frame["prompt"].notna() & (frame["space"] == "weight")).any():
         raise StudyError(

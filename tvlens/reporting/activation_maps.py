@@ -61,7 +61,8 @@ def passing_parts(
 ) -> list[PassingPart]:
     """Every direction in which activations of ``tuned`` were exchanged, as the table has them."""
     attribution = study.table("attribution", tuned)
-    rows = attribution[attribution["space"] == "activation"]
+    whole = attribution["geometric_part"].isna()
+    rows = attribution[(attribution["space"] == "activation") & whole]
     exact = rows[rows["estimator"] == "exact"]
     found = []
     series = rows[rows["estimator"] != "exact"].groupby(["method", "direction", "at"], sort=False)
@@ -70,13 +71,14 @@ def passing_parts(
         fidelity = study.table("fidelity", tuned)
         asked = (fidelity["method"] == method) & (fidelity["direction"] == direction)
         checked = group_decisions(fidelity[asked & (fidelity["at"] == at)])
-        grids = _grids(estimates, checked, f"{slug}-passing-{number}")
+        means = mean_scores(estimates)
+        grids = _grids(means, checked, f"{slug}-passing-{number}", unit=_unit(estimates))
         found.append(
             PassingPart(
                 heading=_heading(estimates),
                 text=_text(str(direction)),
                 maps=[heat_map(grid, tooltips=tooltips) for grid in grids],
-                table=_table(estimates, exact[same], checked),
+                table=_table(means, _beside_exact(estimates, exact[same]), checked),
             )
         )
     return found
@@ -94,9 +96,13 @@ def _text(direction: str) -> str:
     return f"{done} Above 0: the metric is higher with {higher}."
 
 
-def _grids(estimates: pd.DataFrame, checked: dict[tuple[str, str], str], slug: str) -> list[Grid]:
-    means = mean_scores(estimates)
-    unit = str(estimates["unit"].dropna().iloc[0]) if estimates["unit"].notna().any() else ""
+def _unit(estimates: pd.DataFrame) -> str:
+    return str(estimates["unit"].dropna().iloc[0]) if estimates["unit"].notna().any() else ""
+
+
+def _grids(
+    means: pd.DataFrame, checked: dict[tuple[str, str], str], slug: str, *, unit: str
+) -> list[Grid]:
     grids = []
     for kind, words in _NUMBERED.items():
         of_kind = means[means["kind"] == kind]
@@ -139,29 +145,30 @@ def _said(checked: dict[tuple[str, str], str], kind: str, part: str) -> str:
     return {"passed": "", "withheld": " (check not passed)"}.get(said, f" ({said})")
 
 
+def _beside_exact(estimates: pd.DataFrame, exact: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Mean estimate and exact mean on the same prompts, by component of the exact sample."""
+    keys = ["component", "prompt"]
+    both = estimates.merge(exact, on=keys, suffixes=("", "_exact"))
+    means = both.groupby("component")[["score", "score_exact"]].mean()
+    named = zip(means.index, means["score"], means["score_exact"], strict=True)
+    return {str(name): (float(guess), float(truth)) for name, guess, truth in named}
+
+
 def _table(
-    estimates: pd.DataFrame, exact: pd.DataFrame, checked: dict[tuple[str, str], str]
+    means: pd.DataFrame,
+    exact: dict[str, tuple[float, float]],
+    checked: dict[tuple[str, str], str],
 ) -> DataTable:
-    means = mean_scores(estimates)
-    truth = exact.groupby("component")["score"].mean()
-    tested = exact[["component", "prompt"]].drop_duplicates()
-    same = estimates.merge(tested, on=["component", "prompt"]).groupby("component")["score"].mean()
     means = means.assign(part=means["part"].where(means["kind"].isin(_BY_PART)))
     rows = []
     for _, group in means.groupby(["kind", "part"], sort=False, dropna=False):
         order = group["score"].abs().sort_values(ascending=False, kind="stable").index
         for row in rows_of(group.loc[order[:TOP]]):
             part = row.part if isinstance(row.part, str) else ""
-            rows.append(
-                (
-                    str(row.component),
-                    part_words(row),
-                    _decision(checked, str(row.kind), part),
-                    signed(float(row.score)),
-                    signed(float(same.get(row.component, float("nan")))),
-                    signed(float(truth.get(row.component, float("nan")))),
-                )
-            )
+            pair = exact.get(str(row.component), (float("nan"), float("nan")))
+            said = _decision(checked, str(row.kind), part)
+            shown = map(signed, (float(row.score), *pair))
+            rows.append((str(row.component), part_words(row), said, *shown))
     return DataTable(
         f"The {TOP} largest mean scores of each kind, beside exact patching of those that were in "
         "the sample (a dash: not patched). They say where a difference passes, not where it was "

@@ -179,8 +179,9 @@ def group_decisions(fidelity: pd.DataFrame) -> dict[tuple[str, str], str]:
     """The verdict on each kind and part of one estimate's checks; the worst of several."""
     rows = checks(fidelity)
     rows = rows[rows["verdict"] != "too few"].assign(part=rows["part"].fillna(""))
-    worst = rows.sort_values("verdict", kind="stable").groupby(["kind", "part"])["verdict"].last()
-    return {(str(kind), str(part)): str(said) for (kind, part), said in worst.items()}
+    ordered = rows.sort_values("verdict", kind="stable")  # of several, withheld comes last
+    named = zip(ordered["kind"], ordered["part"], ordered["verdict"], strict=True)
+    return {(str(kind), str(part)): str(said) for kind, part, said in named}
 
 
 def direction_words(row: Any) -> str:
