@@ -30,6 +30,17 @@ def _flag(name: str, text: str) -> Option:
     return Option(Annotated[bool, typer.Option(f"--{name}", help=text)], False)
 
 
+ESTIMATORS = ("first_order", "qk_fix", "atp_star")
+
+
+def _known_estimators(given: list[str] | None) -> list[str] | None:
+    """typer has no choices of which several may be taken."""
+    for name in given or ():
+        if name not in ESTIMATORS:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(ESTIMATORS)}.")
+    return given or None
+
+
 MODELS = {
     "parent": Option(
         Annotated[str | None, typer.Option(help="Lies between base and the fine-tunes.")], None
@@ -100,8 +111,12 @@ CHECKS = {
     ),
     "estimator": Option(
         Annotated[
-            list[Literal["first_order", "qk_fix", "atp_star"]] | None,
-            typer.Option("--estimator", help="Of activations; may be given several times."),
+            list[str] | None,
+            typer.Option(
+                "--estimator",
+                callback=_known_estimators,
+                help="Of activations; may be given several times.",
+            ),
         ],
         None,
     ),
@@ -115,7 +130,7 @@ ACTIVATIONS = {
     "direction": Option(
         Annotated[
             list[str] | None,
-            typer.Option("--direction", help="What is put where: NAME[@base], default or all."),
+            typer.Option("--direction", help="What is put where: NAME, NAME@base, default, all."),
         ],
         None,
     ),
