@@ -106,9 +106,16 @@ def _plan(**options: Any):
     return StudyPlan(base="b", tuned=("t",), **options)
 
 
-def _asked(**options: Any):
+def _words(nodes: str = "default", *directions: str):
+    from tvlens.attribution.exchanges import Words
+
+    return Words(nodes, directions)
+
+
+def _asked(estimators: tuple[str, ...] = ("first_order",), **options: Any):
     from tvlens.study.row_counts import Asked
 
+    options = {"words": _words()._replace(estimators=estimators), **options}
     return Asked(prompts=5, corrupt=2, check_exact=17, check_prompts=3, **options)
 
 
@@ -152,7 +159,8 @@ def test_the_components_with_rows_per_prompt_are_those_of_the_table(pair, attrib
     assert {group: size for group, size in planned.items() if size} == ig
     across = made[(made["estimator"] != "exact") & (made["direction"] == "base_into_tuned")]
     across = _groups(across[across["space"] == "activation"])
-    assert activation_sizes(pair.layout, _asked()) == across
+    (one,) = [o for o in _asked().exchanges(pair.layout) if o.direction == "base_into_tuned"]
+    assert activation_sizes(pair.layout, _asked(), one.parts) == across
 
 
 def _groups(frame: pd.DataFrame) -> Counter:
@@ -180,6 +188,41 @@ def test_every_table_of_attribution_has_the_rows_that_were_planned(
     columns = {name: frame[name].astype(object).to_list() for name in ATTRIBUTION_SCHEMA.names}
     scores = Table.of("attribution", ATTRIBUTION_SCHEMA, columns)
     assert planned["joins"].at_least == len(size_and_effect(weights, scores))
+
+
+@pytest.mark.slow
+def test_all_parts_in_all_directions_have_the_rows_that_were_planned(pair, prompts) -> None:
+    from tvlens.attribution.exchanges import parts_there
+    from tvlens.attribution.nodes import all_parts
+    from tvlens.models.metrics import SHIPPED
+    from tvlens.models.pair import HookedPair
+    from tvlens.study import stages
+    from tvlens.study.row_counts import attribution_tables, estimate_rows, position_shapes
+
+    asked, batch = prompts
+    hooked, words = HookedPair(pair), ("all", ("all", "clean_into_corrupt@base"))
+    assert all_parts(hooked.base) == parts_there(gated=pair.layout.gated)
+    plan = _plan(
+        nodes=words[0], directions=words[1], position=True, check_exact=17, check_prompts=3
+    )
+    made = stages._attributed(plan, hooked, asked, batch, SHIPPED["logprob"], lambda text: None)
+    tables = {table.name: table.to_frame() for table in made.tables}
+    counted = _asked(words=_words("all", *words[1]), longest=13, position=True)
+    estimates = tables["attribution"][tables["attribution"]["estimator"] != "exact"]
+    by_method = estimates["method"].value_counts().to_dict()
+    assert dict(estimate_rows(pair, counted).by) == by_method
+    planned = attribution_tables(pair, counted, joined=False)
+    for name in ("prompts", "attribution", "fidelity", "findings"):
+        assert planned[name].at_least == planned[name].at_most == len(tables[name]), name
+    for name in ("roles", "circuits"):
+        assert planned[name].at_least <= len(tables[name]) <= planned[name].at_most, name
+    shapes = [
+        tuple(tensor["shape"])
+        for series in made.positions
+        for tensor in series.entry["tensors"].values()
+    ]
+    assert shapes == position_shapes(pair, counted)
+    assert "mean_ablation" in "".join(made.warnings)
 
 
 def test_a_sample_by_time_lies_between_the_bounds() -> None:
@@ -431,7 +474,7 @@ def test_more_prompts_layers_and_nodes_take_longer(wide_pair, prompts) -> None:
     from tvlens.study.forecast import asked_of, seconds_of
 
     _, batch = prompts
-    asked = asked_of(_plan(), batch)
+    asked = asked_of(_plan(), batch, SHIPPED["logprob"])
     one = work.passes_of(wide_pair, batch, SHIPPED["logprob"], d_vocab=500)
     few, many = (
         seconds_of(work.attribute_work(wide_pair, one, asked, nodes=nodes), RATES)

@@ -45,6 +45,7 @@ __all__ = [
 Estimator = Literal["first_order", "qk_fix", "atp_star"]
 ROWS_AT_ONCE = 16
 """Prompts of one forward and backward: memory grows with it, scores do not change."""
+ByCut = Mapping[Cut, Float[Tensor, "batch ..."]]
 NEURONS_AT_RANDOM = 64
 """Neurons outside the largest that get rows per prompt too: an unbiased check against exact."""
 _ESTIMATORS: dict[Estimator, Callable[..., dict[str, Tensor]]] = {
@@ -52,7 +53,7 @@ _ESTIMATORS: dict[Estimator, Callable[..., dict[str, Tensor]]] = {
     "qk_fix": qk_fix,
     "atp_star": atp_star,
 }
-_ADDITIVE = ("first_order",)
+ADDITIVE = ("first_order",)
 """Estimators whose scores of single positions sum to the score of all together."""
 
 
@@ -64,7 +65,7 @@ class ActivationScores:
         values: Per prompt, all positions together, in the metric's unit.
         run: How they were made.
         positions: Of one position at a time, where asked for. Place 0 is a prompt's first real
-            token; places past its end are 0. The sum over positions is the score for
+            token; places past its end are 0. The sum over positions, in float64, is the score for
             ``first_order``, and for ``qk_fix`` of all but keys.
     """
 
@@ -122,6 +123,7 @@ def activation_scores(
     parts: Sequence[str] = DEFAULT_PARTS,
     estimator: Estimator = "first_order",
     by_position: bool = False,
+    keep: Callable[[ByCut], None] | None = None,
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> ActivationScores:
     """The estimated scores as tensors, by position too if asked for.
@@ -134,6 +136,7 @@ def activation_scores(
         parts: Which activations.
         estimator: How the effect of a patch is estimated.
         by_position: Keep the scores of every position, O(prompts * pos * layers * index).
+        keep: Called with every chunk's scores by position, which need not be held then.
         rows_at_once: Prompts of one forward and backward.
 
     Raises:
@@ -144,18 +147,19 @@ def activation_scores(
     means = asked.means(batch, sites)
     width, parts, placed = int(batch.lengths.max()), [], []
     for rows in batch.chunks(rows_at_once):
-        patch = asked.patch(rows, means)
-        if by_position:
-            scored = _by_cut(patch, sites, estimator, by_position=True)
-            placed.append({cut: _from_first_token(t, rows, width) for cut, t in scored.items()})
-        if not by_position or estimator not in _ADDITIVE:
+        patch, scored = asked.patch(rows, means), None
+        if by_position or keep is not None:
+            apart = _by_cut(patch, sites, estimator, by_position=True)
+            scored = {cut: _from_first_token(t, rows, width) for cut, t in apart.items()}
+            placed += [scored] if by_position else []
+        if keep is not None and scored is not None:
+            keep(scored)
+        if scored is not None and estimator in ADDITIVE:
+            parts.append({cut: t.double().sum(1) for cut, t in scored.items()})
+        else:
             parts.append(_by_cut(patch, sites, estimator, by_position=False))
-    run = asked.run(batch, estimator)
-    if not by_position:
-        return ActivationScores(_joined(parts), run)
-    positions = _joined(placed)
-    values = _joined(parts) if parts else {cut: t.sum(1) for cut, t in positions.items()}
-    return ActivationScores(values, run, positions)
+    positions = _joined(placed) if by_position else None
+    return ActivationScores(_joined(parts), asked.run(batch, estimator), positions)
 
 
 def _by_cut(

@@ -155,8 +155,7 @@ class Question:
     @property
     def gradient_vanishes(self) -> bool:
         """Whether the metric is a distance to the very run that is differentiated."""
-        within = self.direction != "clean_into_corrupt"  # which runs other tokens
-        return within and self.metric.reference == self.at
+        return gradient_vanishes(self.metric, self.direction, self.at)
 
     def refuse_vanishing_gradient(self) -> None:
         """Refuse an estimate where the gradient is zero by construction.
@@ -169,10 +168,9 @@ class Question:
 
     def run(self, batch: Batch, estimator: str) -> MethodRun:
         """What the rows of the answer have in common."""
-        within = "cross_model" if _EXCHANGES[self.direction].given == "other" else "activation"
         exact = {"exact": "exact_activation", "exact_isolated": "exact_activation_isolated"}
         return MethodRun(
-            method=exact.get(estimator, f"{within}_{estimator}"),
+            method=exact.get(estimator) or method_label(self.direction, estimator),
             space="activation",
             estimator=estimator.partition("_isolated")[0],
             direction=self.direction,
@@ -209,13 +207,33 @@ def question(
     Raises:
         HostError: There is no such direction, or it cannot be asked at that model.
     """
+    return Question(hooked, metric, direction, place_of(direction, at), mean_over)
+
+
+def place_of(direction: str, at: str = "") -> str:
+    """The model that runs in a direction: the one it implies, else ``at``, else tuned.
+
+    Raises:
+        HostError: There is no such direction, or it cannot be asked at that model.
+    """
     if direction not in _EXCHANGES:
         raise HostError(f"there is no direction {direction!r}; there are {', '.join(_EXCHANGES)}.")
     implied = _EXCHANGES[direction].receiver
     place = at or implied or "tuned"
     if place != (implied or place) or place not in ("base", "tuned"):
         raise HostError(f"{direction} cannot be taken at {place!r}.")
-    return Question(hooked, metric, direction, place, mean_over)
+    return place
+
+
+def gradient_vanishes(metric: Metric, direction: str, at: str) -> bool:
+    """Whether a metric is a distance to the very run that is differentiated."""
+    return metric.reference == at and direction != "clean_into_corrupt"  # which runs other tokens
+
+
+def method_label(direction: str, estimator: str) -> str:
+    """The method label of an estimator of activations in a direction."""
+    across = _EXCHANGES[direction].given == "other"
+    return f"{'cross_model' if across else 'activation'}_{estimator}"
 
 
 def _means(

@@ -191,10 +191,12 @@ def gated_weight_scores(
     *,
     estimator: Estimator = "ig",
     at: At = "path",
+    nodes: int | None = None,
 ) -> WeightScores:
     """The scores of ``attribution.weights.weight_scores``, by derivatives of gates.
 
-    ``by_token`` is not made here and is zero.
+    ``nodes`` fixes the quadrature, as it must below float32, where rounding leaves a gap that no
+    number of nodes closes. ``by_token`` is not made here and is zero.
     """
     method = method_name(estimator, at)
     refuse_vanishing_gradient(metric, at)
@@ -205,13 +207,13 @@ def gated_weight_scores(
     ]
     change = (ends[1] - ends[0]).cpu().double()
     with gated.lens.frozen():
-        for nodes in node_counts(estimator, None):
-            rule = gauss_legendre(nodes) if at == "path" else [(float(at == "tuned"), 1.0)]
+        for count in node_counts(estimator, nodes):
+            rule = gauss_legendre(count) if at == "path" else [(float(at == "tuned"), 1.0)]
             found = [_averaged(gated, part, rule) for part in parts]
             rows = {key: torch.cat([part[key] for part in found]) for key in found[0]}
             components, values = by_component(gated.sites, gated.lens, rows)
             scores = WeightScores(
-                method, components, values, change, nodes, torch.zeros(batch.ids.shape)
+                method, components, values, change, count, torch.zeros(batch.ids.shape)
             )
             if scores.completeness <= COMPLETE:
                 break

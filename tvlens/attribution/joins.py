@@ -28,7 +28,7 @@ from scipy import stats
 from tvlens.components import DISJOINT_KINDS, Component, key_columns
 from tvlens.tables import Table, keyed_schema
 
-from .series import keys, rank_agreement
+from .series import group_of, keys, rank_agreement
 
 Role = Literal["source", "carrier", "both", "neither"]
 COUNTS = 0.01
@@ -48,6 +48,7 @@ JOINS_SCHEMA = pa.schema(
         ("question", pa.string()),
         ("measure", pa.string()),
         ("kind", pa.string()),
+        ("part", pa.string()),
         ("base", pa.string()),
         ("tuned", pa.string()),
         ("n", pa.int32()),
@@ -97,7 +98,7 @@ def size_and_effect(weights: Table, attribution: Table, *, seed: int = 0) -> Tab
         for measure in ("delta_norm", "relative_delta"):
             known = group.dropna(subset=[measure, "effect"])
             found = rank_agreement(known[measure], known["effect"], seed=seed)
-            rows.append(("size_predicts_effect", measure, kind, len(known), *found))
+            rows.append(("size_predicts_effect", measure, kind, None, len(known), *found))
     return _joins_table(rows, attribution)
 
 
@@ -200,11 +201,16 @@ def circuits_table(attribution: Table) -> Table | None:
 
 
 def circuit_agreement(circuits: Table, *, seed: int = 0) -> Table:
-    """Rank agreement of the two circuits by kind, on signed mean scores."""
-    rows = []
-    for kind, group in circuits.to_frame().groupby("kind", sort=False):
+    """Rank agreement of the two circuits on signed mean scores.
+
+    By kind; activations of heads and neurons part by part, since an output is not ranked among
+    queries.
+    """
+    frame, rows = circuits.to_frame(), []
+    groups = pd.Series(list(map(group_of, keys(frame))), index=frame.index, dtype=object)
+    for (kind, part), group in frame.groupby(groups, sort=False):
         found = rank_agreement(group["score_base"], group["score_tuned"], seed=seed)
-        rows.append(("same_circuit", "activation_first_order", kind, len(group), *found))
+        rows.append(("same_circuit", "activation_first_order", kind, part, len(group), *found))
     return _joins_table(rows, circuits)
 
 
@@ -215,12 +221,13 @@ def _joins_table(rows: Sequence[tuple], source: Table) -> Table:
         "question": [r[0] for r in rows],
         "measure": [r[1] for r in rows],
         "kind": [r[2] for r in rows],
+        "part": [r[3] for r in rows],
         "base": [base] * len(rows),
         "tuned": [tuned] * len(rows),
-        "n": [r[3] for r in rows],
-        "spearman": [r[4] for r in rows],
-        "ci_low": [r[5] for r in rows],
-        "ci_high": [r[6] for r in rows],
+        "n": [r[4] for r in rows],
+        "spearman": [r[5] for r in rows],
+        "ci_low": [r[6] for r in rows],
+        "ci_high": [r[7] for r in rows],
     }
     return Table.of("joins", JOINS_SCHEMA, columns)
 

@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from tvlens.components import Component
+from tvlens.errors import StudyError
 from tvlens.models.metrics import Metric
 from tvlens.models.pair import HookedPair
 from tvlens.models.prompts import Batch
 from tvlens.models.replay import replay
+from tvlens.selection import Selection
 from tvlens.tables import Table
 
 from .series import group_of, keys
@@ -161,6 +164,40 @@ def sampled_strata(attribution: Table, *, count: int, seed: int = 0) -> dict[str
         strata["top"] += found[:top]
         strata["random"] += [rest[i] for i in sorted(drawn)]
     return strata
+
+
+def selected(attribution: Table, only: Selection | None) -> Table:
+    """The rows that an exact sample may be drawn from; all of them where ``only`` is None.
+
+    Args:
+        attribution: Estimates.
+        only: A selection over the columns of the key.
+
+    Raises:
+        StudyError: A name in it was not scored, or no row in weight space is selected: what
+            activations say is only ever read beside the weights.
+    """
+    if only is None:
+        return attribution
+    frame = attribution.to_frame()
+    if unknown := set(only.names) - {*frame["site"], *frame["component"]}:
+        raise StudyError(f"--select names {min(unknown)!r}, which was not scored.")
+    columns = sorted(only.columns)
+    known = frame[columns].astype(object).where(frame[columns].notna(), None)
+    rows = known.drop_duplicates()
+    taken = {
+        row
+        for row in rows.itertuples(index=False, name=None)
+        if only.accepts(dict(zip(columns, row, strict=True)))
+    }
+    keep = np.array([row in taken for row in known.itertuples(index=False, name=None)], dtype=bool)
+    if not (keep & frame["prompt"].notna() & (frame["space"] == "weight")).any():
+        raise StudyError(
+            f"--select {only.text!r} selects nothing with weights and a score for every prompt.",
+            hint="Heads and neurons are rows without a part there: select them by site, kind, "
+            "layer or index. --neurons all gives every neuron a score for every prompt.",
+        )
+    return Table(attribution.name, attribution.data.filter(pa.array(keep)), attribution.order)
 
 
 def drawn_sizes(sizes: Mapping[Group, int], count: int) -> dict[Group, tuple[int, int]]:

@@ -87,6 +87,12 @@ METHODS: dict[str, tuple[str, Direction, At]] = {
 }
 """Estimator, direction and place of every method label in weight space."""
 
+WEIGHT_ESTIMATES: tuple[tuple[Estimator, At], ...] = (
+    ("first_order", "base"),
+    ("first_order", "tuned"),
+    ("ig", "path"),
+)
+"""What a study estimates."""
 TOKENS = ("", "tokens")
 """Where ``Rows`` keeps the sum over all sites, by position."""
 Rows = dict[tuple[str, str], Float[Tensor, "_ _"]]

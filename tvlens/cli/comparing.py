@@ -8,6 +8,7 @@ import typer
 
 from .application import app
 from .options import (
+    ACTIVATIONS,
     CHECKS,
     GEOMETRY,
     MODELS,
@@ -36,7 +37,7 @@ KEEP = {
 
 
 @app.command()
-@takes(PROMPTS, CHECKS, MODELS, GEOMETRY, NAMES, SEED, RUN)
+@takes(PROMPTS, ACTIVATIONS, CHECKS, MODELS, GEOMETRY, NAMES, SEED, RUN)
 def compare(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """What was written, what kind it is, and what it does: the whole study."""
     run_stages(("decompose", "attribute"), base, tuned, out, given)
@@ -50,7 +51,7 @@ def decompose(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
 
 
 @app.command()
-@takes(PROMPTS, CHECKS, PARENT, NAMES, SEED, RUN)
+@takes(PROMPTS, ACTIVATIONS, CHECKS, PARENT, NAMES, SEED, RUN)
 def attribute(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """The attribution side alone: which parts the behaviour on the prompts depends on."""
     run_stages(("attribute",), base, tuned, out, given)

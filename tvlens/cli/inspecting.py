@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperCommand
 
 from .application import app
-from .options import CHECKS, JSON, PROMPTS, Base, Option, Tuned, plan_fields, takes
+from .options import ACTIVATIONS, CHECKS, JSON, PROMPTS, Base, Option, Tuned, plan_fields, takes
 
 
 class _ManyParents(TyperCommand):
@@ -34,7 +34,7 @@ PARENTS = {
 
 
 @app.command(cls=_ManyParents)
-@takes(PROMPTS, PARENTS, CHECKS, JSON)
+@takes(PROMPTS, ACTIVATIONS, PARENTS, CHECKS, JSON)
 def inspect(base: Base, tuned: Tuned, **given: Any) -> None:
     """What a comparison would do, from headers alone: tensors, rows, bytes, seconds, memory."""
     from tvlens.study.inspection import inspection, parent_ranking

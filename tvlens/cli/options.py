@@ -90,8 +90,19 @@ CHECKS = {
     "check_exact": Option(
         Annotated[int | None, typer.Option(min=1, help="Components checked exactly.")], None
     ),
+    "select": Option(
+        Annotated[str | None, typer.Option(help="Check these exactly: an expression or sites.")],
+        None,
+    ),
     "check_seconds": Option(
         Annotated[float, typer.Option(min=1.0, help="Time for exact checks.")], 60.0
+    ),
+    "dtype": Option(
+        Annotated[
+            Literal["float32", "bfloat16"],
+            typer.Option(help="bfloat16: a scan of estimates, nothing exact."),
+        ],
+        "float32",
     ),
     "neurons": Option(
         Annotated[Literal["top", "all"], typer.Option(help="Per-prompt rows of neurons.")], "top"
@@ -105,6 +116,21 @@ CHECKS = {
     ),
 }
 """What attribution measures and how it is checked."""
+ACTIVATIONS = {
+    "nodes": Option(
+        Annotated[str, typer.Option(help="Activations: z,q,k,v,pattern,..., default or all.")],
+        "default",
+    ),
+    "direction": Option(
+        Annotated[
+            list[str] | None,
+            typer.Option("--direction", help="What is put where: NAME, NAME@base, default, all."),
+        ],
+        None,
+    ),
+    "position": _flag("position", "Keep scores by position in positions/."),
+}
+"""Which activations are exchanged, and how."""
 SEED = {"seed": Option(Annotated[int, typer.Option(help="Seed of every random draw.")], 0)}
 JSON = {"json": _flag("json", "Print a JSON summary.")}
 SHOWN = {
@@ -117,7 +143,7 @@ RUN = {"resume": _flag("resume", "Keep tables that are already complete."), **SH
 """How a study is run and shown."""
 REPEATED = {
     **{"tuned_name": "tuned_names", "control": "controls"},
-    **{"estimator": "estimators", "measure": "measures"},
+    **{"estimator": "estimators", "measure": "measures", "direction": "directions"},
 }
 """Options given once per value, and the field of a plan that holds all values."""
 

@@ -17,12 +17,14 @@ from .scores import (
     checks,
     completeness,
     decisions,
+    direction_words,
     disjoint,
     energy_shares,
     kind_words,
     labelled_groups,
     mean_scores,
     of_method,
+    part_words,
     relative_size,
 )
 
@@ -164,8 +166,26 @@ def matters(study: StudyFolder, tuned: str) -> list[Statement]:
         f"{_prompt_count(rows)} prompts. Along the line between the two models this splits into "
         f"{listed}."
     )
-    statements = [Statement("What does it do?", text), *_adds_up(study, tuned)]
+    statements = [
+        Statement("What does it do?", text),
+        *_adds_up(study, tuned),
+        *_scan(study, tuned),
+    ]
     return [*statements, _ranking(study, tuned, means, question, total)]
+
+
+def _scan(study: StudyFolder, tuned: str) -> list[Statement]:
+    """Says so where the scores come from a run below float32."""
+    facts = study.manifest.get("facts")
+    found = facts.get(tuned) if isinstance(facts, dict) else None
+    dtype = found.get("dtype", "float32") if isinstance(found, dict) else "float32"
+    if dtype == "float32":
+        return []
+    text = (
+        f"The scores are a scan in {dtype}: estimates good enough to find candidates, none of "
+        "them checked exactly."
+    )
+    return [Statement("How exact is that?", text, "withheld")]
 
 
 def _ranking(
@@ -222,9 +242,10 @@ def agreement(study: StudyFolder, tuned: str) -> list[Statement]:
     failed = decided[decided["verdict"] == "withheld"]
     open_count = int((decided["verdict"] == "too few").sum())
     listed = "; ".join(
-        f"{method} for {_and([kind_words(k) for k in rows['kind'].drop_duplicates()])} "
+        f"{_estimate(next(rows_of(rows)))} for "
+        f"{_and(list(dict.fromkeys(part_words(row) for row in rows_of(rows))))} "
         f"(Spearman at least {number(rows['spearman'].min())})"
-        for method, rows in passed.groupby("method", sort=False)
+        for _, rows in passed.groupby(["method", "direction", "at"], sort=False, dropna=False)
     )
     text = f"These do: {listed}." if listed else "No estimate passed."
     if open_count:
@@ -256,12 +277,16 @@ def grafted(study: StudyFolder, tuned: str) -> list[Statement]:
 
 
 def _failure(row: Any) -> str:
-    known = isinstance(row.direction, str)
-    where = f", {row.direction.replace('_', ' ')}," if known else ""
     return (
-        f"{row.method}{where} for {kind_words(row.kind)} (Spearman {number(row.spearman)}, "
+        f"{_estimate(row)} for {part_words(row)} (Spearman {number(row.spearman)}, "
         f"slope {number(row.slope)}, n = {number(row.n)})"
     )
+
+
+def _estimate(row: Any) -> str:
+    """An estimate's method; of activations also its direction, which one method has several of."""
+    where = "" if str(row.method).startswith("weight") else direction_words(row)
+    return f"{row.method} ({where})" if where else str(row.method)
 
 
 def losses(study: StudyFolder, tuned: str) -> list[Statement]:

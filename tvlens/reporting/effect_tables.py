@@ -1,7 +1,5 @@
 """What matters, beside exact patching, and how far each estimate can be trusted."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
@@ -12,9 +10,11 @@ from .scores import (
     ESTIMATE,
     EXACT,
     decisions,
+    direction_words,
     kind_words,
     mean_scores,
     of_method,
+    part_words,
     split_prompts,
     verdict,
 )
@@ -101,8 +101,8 @@ def fidelity_tables(frame: pd.DataFrame) -> list[DataTable]:
     rows = tuple(
         (
             str(row.method),
-            row.direction.replace("_", " ") if isinstance(row.direction, str) else NOTHING,
-            _what(row),
+            direction_words(row) or NOTHING,
+            part_words(row),
             str(row.stratum),
             verdict(row.passed) if row.stratum == "random" else NOTHING,
             number(row.n),
@@ -128,13 +128,6 @@ def fidelity_tables(frame: pd.DataFrame) -> list[DataTable]:
     )
     tables = (agreement.without_empty_columns(), _sums_table(frame))
     return [table for table in tables if table.rows]
-
-
-def _what(row: Any) -> str:
-    """The plural of a kind, with the activation's name where components of it have several."""
-    part = getattr(row, "part", None)
-    words = kind_words(str(row.kind))
-    return f"{words}, {part}" if isinstance(part, str) else words
 
 
 def _sums_table(frame: pd.DataFrame) -> DataTable:

@@ -32,6 +32,7 @@ NOTHING = "\N{EN DASH}"  # stands in a table where there is no value
 EMPTY = "#e4e4e8"
 MAX_POINTS = 4000  # a browser lays out this many marks at once without a pause
 SVG_WIDTH = 680  # the column's width at 1280 px
+SLANT_WIDTH, SLANT_HEIGHT = 4.0, 5.2  # of a letter written at 55 degrees
 
 
 class Cell(NamedTuple):
@@ -65,6 +66,9 @@ class Grid:
         signed: Whether zero is the middle of the scale.
         unit: Unit of the values, empty for a ratio.
         what: How a tooltip names a row and a column: ``layer {} head {}``.
+        axis: What the rows are.
+        slanted: Column names are words: all of them are written, at an angle.
+        ordinary: The share of cells that the colours are made for, see ``colour_limit``.
     """
 
     name: str
@@ -75,6 +79,9 @@ class Grid:
     signed: bool = False
     unit: str = ""
     what: str = "{} {}"
+    axis: str = "layer"
+    slanted: bool = False
+    ordinary: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,8 @@ class HeatMap:
     low: str
     high: str
     note: str
+    axis: str
+    slanted: bool
 
 
 @dataclass(frozen=True)
@@ -218,9 +227,10 @@ def heat_map(grid: Grid, *, tooltips: bool = True) -> HeatMap:
     n_rows, n_columns = grid.values.shape
     cell_width = float(np.clip((SVG_WIDTH - 60) // max(n_columns, 1), 13, 58))
     cell_height = float(np.clip(440 // max(n_rows, 1), 13, 26))
-    limit, largest = colour_limit(grid.values)
+    limit, largest = colour_limit(grid.values, grid.ordinary)
     scale = SIGNED if grid.signed else MAGNITUDE
-    left, top = 44.0, 22.0
+    longest = max((len(name) for name in grid.columns), default=0) if grid.slanted else 0
+    left, top = 44.0, 22.0 + SLANT_HEIGHT * longest
     cells = [
         _cell(grid, row, column, limit, tooltips=tooltips, written=cell_width >= 44)._replace(
             x=left + column * cell_width, y=top + row * cell_height
@@ -231,7 +241,7 @@ def heat_map(grid: Grid, *, tooltips: bool = True) -> HeatMap:
     return HeatMap(
         name=grid.name,
         title=grid.title,
-        width=max(left + n_columns * cell_width + 8, 330.0),
+        width=max(left + n_columns * cell_width + 8 + SLANT_WIDTH * longest, 330.0),
         height=top + n_rows * cell_height + 46,
         cell_width=cell_width,
         cell_height=cell_height,
@@ -239,29 +249,35 @@ def heat_map(grid: Grid, *, tooltips: bool = True) -> HeatMap:
         top=top,
         cells=tuple(cells),
         row_ticks=_ticks(grid.rows, top, cell_height),
-        column_ticks=_ticks(grid.columns, left, cell_width),
+        column_ticks=_ticks(grid.columns, left, cell_width, every=1 if grid.slanted else None),
         stops=tuple(hex_code(colour) for colour in scale),
         low=number(-limit if grid.signed else 0.0),
         high=number(limit),
         note=f"{grid.unit} (largest {number(largest)})" if largest > limit else grid.unit,
+        axis=grid.axis,
+        slanted=grid.slanted,
     )
 
 
-def colour_limit(values: Float[np.ndarray, "row column"]) -> tuple[float, float]:
+def colour_limit(
+    values: Float[np.ndarray, "row column"], ordinary: float = 0.95
+) -> tuple[float, float]:
     """The magnitude of full colour, and the largest magnitude.
 
     They are the same unless the largest stands so far out that all the rest would look empty:
-    then the scale ends at three times the 95th percentile and what is beyond has full colour.
+    then the scale ends at three times the quantile ``ordinary`` and what is beyond has full colour.
     """
     finite = np.abs(values[np.isfinite(values)])
     largest = float(finite.max()) if finite.size else 0.0
-    most = 3 * float(np.quantile(finite, 0.95)) if finite.size else 0.0
+    most = 3 * float(np.quantile(finite, ordinary)) if finite.size else 0.0
     return (most if 0 < most < largest else largest) or 1.0, largest
 
 
-def _ticks(names: tuple[str, ...], start: float, step: float) -> tuple[Tick, ...]:
+def _ticks(
+    names: tuple[str, ...], start: float, step: float, *, every: int | None = None
+) -> tuple[Tick, ...]:
     room = max(len(name) for name in names) * 7 if names else 0
-    every = 1 if step >= 26 or room <= step + 3 else -(-room // int(step))
+    every = every or (1 if step >= 26 or room <= step + 3 else -(-room // int(step)))
     return tuple(
         Tick(start + (place + 0.5) * step, name)
         for place, name in enumerate(names)

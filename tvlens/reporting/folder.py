@@ -9,13 +9,16 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import yaml
 
 from tvlens.errors import StudyError
 from tvlens.tables import KEY_FIELDS, Table
+
+if TYPE_CHECKING:
+    from tvlens.attribution.positions import PositionIndex
 
 _KEYS = tuple(field.name for field in KEY_FIELDS)
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -47,7 +50,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "prompts": (
         *("prompt", "tuned", "text", "answer", "group", "split", "tokens", "token_scores"),
-        *("metric", "metric_base", "metric_tuned"),
+        *("corrupt_tokens", "metric", "metric_base", "metric_tuned"),
     ),
     "attribution": (
         *_KEYS,
@@ -60,6 +63,17 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("metric_change", "passed", "direction", "at", "part"),
     ),
     "findings": (*_KEYS, "insert", "remove", "ig", "finding", "role"),
+    "circuits": (
+        *_KEYS,
+        "metric",
+        "unit",
+        "score_base",
+        "score_tuned",
+        "difference",
+        "ci_low",
+        "ci_high",
+        "n",
+    ),
     "curves": (
         *("curve", "ranked_by", "draw", "split", "tuned", "metric", "unit", "k", "of"),
         *("share_of_norm", "scale", "value", "ci_low", "ci_high", "n", "task"),
@@ -104,6 +118,7 @@ class StudyFolder:
         manifest: Content of manifest.json, empty where there is none.
         load_reports: Load report by tuned model, empty where there is none.
         tables: The tables that exist, each with all of ``COLUMNS``.
+        positions: Scores by position, None where there are none.
     """
 
     plan: dict[str, Any]
@@ -111,6 +126,7 @@ class StudyFolder:
     manifest: dict[str, Any]
     load_reports: dict[str, dict[str, Any]]
     tables: dict[str, pd.DataFrame]
+    positions: "PositionIndex | None" = None
 
     @classmethod
     def read(cls, folder: Path) -> "StudyFolder":
@@ -132,6 +148,7 @@ class StudyFolder:
                 for name, columns in COLUMNS.items()
                 if (folder / f"{name}.parquet").is_file()
             },
+            positions=_positions(folder),
         )
 
     @property
@@ -198,6 +215,14 @@ def _mapping(path: Path, text: str, parse: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise StudyError(f"{path} holds a {type(content).__name__}, not named values.")
     return content
+
+
+def _positions(folder: Path) -> "PositionIndex | None":
+    if not (folder / "positions").is_dir():
+        return None
+    from tvlens.attribution.positions import PositionIndex
+
+    return PositionIndex.read(folder)
 
 
 def _load_reports(content: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Layers x heads and layers x parts, gathered from a study's tables for the heat maps."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -19,7 +21,7 @@ def size_grids(weights: pd.DataFrame, slug: str) -> list[Grid]:
     ]
     matrices = weights[(weights["kind"] == "matrix") & weights["part"].isin(PARTS)]
     grids.append(
-        _grid(
+        grid_of(
             matrices.assign(value=matrices["relative_delta"], column=matrices["part"]),
             f"{slug}-size-matrix",
             "Matrices: |delta| / |base|",
@@ -35,7 +37,7 @@ def _head_grid(weights: pd.DataFrame, kind: str, words: str, name: str) -> Grid 
     sums = squares.groupby(["layer", "index"], as_index=False)[["delta", "whole"]].sum()
     sums = sums.assign(value=np.sqrt(sums["delta"] / sums["whole"].where(sums["whole"] > 0)))
     parts = "W_Q, W_O" if kind == "head" else "W_K, W_V"
-    return _grid(
+    return grid_of(
         sums.assign(column=sums["index"]),
         name,
         f"{words.capitalize()}s ({parts} together): |delta| / |base|",
@@ -56,7 +58,7 @@ def score_grids(study: StudyFolder, tuned: str, slug: str) -> list[Grid]:
         summed = placed.groupby(["layer", "column"], as_index=False)["score"].sum()
         title = f"{words.capitalize()}s" if words else "Matrices"
         grids.append(
-            _grid(
+            grid_of(
                 summed.assign(value=summed["score"]),
                 f"{slug}-score-{kind}",
                 f"{title}: mean {ESTIMATE} score",
@@ -68,15 +70,26 @@ def score_grids(study: StudyFolder, tuned: str, slug: str) -> list[Grid]:
     return [grid for grid in grids if grid is not None]
 
 
-def _grid(
-    frame: pd.DataFrame, name: str, title: str, *, what: str, signed: bool = False, unit: str = ""
+def grid_of(
+    frame: pd.DataFrame,
+    name: str,
+    title: str,
+    *,
+    what: str,
+    signed: bool = False,
+    unit: str = "",
+    order: Sequence[str] = PARTS,
 ) -> Grid | None:
+    """Layers x columns of ``frame`` (``layer column value``); None where it has no value.
+
+    Columns are numbers from 0 on, or words in the order of ``order``.
+    """
     frame = frame.dropna(subset=["layer", "column", "value"])
     if frame.empty:
         return None
     words = isinstance(frame["column"].iloc[0], str)
     present = set(frame["column"])
-    columns = [part for part in PARTS if part in present] if words else range(int(max(present)) + 1)
+    columns = [part for part in order if part in present] if words else range(int(max(present)) + 1)
     wide = frame.pivot_table(index="layer", columns="column", values="value", aggfunc="first")
     layers = range(int(frame["layer"].max()) + 1)
     return Grid(

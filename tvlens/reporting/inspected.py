@@ -124,6 +124,9 @@ def _tables(found: Mapping[str, Any]) -> RenderableType:
         for name, rows in stage.get("tables", {}).items():
             parts = ", ".join(f"{part}={n:,}" for part, n in rows.get("by", {}).items())
             table.add_row(name, _bounds(rows), parts)
+        if positions := stage.get("positions"):
+            held = f"{positions['tensors']:,} tensors of scores by position"
+            table.add_row("positions/", amount(positions["bytes"]), held)
     return table
 
 

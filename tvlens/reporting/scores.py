@@ -5,7 +5,7 @@ parameters into disjoint pieces; only these are ever summed (``components.DISJOI
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -170,11 +170,34 @@ def decisions(fidelity: pd.DataFrame, kinds: Iterable[str]) -> dict[str, str]:
     A kind's own check decides. Where its sample is too small, the check over all kinds together
     does; where neither could, the kind is ``not checked``.
     """
+    found = group_decisions(fidelity[fidelity["method"] == ESTIMATE])
+    overall = found.get(("all", ""), "not checked")
+    return {kind: found.get((kind, ""), overall) for kind in kinds}
+
+
+def group_decisions(fidelity: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """The verdict on each kind and part of one estimate's checks; the worst of several."""
     rows = checks(fidelity)
-    rows = rows[(rows["method"] == ESTIMATE) & (rows["verdict"] != "too few")]
-    worst = rows.sort_values("verdict", kind="stable").groupby("kind")["verdict"].last()
-    overall = str(worst.get("all", "not checked"))
-    return {kind: str(worst.get(kind, overall)) for kind in kinds}
+    rows = rows[rows["verdict"] != "too few"].assign(part=rows["part"].fillna(""))
+    ordered = rows.sort_values("verdict", kind="stable")  # of several, withheld comes last
+    named = zip(ordered["kind"], ordered["part"], ordered["verdict"], strict=True)
+    return {(str(kind), str(part)): str(said) for kind, part, said in named}
+
+
+def direction_words(row: Any) -> str:
+    """What was put where, with the model that ran where the direction leaves that open."""
+    if not isinstance(row.direction, str):
+        return ""
+    words = row.direction.replace("_", " ")
+    weight = str(row.method).startswith("weight")
+    known = weight or not isinstance(row.at, str) or row.at in row.direction
+    return words if known else f"{words}, in {row.at}"
+
+
+def part_words(row: Any) -> str:
+    """The plural of a row's kind, with the activation's name where it is cut part by part."""
+    words, part = kind_words(str(row.kind)), getattr(row, "part", None)
+    return f"{words} ({part})" if isinstance(part, str) else words
 
 
 def labels_for(study: StudyFolder, tuned: str, rows: pd.DataFrame) -> list[str]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from .activation_maps import PassingPart, circuits_table, passing_parts
 from .answer import Statement, answer
 from .contrast_tables import contrast_plots, contrasts_table
 from .datatable import DataTable
@@ -11,6 +12,7 @@ from .figures import HeatMap, Scatter, heat_map
 from .folder import StudyFolder
 from .graft_tables import graft_tables
 from .grids import score_grids, size_grids
+from .position_maps import PlacedPart, placed_parts
 from .sweeps import sweep_notes, sweep_plots
 from .tokens import TokenText, token_texts
 from .weight_tables import (
@@ -41,6 +43,9 @@ class ModelPart:
         readings: The paper's candidate readings.
         ranking_tables: Estimate beside exact.
         score_maps: Heat maps of scores.
+        passing: Activations, direction by direction.
+        placed: One prompt's scores by position.
+        circuits: The base's circuit against the tuned model's.
         fidelity: The checks.
         grafts: The smallest sets that carry the behaviour.
         sweeps: Tasks along the tuning vector, beside controls.
@@ -64,6 +69,9 @@ class ModelPart:
     readings: DataTable | None
     ranking_tables: list[DataTable]
     score_maps: list[HeatMap]
+    passing: list[PassingPart]
+    placed: list[PlacedPart]
+    circuits: DataTable | None
     fidelity: list[DataTable]
     grafts: list[DataTable]
     sweeps: list[Scatter]
@@ -94,6 +102,9 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         readings=readings_table(study.table("readings", tuned)),
         ranking_tables=ranking_tables(study, tuned),
         score_maps=[heat_map(grid, tooltips=tooltips) for grid in score_grids(study, tuned, slug)],
+        passing=passing_parts(study, tuned, slug, tooltips=tooltips),
+        placed=placed_parts(study, tuned, slug, tooltips=tooltips),
+        circuits=circuits_table(study.table("circuits", tuned)),
         fidelity=fidelity_tables(study.table("fidelity", tuned)),
         grafts=graft_tables(study, tuned),
         sweeps=sweep_plots(study, tuned, slug, tooltips=tooltips),

@@ -10,6 +10,7 @@ from tvlens.attribution.sampling import CHECKED_PROMPTS, LEAST, Cost, affordable
 from tvlens.attribution.weights import NODE_COUNTS
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
+from tvlens.selection import parse_selection
 from tvlens.weights.matching import Pair
 
 from . import peaks, work
@@ -26,10 +27,12 @@ from .row_counts import (
     graft_rows,
     label_rows,
     overlap_rows,
+    position_shapes,
     reading_rows,
     tested_rows,
     weight_rows,
 )
+from .stages import words_of
 
 UNCERTAINTY = 2.0
 """Expected seconds are right within this factor, on a core that nothing else uses."""
@@ -63,21 +66,27 @@ class Forecast:
         seconds: Time.
         peak: Anonymous bytes at most; see ``peaks``.
         tables: Rows of what it writes.
+        positions: Shapes of the scores by position that it writes.
     """
 
     bytes_read: int
     seconds: Seconds
     peak: float
     tables: Mapping[str, Rows] = field(default_factory=dict)
+    positions: Sequence[tuple[int, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {
+        found = {
             "bytes_read": self.bytes_read,
             "seconds": self.seconds.to_dict(),
             "peak_memory_bytes": round(self.peak),
             "tables": {name: rows.to_dict() for name, rows in self.tables.items()},
         }
+        if self.positions:
+            size = 4 * sum(map(math.prod, self.positions))
+            found["positions"] = {"tensors": len(self.positions), "bytes": size}
+        return found
 
 
 @dataclass(frozen=True)
@@ -185,7 +194,7 @@ def attribution_side(
     return found
 
 
-def asked_of(plan: StudyPlan, batch: Batch) -> Asked:
+def asked_of(plan: StudyPlan, batch: Batch, metric: Metric) -> Asked:
     """What the tables of attribution depend on."""
     return Asked(
         prompts=len(batch),
@@ -193,7 +202,12 @@ def asked_of(plan: StudyPlan, batch: Batch) -> Asked:
         all_neurons=plan.neurons == "all",
         check_exact=plan.check_exact,
         check_prompts=plan.check_prompts,
-        estimators=plan.estimators,
+        words=words_of(plan),
+        metric=metric,
+        longest=int(batch.lengths.max()) if len(batch) else 0,
+        position=plan.position,
+        exact=plan.dtype == "float32",
+        only=None if plan.select is None else parse_selection(plan.select),
     )
 
 
@@ -201,9 +215,9 @@ def _attribute(
     pair: Pair, plan: StudyPlan, prompted: Prompted, one: work.Passes, rates: Rates
 ) -> Forecast:
     batch, metric = prompted.batch, prompted.metric
-    asked = asked_of(plan, batch)
+    asked = asked_of(plan, batch, metric)
     tables = attribution_tables(pair, asked, joined="decompose" in plan.stages)
-    checks = _checking(plan, asked, one, batch, rates)
+    checks = _checking(plan, one, batch, rates, series=_series(pair, asked))
     usual = seconds_of(work.attribute_work(pair, one, asked), rates)
     longest = seconds_of(work.attribute_work(pair, one, asked, nodes=NODE_COUNTS), rates)
     rows = tables["attribution"]
@@ -212,13 +226,21 @@ def _attribute(
     )
     read = sum(work.stored_bytes(pair))
     seconds = _with_disk(usual + checks, usual + checks, longest + checks, read)
-    return Forecast(read, seconds, peak, tables)
+    return Forecast(read, seconds, peak, tables, position_shapes(pair, asked))
 
 
-def _checking(plan: StudyPlan, asked: Asked, one: work.Passes, batch: Batch, rates: Rates) -> float:
+def _series(pair: Pair, asked: Asked) -> int:
+    """Series of activations that are checked: every direction by every estimator."""
+    return len(asked.exchanges(pair.layout)) * len(asked.words.estimators)
+
+
+def _checking(
+    plan: StudyPlan, one: work.Passes, batch: Batch, rates: Rates, *, series: int
+) -> float:
     """Exact patching: of the sample that is asked for, or of what fits the time, as is planned."""
-    series = len(asked.activation_series) * len(asked.estimators)
     nodes = NODE_COUNTS[0]
+    if plan.dtype != "float32":
+        return 0.0
 
     def cost(prompts: int) -> Cost:
         passes = work.exact_sample(one, batch, prompts=prompts)

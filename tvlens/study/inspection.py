@@ -21,6 +21,7 @@ inspected as fast as the demo. The shape of what ``inspection`` gives is stable:
         peak_memory_bytes   of the whole process
         tables              by name: {rows} where the headers decide, else {at_least, at_most};
                             ``by`` splits what is exact by kind or method
+        positions           {tensors, bytes} of ``positions/``, with ``position`` alone
         cannot_run          instead of all these: why the stage would be refused
     seconds             {expected, low, high} of all stages
     parents             with ``--parents`` alone: what ``parent_ranking`` gives
@@ -45,6 +46,7 @@ from tvlens.weights.sources.opening import open_source
 from .forecast import (
     Forecast,
     Prompted,
+    asked_of,
     attribution_side,
     evaluation_side,
     total_seconds,
@@ -121,6 +123,8 @@ def _prompted_stages(
     found = attribution_side(pair, plan, prompted, rates)
     found |= evaluation_side(pair, plan, texts, SHIPPED["loss"], rates)
     warnings = [*common.warnings, *batch.warnings, *_left_out(asked)]
+    if "attribute" in plan.stages:
+        warnings += asked_of(plan, batch, prompted.metric).left_out(pair.layout)
     return {**known, **_counted(prompted), "warnings": warnings}, found, {}
 
 

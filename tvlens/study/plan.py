@@ -23,7 +23,7 @@ NOT_OPTIONS = {
 }
 """Fields that the command line does not take as options."""
 OPTION_NAMES = {
-    **{"tuned_names": "tuned-name", "controls": "control"},
+    **{"tuned_names": "tuned-name", "controls": "control", "directions": "direction"},
     **{"estimators": "estimator", "measures": "measure"},
 }
 """Options whose name is not that of their field."""
@@ -69,14 +69,19 @@ class StudyPlan(BaseModel):
         canonical: Measure the weights in the base's coordinates (``weights.gauge``); what runs
             the models stays as stored.
         stages: Which stages to run.
+        nodes: Which activations are attributed to: names divided by commas, default, all.
+        directions: What is put where (``attribution.exchanges``); none for the usual ones.
+        position: Keep the scores of activations by position, in ``positions/``.
         evaluate: Held-out text files to measure, by domain name.
         check_exact: Components in the exact sample; None plans it from ``check_seconds`` and
             writes what was planned.
         check_nodes: Nodes of the exact path average; None takes what fits the time, or 3.
         check_prompts: Prompts of the exact sample; None takes 16.
+        select: Which components the exact sample is drawn from (``tvlens.selection``).
         check_seconds: Time that the exact checks may take, as far as a plan can tell.
         estimators: How the effects of exchanged activations are estimated; each is checked. With
-            others than first order, queries and keys are attributed to as well.
+            others than first order, queries and keys are among the usual activations.
+        dtype: What attribution runs in: bfloat16 is a scan of estimates, nothing exact is made.
         keep: Share of a behaviour's change that grafting restores or destroys.
         tasks: Task file of a sweep, or ``demo:NAME``.
         scales: Doses of a sweep: ``first:last:step``, or numbers with commas.
@@ -103,11 +108,15 @@ class StudyPlan(BaseModel):
     stages: tuple[Stage, ...] = ("decompose", "attribute")
     evaluate: dict[str, str] = {}
     chat: Literal["auto", "on", "off"] = "auto"
+    nodes: str = "default"
+    directions: tuple[str, ...] = ()
+    position: bool = False
     neurons: Literal["top", "all"] = "top"
     estimators: tuple[Estimator, ...] = Field(default=("first_order",), min_length=1)
     check_exact: int | None = Field(default=None, ge=1)
     check_nodes: int | None = Field(default=None, ge=1)
     check_prompts: int | None = Field(default=None, ge=1)
+    select: str | None = None
     check_seconds: float = Field(default=60.0, gt=0)
     keep: float = Field(default=0.9, gt=0, le=1)
     tasks: str | None = None
@@ -117,7 +126,7 @@ class StudyPlan(BaseModel):
     draws: int = Field(default=3, ge=0)
     skip_bad_lines: bool = False
     device: str = "auto"
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     @property

@@ -12,8 +12,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tvlens.attribution.directions import method_label
+from tvlens.attribution.exchanges import (
+    USUAL,
+    Exchange,
+    Exchanges,
+    Words,
+    exchanges,
+    parts_there,
+)
 from tvlens.attribution.grafting import RANDOM_SETS
-from tvlens.attribution.nodes import NODES, parts_for
+from tvlens.attribution.nodes import NODES
 from tvlens.attribution.sampling import (
     CHECKED_PROMPTS,
     LEAST,
@@ -32,8 +41,12 @@ from tvlens.geometry.measures import HEAD_PARTS, KV_PARTS, NEURON_PARTS
 from tvlens.geometry.readings import ENERGY_RULES, PHI_GRID
 from tvlens.geometry.writes import HEAD_KEPT, MATRIX_KEPT, NEURONS_KEPT, WRITERS
 from tvlens.models.covariances import READ_BY
+from tvlens.models.metrics import SHIPPED, Metric
+from tvlens.selection import Selection
 from tvlens.weights.layout import Layout
 from tvlens.weights.matching import Pair
+
+from .selected_counts import activation_pieces, selected_counts, weight_pieces
 
 WEIGHT_METHODS = ("weight_first_order_base", "weight_first_order_tuned", "weight_ig")
 EXACT_QUESTIONS = 3
@@ -187,7 +200,12 @@ class Asked:
         all_neurons: Every neuron gets rows per prompt.
         check_exact: Components of the exact sample; None where time decides.
         check_prompts: Prompts of the exact sample; None for the usual number.
-        estimators: Of exchanged activations.
+        words: The plan's activations and directions.
+        metric: What is measured.
+        longest: Tokens of the longest prompt.
+        position: Scores by position are kept.
+        only: What the exact sample is drawn from; everything where None.
+        exact: There is an exact sample.
     """
 
     prompts: int
@@ -195,7 +213,12 @@ class Asked:
     all_neurons: bool = False
     check_exact: int | None = None
     check_prompts: int | None = None
-    estimators: tuple[str, ...] = ("first_order",)
+    words: Words = USUAL
+    metric: Metric = SHIPPED["logprob"]
+    longest: int = 0
+    position: bool = False
+    only: Selection | None = None
+    exact: bool = True
 
     @property
     def samples(self) -> tuple[Sample, Sample]:
@@ -213,11 +236,19 @@ class Asked:
         top = whole if self.all_neurons else min(NEURONS_PER_PROMPT, whole)
         return top + min(NEURONS_AT_RANDOM, whole - top)
 
-    @property
-    def activation_series(self) -> dict[str, int]:
-        """Prompts of each direction in which activations are exchanged."""
-        within = {"clean_into_corrupt": self.corrupt} if self.corrupt else {}
-        return {**within, "tuned_into_base": self.prompts, "base_into_tuned": self.prompts}
+    def exchanges(self, layout: Layout) -> list[Exchange]:
+        """The directions in which activations are exchanged, with their parts and prompts."""
+        return self._exchanges(layout).found
+
+    def left_out(self, layout: Layout) -> list[str]:
+        """Sentences on what of the activations and directions is left out, and why."""
+        return self._exchanges(layout).left_out
+
+    def _exchanges(self, layout: Layout) -> Exchanges:
+        there = parts_there(gated=layout.gated)
+        return exchanges(
+            self.words, self.metric, there=there, prompts=self.prompts, corrupt=self.corrupt
+        )
 
 
 def weight_sizes(pair: Pair, asked: Asked) -> dict[Group, int]:
@@ -233,16 +264,20 @@ def weight_sizes(pair: Pair, asked: Asked) -> dict[Group, int]:
     return {(kind, None): count for kind, count in {**disjoint, **fine}.items()}
 
 
-def activation_sizes(layout: Layout, asked: Asked) -> dict[Group, int]:
-    """The same of activations: heads, neurons, each block's two outputs, the embedding, and
-    queries and keys where an estimator was made for them."""
+def activation_sizes(layout: Layout, asked: Asked, parts: Sequence[str]) -> dict[Group, int]:
+    """The same of some activations; heads and neurons part by part."""
     each = {"head": layout.n_layers * layout.n_heads, "neuron": asked.neurons(layout)}
     each["kv_head"] = layout.n_layers * layout.n_kv_heads
     found: Counter[Group] = Counter()
-    for cut, _ in (NODES[part] for part in parts_for(asked.estimators)):
+    for cut, _ in (NODES[part] for part in parts):
         whole = layout.n_layers if cut.layered else 1
         found[group_of(Component(cut.kind, part=cut.part))] += each.get(cut.kind, whole)
     return dict(found)
+
+
+def neuron_parts(parts: Sequence[str]) -> int:
+    """How many of some activations are cut into neurons: each has a row over all prompts."""
+    return sum(NODES[part][0].kind == "neuron" for part in parts)
 
 
 def estimate_rows(pair: Pair, asked: Asked) -> Rows:
@@ -253,11 +288,11 @@ def estimate_rows(pair: Pair, asked: Asked) -> Rows:
     layout = pair.layout
     over_prompts = layout.n_layers * layout.d_mlp
     found: Counter[str] = Counter()
-    for direction, prompts in asked.activation_series.items():
-        within = "activation" if direction == "clean_into_corrupt" else "cross_model"
-        sizes = activation_sizes(layout, asked)
-        for estimator in asked.estimators:
-            found[f"{within}_{estimator}"] += sum(sizes.values()) * prompts + over_prompts
+    for one in asked.exchanges(layout):
+        sizes = activation_sizes(layout, asked, one.parts)
+        rows = sum(sizes.values()) * one.prompts + neuron_parts(one.parts) * over_prompts
+        for estimator in asked.words.estimators:
+            found[method_label(one.direction, estimator)] += rows
     for method in WEIGHT_METHODS:
         sizes = weight_sizes(pair, asked)
         found[method] = sum(sizes.values()) * asked.prompts + over_prompts
@@ -268,25 +303,53 @@ def _drawn(sizes: Mapping[Group, int], count: int) -> int:
     return sum(top + drawn for top, drawn in drawn_sizes(sizes, count).values())
 
 
+def sampled_sizes(
+    pair: Pair, asked: Asked, parts: Sequence[str] | None = None
+) -> tuple[dict[Group, int], dict[Group, int]]:
+    """Components that an exact sample is drawn from, at least and at most; ``parts`` None: weights.
+
+    Which neurons have rows for every prompt is known after they are scored: of those selected, the
+    bounds are what must and what can be among them.
+    """
+    layout = pair.layout
+    whole = weight_sizes(pair, asked) if parts is None else activation_sizes(layout, asked, parts)
+    if asked.only is None:
+        return whole, whole
+    pieces = weight_pieces(pair) if parts is None else activation_pieces(layout, parts)
+    chosen = selected_counts(pieces, asked.only, pair)
+    low, high = {}, {}
+    for group, size in whole.items():
+        missing = layout.n_layers * layout.d_mlp - size if group[0] == "neuron" else 0
+        low[group] = max(0, chosen[group] - missing)
+        high[group] = min(size, chosen[group])
+    return low, high
+
+
 def exact_rows(pair: Pair, asked: Asked) -> Rows:
     """Rows of exact patching in ``attribution``."""
-    ends = []
-    for sample in asked.samples:
-        weights = _drawn(weight_sizes(pair, asked), sample.count)
-        activations = _drawn(activation_sizes(pair.layout, asked), sample.count)
-        series = [min(prompts, sample.prompts) for prompts in asked.activation_series.values()]
-        ends.append((EXACT_QUESTIONS * weights * sample.prompts, activations * sum(series)))
-    # each further estimator may have others among its largest
-    most = ends[1][0] + len(asked.estimators) * ends[1][1]
-    return Rows(sum(ends[0]), most)
+    ends, weights = [], sampled_sizes(pair, asked)
+    series = [
+        (one.prompts, sampled_sizes(pair, asked, one.parts)) for one in asked.exchanges(pair.layout)
+    ]
+    for end, sample in enumerate(asked.samples):
+        rows = EXACT_QUESTIONS * _drawn(weights[end], sample.count) * sample.prompts
+        # each further estimator may have others among its largest
+        for prompts, sizes in series * (len(asked.words.estimators) if end else 1):
+            rows += _drawn(sizes[end], sample.count) * min(prompts, sample.prompts)
+        ends.append(rows)
+    return Rows(ends[0], ends[1])
 
 
 def fidelity_rows(pair: Pair, asked: Asked) -> Rows:
     """Rows of ``fidelity``: for each method a row a kind and stratum, and one for all kinds."""
-    number = len(asked.activation_series) * len(asked.estimators)
-    series = [activation_sizes(pair.layout, asked)] * number
-    series += [weight_sizes(pair, asked)] * len(WEIGHT_METHODS)
-    few, many = (sum(_groups(sizes, sample.count) for sizes in series) for sample in asked.samples)
+    series = [sampled_sizes(pair, asked, one.parts) for one in asked.exchanges(pair.layout)]
+    series = series * len(asked.words.estimators) + [sampled_sizes(pair, asked)] * len(
+        WEIGHT_METHODS
+    )
+    few, many = (
+        sum(_groups(sizes[end], sample.count) for sizes in series)
+        for end, sample in enumerate(asked.samples)
+    )
     return Rows(few, many)
 
 
@@ -299,20 +362,59 @@ def _groups(sizes: Mapping[Group, int], count: int) -> int:
 
 def finding_rows(pair: Pair, asked: Asked) -> Rows:
     """Rows of ``findings``: every component that was patched exactly."""
-    few, many = (_drawn(weight_sizes(pair, asked), sample.count) for sample in asked.samples)
+    sizes = sampled_sizes(pair, asked)
+    few, many = (_drawn(sizes[end], sample.count) for end, sample in enumerate(asked.samples))
     return Rows(few, many)
 
 
 def role_rows(pair: Pair, asked: Asked) -> Rows:
-    """Rows of ``roles``: heads, and neurons that have rows per prompt in both spaces."""
+    """Rows of ``roles``: heads, and neurons that have rows per prompt in both spaces.
+
+    Passing is the output, z or post, of the tuned model put into the base.
+    """
     layout, chosen = pair.layout, asked.neurons(pair.layout)
+    found = [one for one in asked.exchanges(layout) if one.direction == "tuned_into_base"]
+    parts = found[0].parts if found else ()
     heads, neurons = layout.n_layers * layout.n_heads, layout.n_layers * layout.d_mlp
-    return Rows(heads + max(0, 2 * chosen - neurons), heads + chosen)
+    heads, there = heads * ("z" in parts), "post" in parts
+    return Rows(heads + there * max(0, 2 * chosen - neurons), heads + there * chosen)
 
 
-def join_rows(pair: Pair) -> Rows:
-    """Rows of ``joins``: two measures of size for every kind."""
-    return Rows.exactly(2 * len(weight_rows(pair).by))
+def circuit_sizes(pair: Pair, asked: Asked) -> dict[Group, int]:
+    """Components whose clean activation was put into the corrupt run of both models, at most."""
+    within = [one for one in asked.exchanges(pair.layout) if one.direction == "clean_into_corrupt"]
+    if len(within) < 2:
+        return {}
+    return activation_sizes(pair.layout, asked, within[0].parts)
+
+
+def circuit_rows(pair: Pair, asked: Asked) -> Rows:
+    """Rows of ``circuits``: neurons count where both models have rows per prompt of them."""
+    layout, sizes = pair.layout, circuit_sizes(pair, asked)
+    most, whole = sum(sizes.values()), layout.n_layers * layout.d_mlp
+    in_both = {
+        group: max(0, 2 * size - whole) if group[0] == "neuron" else size
+        for group, size in sizes.items()
+    }
+    return Rows(sum(in_both.values()), most)
+
+
+def position_shapes(pair: Pair, asked: Asked) -> list[tuple[int, int, int, int]]:
+    """Shapes of the tensors in ``positions``: prompts, places, layers, numbers."""
+    layout = pair.layout
+    indices = {"head": layout.n_heads, "kv_head": layout.n_kv_heads, "neuron": layout.d_mlp}
+    found = []
+    for one in asked.exchanges(layout) if asked.position else ():
+        for cut in (NODES[part][0] for part in one.parts):
+            layers = layout.n_layers if cut.layered else 1
+            found.append((one.prompts, asked.longest, layers, indices.get(cut.kind, 1)))
+    return found
+
+
+def join_rows(pair: Pair, asked: Asked, *, sizes: bool = True) -> Rows:
+    """Rows of ``joins``: two measures of size for every kind, and every activation of a circuit."""
+    measured = 2 * len(weight_rows(pair).by) if sizes else 0
+    return Rows.exactly(measured + len(circuit_sizes(pair, asked)))
 
 
 def candidates(pair: Pair) -> int:
@@ -336,15 +438,20 @@ def graft_rows(pair: Pair) -> dict[str, Rows]:
 
 
 def attribution_tables(pair: Pair, asked: Asked, *, joined: bool) -> dict[str, Rows]:
-    """Rows of every table that attribution makes; ``joins`` needs the weights side too."""
+    """Rows of every table that attribution makes; ``joined``: the weights side is there too."""
     tables = {
         "prompts": Rows.exactly(asked.prompts),
-        "attribution": estimate_rows(pair, asked).plus(exact_rows(pair, asked)),
-        "fidelity": fidelity_rows(pair, asked),
-        "findings": finding_rows(pair, asked),
+        "attribution": estimate_rows(pair, asked),
         "roles": role_rows(pair, asked),
     }
-    return {**tables, "joins": join_rows(pair)} if joined else tables
+    if asked.exact:
+        tables["attribution"] = tables["attribution"].plus(exact_rows(pair, asked))
+        tables["fidelity"] = fidelity_rows(pair, asked)
+        tables["findings"] = finding_rows(pair, asked)
+    if circuit_sizes(pair, asked):
+        tables["circuits"] = circuit_rows(pair, asked)
+    joins = join_rows(pair, asked, sizes=joined)
+    return {**tables, "joins": joins} if joins.at_most else tables
 
 
 def evaluation_rows(models: Sequence[str], tasks: Sequence[str]) -> Rows:

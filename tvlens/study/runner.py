@@ -46,6 +46,8 @@ SHARED = {
     "evaluation": ("split", "held_out", "evaluate"),
 }
 """Tables that two stages fill: the column and value that mark the rows of one, and which."""
+SOMETIMES = {"attribute": ("circuits", "fidelity", "findings")}
+"""Tables that a stage makes only of some plans: an earlier plan's must not stay."""
 PACKAGES = ("tvlens", "torch", "transformer-lens", "transformers", "safetensors", "scipy")
 
 
@@ -172,23 +174,37 @@ class _Run:
         if self.resume and name in self.measured:
             self.say(f"{name}: kept")
             return
-        made: dict[str, list[Table]] = {}
-        vectors: dict[str, "dict[str, Tensor]"] = {}
         with self.timed(name):
+            made = []
             for tuned_name, output in stages.STAGES[name](self.plan, self.pairs, self.say):
                 self.warnings += output.warnings
                 self.facts.setdefault(tuned_name, {}).update(output.facts)
                 self._fix_sample(output.facts)
-                for table in output.tables:
-                    made.setdefault(table.name, []).append(table)
-                for file_name, named in output.vectors.items():
-                    vectors.setdefault(file_name, {}).update(named)
-            for table_name, parts in made.items():
-                joined = concatenated(table_name, parts, order=ORDERS.get(table_name, ""))
-                self._with_other_rows(name, joined).save(self.folder)
-            for file_name, named in vectors.items():
-                write_tensors(self.folder / f"{file_name}.safetensors", named)
+                made.append(output)
+            for table_name in SOMETIMES.get(name, ()):
+                (self.folder / f"{table_name}.parquet").unlink(missing_ok=True)
+            self._save(name, made)
         self.write_manifest()
+
+    def _save(self, stage: str, outputs: "Sequence[stages.StageOutput]") -> None:
+        """Write what a stage made for all pairs, each table and file whole or not at all."""
+        made: dict[str, list[Table]] = {}
+        vectors: dict[str, "dict[str, Tensor]"] = {}
+        for output in outputs:
+            for table in output.tables:
+                made.setdefault(table.name, []).append(table)
+            for file_name, named in output.vectors.items():
+                vectors.setdefault(file_name, {}).update(named)
+        for table_name, parts in made.items():
+            joined = concatenated(table_name, parts, order=ORDERS.get(table_name, ""))
+            self._with_other_rows(stage, joined).save(self.folder)
+        for file_name, named in vectors.items():
+            write_tensors(self.folder / f"{file_name}.safetensors", named)
+        positions = [output.positions for output in outputs if output.positions is not None]
+        if positions:
+            from tvlens.attribution.positions import write_positions
+
+            write_positions(self.folder, [series for own in positions for series in own])
 
     def _with_other_rows(self, stage: str, table: Table) -> Table:
         """A table that two stages fill, with the rows of the other one that are there."""
@@ -213,8 +229,7 @@ class _Run:
             return
         if "contrasts" in study.tables:
             self._join_contrasts(study)
-        if "weights" in study.tables and not self._renumbered():
-            self._join_sizes(study)
+        self._join_ranks(study, sizes="weights" in study.tables and not self._renumbered())
 
     def _join_contrasts(self, study: Study) -> None:
         """The contrasts with layers counted by what the metric owes to them, beside the others."""
@@ -229,18 +244,20 @@ class _Run:
             parts.append(with_weighted(own, weights, seed=self.plan.seed))
         concatenated("contrasts", parts).save(self.folder)
 
-    def _join_sizes(self, study: Study) -> None:
-        from tvlens.attribution.joins import size_and_effect
+    def _join_ranks(self, study: Study, *, sizes: bool) -> None:
+        """Rank agreement of sizes with effects, and of the base's circuit with the tuned one's."""
+        from tvlens.attribution.joins import circuit_agreement, size_and_effect
 
-        parts = [
-            size_and_effect(
-                study.weights.where(tuned=pair.tuned_name),
-                study.attribution.where(tuned=pair.tuned_name),
-                seed=self.plan.seed,
-            )
-            for pair in self.pairs
-        ]
-        concatenated("joins", parts).save(self.folder)
+        parts, seed = [], self.plan.seed
+        for name in (pair.tuned_name for pair in self.pairs):
+            if sizes:
+                weights, scores = (t.where(tuned=name) for t in (study.weights, study.attribution))
+                parts.append(size_and_effect(weights, scores, seed=seed))
+            if "circuits" in study.tables:
+                circuits = study.table("circuits").where(tuned=name)
+                parts.append(circuit_agreement(circuits, seed=seed))
+        if parts:
+            concatenated("joins", parts).save(self.folder)
 
     def _renumbered(self) -> bool:
         """Whether a site of ``weights`` and one of ``attribution`` are not the same unit."""

@@ -10,14 +10,16 @@
 A stage is a pure function of its inputs; the runner writes what it returns.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
 from tvlens.errors import StudyError, UnsupportedFormatError
+from tvlens.selection import parse_selection
 from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
 from tvlens.weights.gauge import canonical, refuse_canonical, removed
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from tvlens.attribution.exchanges import Words
+    from tvlens.attribution.positions import PositionSeries
     from tvlens.models.lens import LensModel
     from tvlens.models.metrics import Metric
     from tvlens.models.pair import HookedPair
@@ -50,6 +54,7 @@ PROMPTS_SCHEMA = pa.schema(
         ("answer", pa.string()),
         ("wrong", pa.string()),
         ("corrupt", pa.string()),
+        ("corrupt_tokens", pa.list_(pa.string())),
         ("group", pa.string()),
         ("split", pa.string()),
         ("rendered", pa.string()),
@@ -74,12 +79,14 @@ class StageOutput:
         facts: Small JSON values for the manifest.
         warnings: Sentences for the person who reads the result.
         vectors: Tensors that a table names, by the table's name, to be written beside it.
+        positions: Scores by position, to be moved into the study; None for a stage without any.
     """
 
     tables: tuple[Table, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     vectors: Mapping[str, Mapping[str, "Tensor"]] = field(default_factory=dict)
+    positions: "tuple[PositionSeries, ...] | None" = None
 
 
 Outputs = Iterator[tuple[str, StageOutput]]
@@ -179,17 +186,23 @@ def _canonical(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> "list
 
 def attribute_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Attribute the metric on the prompts to activations and weights, and check the estimates."""
+    import torch
+
     from tvlens.models.metrics import resolve_metric
     from tvlens.models.pair import HookedPair
     from tvlens.models.prompts import load_prompts, tokenised
 
-    hooked = HookedPair(pair, device=chosen_device(plan))
+    hooked = HookedPair(pair, device=chosen_device(plan), dtype=getattr(torch, plan.dtype))
     asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
     metric = resolve_metric(plan.metric, asked)
     batch = tokenised(asked, hooked.tokenizer, chat=plan.chat)
     with one_thread(only_if=hooked.base.d_model < WIDE):
         metric, found = _with_direction(metric, hooked, asked, batch)
-        made = _attributed(plan, hooked, asked, batch, metric, say)
+        made = (
+            _attributed(plan, hooked, asked, batch, metric, say)
+            if plan.dtype == "float32"
+            else _scanned(plan, pair, hooked, asked, batch, metric, say)
+        )
         copied = _copy_facts(pair, hooked, batch)
     return replace(
         made,
@@ -299,19 +312,79 @@ def _attributed(
     from tvlens.attribution.weights import weight_scores, weight_table
 
     neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
-    scores, left_out = _estimates(plan, hooked, batch, metric, say)
+    passing = _activations(plan, hooked, batch, metric, say, neurons=neurons)
+    ends, vanishing = _of_weights(hooked, batch, metric, say, neurons=neurons)
+    left_out = _vanishing(metric, [*passing.vanishing, *vanishing])
+    scores = [*passing.tables, *ends]
     say("weights, integrated along the line from base to tuned")
     integral = weight_scores(hooked, batch, metric, estimator="ig", at="path")
     scores.append(weight_table(integral, hooked, batch, metric, neurons=neurons))
     say("checking estimates against exact patching")
     tables, sample = _checked(plan, hooked, batch, metric, scores)
     prompt_table = _prompts_table(hooked, asked, batch, metric, integral.by_token)
-    facts = {"metric": metric.name, "unit": metric.unit, "prompts": len(batch), **sample}
+    facts = {**_run_facts(plan, batch, metric), **sample}
     return StageOutput(
         (prompt_table, *tables),
         facts,
-        (*_prompt_warnings(plan, asked), *batch.warnings, *left_out),
+        (*_prompt_warnings(plan, asked), *batch.warnings, *passing.warnings, *left_out),
+        positions=tuple(passing.positions),
     )
+
+
+def _scanned(
+    plan: StudyPlan,
+    pair: "Pair",
+    hooked: "HookedPair",
+    asked: "PromptSet",
+    batch: "Batch",
+    metric: Any,
+    say: Progress,
+) -> StageOutput:
+    """The estimates alone, below float32: activations as always, weights by gates."""
+    from tvlens.attribution.gates import GatedModel, gated_weight_scores
+    from tvlens.attribution.joins import circuits_table, roles_table
+    from tvlens.attribution.tables import NEURONS_PER_PROMPT
+    from tvlens.attribution.weights import NODE_COUNTS, WEIGHT_ESTIMATES, weight_table
+    from tvlens.weights.vector import tuning_vector
+
+    neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
+    passing = _activations(plan, hooked, batch, metric, say, neurons=neurons)
+    gated, tables = GatedModel.of_vector(hooked.base, tuning_vector(pair)), passing.tables
+    vanishing = passing.vanishing
+    for estimator, at in WEIGHT_ESTIMATES:
+        if metric.reference == at:
+            vanishing.append(f"weights at {at}")
+            continue
+        say(f"weights by gates, {estimator.replace('_', ' ')} at {at}")
+        nodes = NODE_COUNTS[0] if estimator == "ig" else None
+        scores = gated_weight_scores(gated, batch, metric, estimator=estimator, at=at, nodes=nodes)
+        tables.append(weight_table(scores, hooked, batch, metric, neurons=neurons))
+    attribution = concatenated("attribution", tables, order="score")
+    circuits = circuits_table(attribution)
+    made = [_prompts_table(hooked, asked, batch, metric, None), attribution]
+    made += [roles_table(attribution), *([] if circuits is None else [circuits])]
+    scan = (
+        f"attribution is a scan in {plan.dtype}: estimates of which none was checked exactly, "
+        "which needs --dtype float32."
+    )
+    return StageOutput(
+        tuple(made),
+        _run_facts(plan, batch, metric),
+        (
+            *(scan, *_prompt_warnings(plan, asked), *batch.warnings, *passing.warnings),
+            *_vanishing(metric, vanishing),
+        ),
+        positions=tuple(passing.positions),
+    )
+
+
+def _run_facts(plan: StudyPlan, batch: "Batch", metric: Any) -> dict[str, Any]:
+    return {
+        "metric": metric.name,
+        "unit": metric.unit,
+        "prompts": len(batch),
+        "dtype": plan.dtype,
+    }
 
 
 def check_inputs(plan: StudyPlan) -> None:
@@ -338,7 +411,9 @@ def check_inputs(plan: StudyPlan) -> None:
         if plan.canonical:
             refuse_canonical(control)
     if {"attribute", "graft"} & set(plan.stages):
-        resolve_metric(plan.metric, load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines))
+        asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
+        metric = resolve_metric(plan.metric, asked)
+        _check_attribution(plan, asked, metric)
     for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
         load_texts(spec)
     if "sweep" in plan.stages:
@@ -357,11 +432,36 @@ def _check_weights_side(plan: StudyPlan) -> None:
     resolved_measures(plan.measures)
 
 
+def _check_attribution(plan: StudyPlan, asked: "PromptSet", metric: "Metric") -> None:
+    """Refuse activations, directions and selections that mean nothing or cannot be asked."""
+    if "attribute" not in plan.stages:
+        return
+    if plan.select is not None:
+        parse_selection(plan.select)
+    from tvlens.attribution.activations import ADDITIVE
+    from tvlens.attribution.exchanges import exchanges, parts_there
+
+    if plan.position and set(ADDITIVE).isdisjoint(plan.estimators):
+        raise StudyError(
+            f"--position needs an estimator whose scores are sums over positions: "
+            f"{', '.join(ADDITIVE)}.",
+            hint="Add --estimator first_order.",
+        )
+    exchanges(
+        words_of(plan),
+        metric,
+        there=parts_there(gated=True),
+        prompts=len(asked),
+        corrupt=sum(prompt.corrupt is not None for prompt in asked),
+    )
+
+
 def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     """Find what a later stage would refuse in the models.
 
     Raises:
         UnsupportedFormatError: Attribution was asked for a family without a table.
+        StudyError: An activation was named that the models do not have.
         TvlensError: The weights cannot be measured in the base's coordinates.
     """
     for pair in pairs if plan.canonical else ():
@@ -375,6 +475,10 @@ def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
                 hint="`tvlens decompose` measures the tuning vector tensor by tensor; a family is "
                 "one table in tvlens/weights/families.",
             )
+    for pair in pairs if "attribute" in plan.stages else ():
+        from tvlens.attribution.exchanges import chosen_parts, parts_there
+
+        chosen_parts(plan.nodes, parts_there(gated=pair.layout.gated), plan.estimators)
 
 
 def check_vocabularies(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
@@ -400,24 +504,16 @@ def _prompt_warnings(plan: StudyPlan, asked: "PromptSet") -> tuple[str, ...]:
     return warnings
 
 
-def _estimates(
-    plan: StudyPlan, hooked: "HookedPair", batch: "Batch", metric: "Metric", say: Progress
-) -> tuple[list[Table], tuple[str, ...]]:
-    """The estimates of activations and the first order of weights; and what was left out, why."""
-    from tvlens.attribution.tables import NEURONS_PER_PROMPT
+class _Passing(NamedTuple):
+    """What was made of the activations, and what was not."""
 
-    neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
-    tables, left_out = [], []
-    for made, refused in (
-        _of_activations(plan, hooked, batch, metric, say, neurons=neurons),
-        _of_weights(hooked, batch, metric, say, neurons=neurons),
-    ):
-        tables += made
-        left_out += refused
-    return tables, _vanishing(metric, left_out)
+    tables: list[Table]
+    positions: "list[PositionSeries]"
+    vanishing: list[str]
+    warnings: list[str]
 
 
-def _of_activations(
+def _activations(
     plan: StudyPlan,
     hooked: "HookedPair",
     batch: "Batch",
@@ -425,27 +521,39 @@ def _of_activations(
     say: Progress,
     *,
     neurons: int | None,
-) -> tuple[list[Table], list[str]]:
-    """Every direction by every estimator, and the directions in which the gradient vanishes."""
-    from tvlens.attribution.activations import attribute_activations
+) -> _Passing:
+    """Every direction that is asked for by every estimator."""
+    from tvlens.attribution.activations import ADDITIVE, activation_scores
     from tvlens.attribution.directions import question
-    from tvlens.attribution.nodes import parts_for
-    from tvlens.attribution.tables import Direction
+    from tvlens.attribution.exchanges import exchanges
+    from tvlens.attribution.nodes import all_parts
+    from tvlens.attribution.positions import PositionFile, PositionSeries
 
-    tables, left_out = [], []
-    directions: list[Direction] = ["tuned_into_base", "base_into_tuned"]
-    if any(len(ids) for ids in batch.corrupt_ids):
-        directions.insert(0, "clean_into_corrupt")
-    how = {"parts": parts_for(plan.estimators), "neurons": neurons}
-    for direction in directions:
-        if question(hooked, metric, direction).gradient_vanishes:
-            left_out.append(direction)
-            continue
-        for estimator in plan.estimators:
-            say(f"activations, {direction.replace('_', ' ')}, {estimator.replace('_', ' ')}")
-            asked = {"direction": direction, "estimator": estimator}
-            tables.append(attribute_activations(hooked, batch, metric, **asked, **how))
-    return tables, left_out
+    wanted = exchanges(
+        words_of(plan),
+        metric,
+        there=all_parts(hooked.base),
+        prompts=len(batch),
+        corrupt=sum(len(ids) > 0 for ids in batch.corrupt_ids),
+    )
+    made = _Passing([], [], wanted.vanishing, wanted.left_out)
+    for one, estimator in itertools.product(wanted.found, plan.estimators):
+        say(f"activations, {one.words}, {estimator.replace('_', ' ')}")
+        asked = question(hooked, metric, one.direction, at=one.at)
+        placed = PositionFile(one.prompts) if plan.position and estimator in ADDITIVE else None
+        keep = placed.add if placed is not None else None
+        found = activation_scores(asked, batch, parts=one.parts, estimator=estimator, keep=keep)
+        made.tables.append(found.table(neurons=neurons))
+        if placed is not None:
+            made.positions.append(PositionSeries(placed, placed.entry(found.run)))
+    return made
+
+
+def words_of(plan: StudyPlan) -> "Words":
+    """What a plan says about activations."""
+    from tvlens.attribution.exchanges import Words
+
+    return Words(plan.nodes, plan.directions, plan.estimators)
 
 
 def _of_weights(
@@ -483,23 +591,32 @@ def _checked(
     """Exact rows of a sample, the estimates' agreement with them, findings; and its size."""
     from tvlens.attribution.fidelity import check_fidelity
     from tvlens.attribution.findings import findings_table
-    from tvlens.attribution.joins import roles_table
-    from tvlens.attribution.sampling import CHECKED_PROMPTS, FEWER_NODES, Sample, planned_sample
+    from tvlens.attribution.joins import circuits_table, roles_table
+    from tvlens.attribution.sampling import (
+        CHECKED_PROMPTS,
+        FEWER_NODES,
+        Sample,
+        planned_sample,
+        selected,
+    )
 
-    estimates = concatenated("attribution", scores)
+    only = None if plan.select is None else parse_selection(plan.select)
+    checked = selected(concatenated("attribution", scores), only)
     if plan.check_exact is None:
         sample = planned_sample(
-            hooked, batch, metric, estimates, seconds=plan.check_seconds, seed=plan.seed
+            hooked, batch, metric, checked, seconds=plan.check_seconds, seed=plan.seed
         )
     else:
         prompts = plan.check_prompts or CHECKED_PROMPTS[0]
         sample = Sample(plan.check_exact, plan.check_nodes or FEWER_NODES[-1], prompts)
     exact, fidelity = check_fidelity(
-        hooked, batch, metric, estimates, seed=plan.seed, **sample._asdict()
+        hooked, batch, metric, checked, seed=plan.seed, **sample._asdict()
     )
     attribution = concatenated("attribution", [*scores, exact], order="score")
     facts = {"check_" + name: size for name, size in sample._asdict().items()}
-    return [attribution, fidelity, findings_table(attribution), roles_table(attribution)], facts
+    tables = [attribution, fidelity, findings_table(attribution), roles_table(attribution)]
+    circuits = circuits_table(attribution)
+    return [*tables, circuits] if circuits is not None else tables, facts
 
 
 def _prompts_table(
@@ -507,9 +624,9 @@ def _prompts_table(
     asked: "PromptSet",
     batch: "Batch",
     metric: Any,
-    scores: "Float[Tensor, 'prompt pos']",
+    scores: "Float[Tensor, 'prompt pos'] | None",
 ) -> Table:
-    """Each prompt as the models read it, its metric at both ends, and its tokens' scores."""
+    """Each prompt as the models read it, its metric at both ends, and its tokens' scores if any."""
     prompts = [asked[number] for number in batch.numbers]
     lengths = batch.mask.sum(1).tolist()
     ids = [row[:n].tolist() for row, n in zip(batch.ids, lengths, strict=True)]
@@ -522,6 +639,9 @@ def _prompts_table(
         "answer": [p.answer for p in prompts],
         "wrong": [p.wrong for p in prompts],
         "corrupt": [p.corrupt for p in prompts],
+        "corrupt_tokens": [
+            [decode([i]) for i in ids.tolist()] if len(ids) else None for ids in batch.corrupt_ids
+        ],
         "group": [p.group for p in prompts],
         "split": [p.split for p in prompts],
         "rendered": list(batch.texts),
@@ -529,7 +649,9 @@ def _prompts_table(
         "answer_start": starts,
         "answer_end": [s + len(a) for s, a in zip(starts, batch.answer_ids, strict=True)],
         "tokens": [[decode([i]) for i in row] for row in ids],
-        "token_scores": [row[:n].tolist() for row, n in zip(scores, lengths, strict=True)],
+        "token_scores": [None] * len(batch)
+        if scores is None
+        else [row[:n].tolist() for row, n in zip(scores, lengths, strict=True)],
         "metric": [metric.name] * len(batch),
         "metric_base": _values(hooked, hooked.base, metric, batch),
         "metric_tuned": _values(hooked, hooked.tuned, metric, batch),

@@ -1,8 +1,9 @@
 """A study folder: its files, whose pair it holds, and a view of it for notebooks."""
 
 import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from .plan import StudyPlan
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     from torch import Tensor
+
+    from tvlens.attribution.positions import PositionScores
 
 ORDERS = {
     "weights": "relative_delta",
@@ -49,6 +52,7 @@ TABLES = (
     "findings",
     "roles",
     "joins",
+    "circuits",
     "curves",
     "grafts",
     "evaluation",
@@ -64,7 +68,7 @@ STUDY_FILES = (
     "anchor.safetensors",
     *(f"{name}.parquet" for name in TABLES),
 )
-"""What a study writes, and so all that ``--force`` may remove."""
+"""What a study writes beside ``positions/``, and so all that ``--force`` may remove."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,41 @@ class Study:
     def fidelity(self) -> Table:
         """How far the estimates agree with exact patching."""
         return self.table("fidelity")
+
+    def positions(
+        self,
+        kind: str,
+        *,
+        part: str | None = None,
+        direction: str | None = None,
+        at: str | None = None,
+        tuned: str | None = None,
+    ) -> "PositionScores":
+        """Scores by position of a kind of component, with the tokens at those places.
+
+        Summed over positions in float64 they are the scores in ``attribution``.
+
+        Args:
+            kind: ``head``, ``kv_head``, ``neuron`` or ``node``.
+            part: The activation; ``z`` of heads and ``post`` of neurons unless named.
+            direction: What was put where; ``tuned_into_base`` of several unless named.
+            at: The model that ran.
+            tuned: The fine-tune, where there are several.
+
+        Raises:
+            StudyError: The study was made without ``position``, or none or several fit.
+        """
+        from tvlens.attribution.positions import read_positions
+
+        asked = {"part": part, "direction": direction, "at": at, "tuned": tuned}
+        found = read_positions(self.folder, kind, **asked)
+        prompts = self.table("prompts").where(tuned=found.tuned).to_frame().set_index("prompt")
+        rows = prompts.loc[list(found.prompts)]
+        own, corrupt = (
+            tuple(() if row is None else tuple(row) for row in rows[column])
+            for column in ("tokens", "corrupt_tokens")
+        )
+        return replace(found, tokens=own, corrupt_tokens=corrupt)
 
     def joined(self, part: str | None = None, method: str = "weight_ig") -> pd.DataFrame:
         """Weights beside mean attribution scores, one row per part of a site.
@@ -278,6 +317,7 @@ def prepared_folder(folder: Path, inputs: Mapping[str, Any], *, force: bool) -> 
     if force:
         for name in STUDY_FILES:
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "positions", ignore_errors=True)
 
 
 def _only_refused(folder: Path) -> bool:

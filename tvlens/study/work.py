@@ -41,6 +41,7 @@ from .row_counts import (
     graft_sizes,
     label_rows,
     matrix_parts,
+    position_shapes,
     tested_rows,
     weight_rows,
 )
@@ -70,6 +71,8 @@ CALLS_OF_A_START = 1_400_000
 """Importing the host and building two hooked models, beside reading their weights."""
 PASSES_OF_AN_ACTIVATION = 1 / 12
 """One elementwise pass over an activation, in passes of ``entry``."""
+PASSES_OF_A_PLACED_SCORE = 1.0
+"""A score by position that is moved, summed and written, in passes of ``entry``."""
 LATER_ROWS = 4.0
 """What is joined, ranked and compared of an attribution row, in rows put into a table."""
 
@@ -380,13 +383,19 @@ def attribute_work(
         nodes: The numbers of nodes that the integral tries in turn.
     """
     loading = {"entry": 2 * SCANNING * one.parameters, "call": CALLS_OF_A_START}
-    series = len(asked.activation_series)
-    estimates = times(series, added(*(_activations(one, asked, e) for e in asked.estimators)))
+    series = len(asked.exchanges(pair.layout))
+    estimates = times(series, added(*(_activations(one, asked, e) for e in asked.words.estimators)))
     integral = times(2 + sum(nodes), weight_node(one))
     ends = times(2 * 4 + 3, added(one.work, one.calls(1.0, math.ceil(asked.prompts / 16))))
     tables = attribution_tables(pair, asked, joined=True)
     rows = {"row": (1 + LATER_ROWS) * tables["attribution"].at_least}
-    return added(loading, estimates, integral, ends, rows)
+    placed = {"entry": PASSES_OF_A_PLACED_SCORE * position_numbers(pair, asked)}
+    return added(loading, estimates, integral, ends, rows, placed)
+
+
+def position_numbers(pair: Pair, asked: Asked) -> int:
+    """Scores that ``positions/`` holds, those of padding counted."""
+    return sum(math.prod(shape) for shape in position_shapes(pair, asked))
 
 
 def _activations(one: Passes, asked: Asked, estimator: str) -> Work:
