@@ -1,0 +1,1 @@
+"""Tuning vectors combined, taken home as a checkpoint or adapter, and checked again."""
