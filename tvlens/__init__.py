@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .attribution.activations import attribute_activations
     from .attribution.exact import exact_weight_table as exact_weights
     from .attribution.weights import attribute_weights
+    from .compose.combining import merge
+    from .compose.interference import interference
     from .geometry.classify import classify
     from .geometry.decompose import decompose
     from .models.metrics import Metric
@@ -45,7 +47,9 @@ _HOMES = {
     "classify": ("geometry.classify", "classify"),
     "decompose": ("geometry.decompose", "decompose"),
     "exact_weights": ("attribution.exact", "exact_weight_table"),
+    "interference": ("compose.interference", "interference"),
     "load_pair": ("weights.matching", "load_pair"),
+    "merge": ("compose.combining", "merge"),
     "prompts": ("models.prompts", "load_prompts"),
     "render_report": ("reporting.report", "render_report"),
     "run_study": ("study.runner", "run_study"),
@@ -69,7 +73,9 @@ __all__ = [
     "compare",
     "decompose",
     "exact_weights",
+    "interference",
     "load_pair",
+    "merge",
     "prompts",
     "render_report",
     "run_study",

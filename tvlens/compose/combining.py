@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
 from tvlens.components import Component
 from tvlens.errors import CheckpointError, StudyError
+from tvlens.tables import Table
 from tvlens.weights.delta import Absent, Delta, Dense, combined, without_zeros
 from tvlens.weights.layout import Layout
 from tvlens.weights.pair import VOCABULARY_PARTS, Pair
@@ -43,7 +44,7 @@ from .merging import (
     sparsifier,
 )
 from .terms import Term, opened_base, opened_term
-from .weighting import Share
+from .weighting import Share, score_shares
 
 if TYPE_CHECKING:
     from .export import SavedMerge
@@ -204,23 +205,31 @@ class Merge:
         Raises:
             CheckpointError: It cannot be read, or does not fit the dtype.
         """
-        tensor = self.stored_names.get(stored_name, stored_name)
-        is_new = stored_name == self.untied_name
-        if self.layout.tied and tensor == self.layout.unembedding_tensor:
-            tensor = self.layout.embedding_tensor  # stored twice: both must stay equal
-        if tensor not in self.layout.stored_shapes:
-            return self._converted(stored_name, dtype)
-        stored = self.base.base.read(self._stored_of(tensor))
-        wanted = dtype or stored.dtype
+        stored, is_new = self.base_tensor(stored_name), stored_name == self.untied_name
+        floats = dtype is not None and stored.is_floating_point()
+        wanted = dtype if dtype is not None and floats else stored.dtype
         old, new = stored.reshape(-1), stored.to(wanted, copy=True).reshape(-1)
-        rounding, changed = Rounding(), is_new or wanted != stored.dtype
-        for span, change in self.pieces(tensor, stored):
+        rounding = Rounding()
+        for span, change in self.pieces_of(stored_name, stored):
             rounding += _store(old[span], change, new[span])
-            changed = True
-        if not changed or (not rounding.entries and wanted == stored.dtype and not is_new):
+        if not (rounding.entries or is_new or wanted != stored.dtype):
             return None
         _refuse_overflow(stored_name, new)
         return Rounded(new.reshape(stored.shape), rounding)
+
+    def base_tensor(self, stored_name: str) -> Shaped[Tensor, "..."]:
+        """The base's tensor of a stored name; its embedding for an unembedding that it lacks."""
+        is_new = stored_name == self.untied_name
+        name = self._stored_of(stored_name) if is_new else stored_name
+        return self.base.base.read(name)
+
+    def pieces_of(self, stored_name: str, stored: Shaped[Tensor, "..."]) -> Iterator[Piece]:
+        """The merged change of a stored tensor, none where nothing changes it."""
+        tensor = self.stored_names.get(stored_name, stored_name)
+        if self.layout.tied and tensor == self.layout.unembedding_tensor:
+            tensor = self.layout.embedding_tensor  # stored twice: both must stay equal
+        if tensor in self.layout.stored_shapes:
+            yield from self.pieces(tensor, stored)
 
     def tensors(self) -> Iterator[StoredTensor]:
         """The stored tensors that change, in the base's dtype, one in memory at a time."""
@@ -258,6 +267,30 @@ class Merge:
         inputs = tuple(dict.fromkeys(i for term in self.terms for i in term.vector.inputs))
         return TuningVector(record, self.name, acting, inputs, self.selection or "", None)
 
+    def weighed(self, attribution: Table, **options: Any) -> "Merge":
+        """The merge with each component times its share of the largest score; see ``weighting``.
+
+        Args:
+            attribution: The table of a study that holds every vector under its name.
+            **options: Further arguments of ``score_shares``, but for ``tuned``.
+
+        Raises:
+            StudyError: The table lacks a vector, or has no score that weighs anything.
+        """
+        names = sorted(set(attribution.data["tuned"].to_pylist()))
+        for term in self.terms:
+            if term.name not in names:
+                raise StudyError(
+                    f"the table {attribution.name!r} has no scores of {term.name}; it has those of "
+                    f"{', '.join(names)}.",
+                    hint="Run `tvlens compare` on these fine-tunes, under these names.",
+                )
+        terms = [
+            replace(t, shares=score_shares(attribution, t.layout, tuned=t.name, **options))
+            for t in self.terms
+        ]
+        return replace(self, terms=tuple(terms))
+
     def save(self, out: Path | str, **options: Any) -> "SavedMerge":
         """Write a checkpoint, or an adapter with ``as_lora=RANK``: see ``export.save_merge``."""
         from .export import save_merge
@@ -277,15 +310,6 @@ class Merge:
     def _stored_of(self, tensor: str) -> str:
         names = self.base.base_tensors
         return names.get(tensor) or names[self.layout.embedding_tensor]
-
-    def _converted(self, stored_name: str, dtype: torch.dtype | None) -> Rounded | None:
-        """A tensor that no component holds: as it is, unless all floats are to be converted."""
-        if dtype is None:
-            return None
-        stored = self.base.base.read(stored_name)
-        if not stored.is_floating_point() or stored.dtype == dtype:
-            return None
-        return Rounded(stored.to(dtype), Rounding())
 
     def _sparsifier(self, number: int, tensor: str, flat: Float32[Tensor, " entry"]) -> Sparsifier:
         term = self.terms[number]

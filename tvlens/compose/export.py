@@ -30,6 +30,7 @@ from .folders import refuse_existing, whole_folder
 from .manifest import MANIFEST, AdapterRecord, InputRecord, Manifest, RoundingRecord, versions
 from .shards import CODES, Content, Entry, Header, bytes_of, copied, read_header, write_file
 from .terms import Term
+from .weighting import save_shares
 
 StoredAs = Literal["stored", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -332,8 +333,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _finished(merge: Merge, folder: Path, name: str, command: str, made: Made) -> Manifest:
-    """Card and manifest, the last files of a folder."""
+    """Factors, card and manifest, the last files of a folder."""
     base = merge.base.base
+    if any(term.shares is not None for term in merge.terms):
+        save_shares(folder, [term.shares for term in merge.terms])
     own = InputRecord(
         name=merge.base.base_name,
         given=merge.base_spec,
@@ -349,7 +352,7 @@ def _finished(merge: Merge, folder: Path, name: str, command: str, made: Made) -
         "kind": made.kind,
         "name": merge.name,
         "base": own,
-        "terms": tuple(_input_record(term) for term in merge.terms),
+        "terms": tuple(input_record(term) for term in merge.terms),
         "method": merge.method.name,
         "density": merge.density,
         "seed": merge.seed,
@@ -377,7 +380,7 @@ def _record(rounding: Rounding) -> RoundingRecord:
     )
 
 
-def _input_record(term: Term) -> InputRecord:
+def input_record(term: Term) -> InputRecord:
     """The files of a vector's inputs; of a vector file the file itself."""
     tuned = [entry for entry in term.vector.inputs if entry.role == "tuned"] or term.vector.inputs
     digests = {f"{i.name}/{file}": d for i in tuned for file, d in i.sha256().items()}

@@ -5,23 +5,29 @@ score points the other way: what helps most enters whole, what does harm stays o
 apart because scores of a neuron, a head and a matrix are sums of different numbers of entries.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tvlens.components import DISJOINT_KINDS, Component
-from tvlens.errors import StudyError
+from tvlens.errors import CheckpointError, StudyError
 from tvlens.tables import Table
 from tvlens.weights.layout import Layout
 from tvlens.weights.slices import cut_axis, cuts
 
 Key = tuple[str, int | None, int | None, str | None]
 """Kind, layer, index and part; the part of heads and neurons is None: their scores sum over it."""
+SHARES = "tvlens_shares.safetensors"
+"""The file of a merged folder that holds the factors, so that it can be checked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +69,9 @@ def score_shares(
     scores = _mean_scores(table, tuned=tuned, method=method, kinds=kinds)
     if better == "lower":
         scores = {key: -score for key, score in scores.items()}
-    largest = {kind: max((s for k, s in scores.items() if k[0] == kind), default=0.0) for kind in kinds}
+    largest = dict.fromkeys(kinds, 0.0)
+    for key, score in scores.items():
+        largest[key[0]] = max(largest[key[0]], score)
     if not any(score > 0 for score in largest.values()):
         raise StudyError(
             f"the table {table.name!r} has no {method} score of {', '.join(kinds)} that makes the "
@@ -120,3 +128,44 @@ def _share(layout: Layout, component: Component, shares: Mapping[Key, float]) ->
             each = torch.tensor([shares.get(key, 0.0) for key in keys])
             return Share(cut_axis(layout, component), each.repeat_interleave(cut.width))
     return None
+
+
+def save_shares(folder: Path, shares: Sequence[Mapping[Component, Share] | None]) -> None:
+    """Write the factors of each vector into a folder."""
+    tensors, axes = {}, {}
+    for number, own in enumerate(shares):
+        for component, share in (own or {}).items():
+            name = f"{number}.{component}"
+            tensors[name], axes[name] = share.factors.float().contiguous(), share.axis
+    weighted = [own is not None for own in shares]
+    about = {"axes": json.dumps(axes), "weighted": json.dumps(weighted)}
+    save_file(tensors, folder / SHARES, about)
+
+
+def load_shares(
+    folder: Path, layouts: Sequence[Layout]
+) -> list[Mapping[Component, Share] | None]:
+    """The factors of each vector, as ``save_shares`` wrote them.
+
+    Raises:
+        CheckpointError: The file is missing or does not fit the layouts.
+    """
+    try:
+        with safe_open(folder / SHARES, framework="pt") as file:
+            metadata = file.metadata()
+            axes, weighted = json.loads(metadata["axes"]), json.loads(metadata["weighted"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return [
+            {
+                component: Share(axes[name], tensors[name])
+                for component in layout.components()
+                if (name := f"{number}.{component}") in tensors
+            }
+            if weighted[number]
+            else None
+            for number, layout in enumerate(layouts)
+        ]
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / SHARES} cannot be read: {error}.", hint="Copy the folder again."
+        ) from error
