@@ -132,8 +132,8 @@ class Term:
 
     def _in_all_rows(self, change: Float[Tensor, "row d"], rows: int) -> Float[Tensor, "all d"]:
         """Matched rows at their places among the base's; the others do not change."""
-        if len(self.rows) == rows:
-            return change if bool((self.rows.diff() == 1).all()) else change[self.rows.argsort()]
+        if len(self.rows) == rows:  # in order, so every row is at its place
+            return change
         whole = change.new_zeros(rows, *change.shape[1:])
         whole[self.rows] = change
         return whole

@@ -26,6 +26,7 @@ ORDERS = {
     "directions": "strength",
     "readings": "corrected",
     "overlap": "cosine",
+    "interference": "sign_conflict",
 }
 """The column that ``Table.top`` ranks by, per table."""
 
@@ -41,6 +42,7 @@ TABLES = (
     "readings",
     "lineage",
     "overlap",
+    "interference",
     "prompts",
     "attribution",
     "fidelity",
