@@ -124,8 +124,7 @@ def _whole(merge: Merge, tensor: str) -> Delta:
         return merge.delta(next(iter(places.values())))
     shape = merge.layout.stored_shapes[tensor]
     whole = torch.zeros(math.prod(shape))
-    stored = merge.base.base.read(merge.base.base_tensors[tensor])
-    for span, change in merge.pieces(tensor, stored):
+    for span, change in merge.pieces(tensor, shape):
         whole[span] = change.float()
     place: Place = next(iter(places))
     matrix = whole.reshape(shape)

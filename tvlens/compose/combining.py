@@ -10,6 +10,7 @@ pieces of ``ENTRIES_AT_ONCE`` entries. Where a method trims over whole vectors, 
 more before the first tensor is made.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ from .merging import (
     mixed,
     sparsifier,
 )
-from .terms import Term, opened_base, opened_term
+from .terms import Term, opened_base, opened_term, spec_of
 from .weighting import Share, score_shares
 
 if TYPE_CHECKING:
@@ -175,61 +176,64 @@ class Merge:
         layout = self.base.layout
         return replace(layout, tied=False) if self.unties else layout
 
-    def pieces(self, tensor: str, stored: Float[Tensor, "..."]) -> Iterator[Piece]:
+    def pieces(self, tensor: str, shape: Sequence[int]) -> Iterator[Piece]:
         """The merged change of a checkpoint tensor, none where no vector changes it.
 
         Args:
             tensor: The family's name of the tensor.
-            stored: The base's tensor.
+            shape: The base's stored shape.
         """
         acting: list[tuple[float, Float32[Tensor, " entry"], Sparsifier]] = []
         for number, (term, scale) in enumerate(zip(self.terms, self._scales, strict=True)):
-            change = term.change(tensor, stored.shape) if scale else None
+            change = term.change(tensor, shape) if scale else None
             if change is not None:
                 flat = change.reshape(-1)
                 acting.append((scale, flat, self._sparsifier(number, tensor, flat)))
         if not acting:
             return
         scales = [scale for scale, _, _ in acting]
-        for span in _spans(stored.numel()):
+        for span in _spans(math.prod(shape)):
             changes = torch.stack([keep(flat[span]) for _, flat, keep in acting])
             yield Piece(span, mixed(changes, scales, self.method))
+
+    def pieces_of(self, stored_name: str) -> Iterator[Piece]:
+        """The merged change of a stored tensor, none where nothing changes it."""
+        tensor = self.stored_names.get(stored_name, stored_name)
+        if self.layout.tied and tensor == self.layout.unembedding_tensor:
+            tensor = self.layout.embedding_tensor  # stored twice: both must stay equal
+        if tensor in self.layout.stored_shapes:
+            yield from self.pieces(tensor, self._shape(tensor))
+
+    def base_tensor(self, stored_name: str) -> Shaped[Tensor, "..."]:
+        """The base's tensor of a stored name; its embedding for an unembedding that it lacks."""
+        is_new = stored_name == self.untied_name
+        return self.base.base.read(self._stored_of(stored_name) if is_new else stored_name)
 
     def rounded(self, stored_name: str, dtype: torch.dtype | None = None) -> Rounded | None:
         """A new checkpoint tensor, None where the base's stays as it is.
 
         Args:
             stored_name: Its stored name, or ``untied_name``.
-            dtype: What to store, the base's own by default.
+            dtype: What floats are stored as, the base's own by default.
 
         Raises:
             CheckpointError: It cannot be read, or does not fit the dtype.
         """
-        stored, is_new = self.base_tensor(stored_name), stored_name == self.untied_name
+        pieces = self.pieces_of(stored_name)
+        first = next(pieces, None)
+        if first is None and dtype is None and stored_name != self.untied_name:
+            return None
+        stored = self.base_tensor(stored_name)
         floats = dtype is not None and stored.is_floating_point()
         wanted = dtype if dtype is not None and floats else stored.dtype
-        old, new = stored.reshape(-1), stored.to(wanted, copy=True).reshape(-1)
-        rounding = Rounding()
-        for span, change in self.pieces_of(stored_name, stored):
+        old = stored.contiguous().reshape(-1)
+        new, rounding = old.to(wanted, copy=True), Rounding()
+        for span, change in itertools.chain([first] if first else [], pieces):
             rounding += _store(old[span], change, new[span])
-        if not (rounding.entries or is_new or wanted != stored.dtype):
+        if not (rounding.entries or stored_name == self.untied_name or wanted != stored.dtype):
             return None
         _refuse_overflow(stored_name, new)
         return Rounded(new.reshape(stored.shape), rounding)
-
-    def base_tensor(self, stored_name: str) -> Shaped[Tensor, "..."]:
-        """The base's tensor of a stored name; its embedding for an unembedding that it lacks."""
-        is_new = stored_name == self.untied_name
-        name = self._stored_of(stored_name) if is_new else stored_name
-        return self.base.base.read(name)
-
-    def pieces_of(self, stored_name: str, stored: Shaped[Tensor, "..."]) -> Iterator[Piece]:
-        """The merged change of a stored tensor, none where nothing changes it."""
-        tensor = self.stored_names.get(stored_name, stored_name)
-        if self.layout.tied and tensor == self.layout.unembedding_tensor:
-            tensor = self.layout.embedding_tensor  # stored twice: both must stay equal
-        if tensor in self.layout.stored_shapes:
-            yield from self.pieces(tensor, stored)
 
     def tensors(self) -> Iterator[StoredTensor]:
         """The stored tensors that change, in the base's dtype, one in memory at a time."""
@@ -249,8 +253,7 @@ class Merge:
             return without_zeros(combined(terms))
         shape = self.layout.stored_shapes[place.tensor]
         whole = torch.zeros(math.prod(shape))
-        stored = self.base.base.read(self._stored_of(place.tensor))
-        for span, change in self.pieces(place.tensor, stored):
+        for span, change in self.pieces(place.tensor, self._shape(place.tensor)):
             whole[span] = change.float()
         return without_zeros(
             Dense(self.layout.canonical(whole.reshape(shape), place).contiguous())
@@ -311,6 +314,9 @@ class Merge:
         names = self.base.base_tensors
         return names.get(tensor) or names[self.layout.embedding_tensor]
 
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        return self.base.base.tensors[self._stored_of(tensor)].shape
+
     def _sparsifier(self, number: int, tensor: str, flat: Float32[Tensor, " entry"]) -> Sparsifier:
         term = self.terms[number]
         return sparsifier(
@@ -335,8 +341,7 @@ class Merge:
 
     def _changes(self, term: Term, tensors: Sequence[str]) -> Iterator[Float32[Tensor, "..."]]:
         for tensor in tensors:
-            shape = self.base.base.tensors[self._stored_of(tensor)].shape
-            change = term.change(tensor, shape)
+            change = term.change(tensor, self._shape(tensor))
             if change is not None:
                 yield change
 
@@ -395,7 +400,7 @@ def merge(
         terms = [replace(t, shares=own) for t, own in zip(terms, each, strict=True)]
     return Merge(
         pair,
-        str(base) if isinstance(base, str | Path) else "",
+        str(base) if isinstance(base, str | Path) else spec_of(pair.base),
         tuple(terms),
         chosen,
         chosen.density if density is None else density,

@@ -79,7 +79,11 @@ def _locked(folder: Path) -> int | None:
     if fcntl is None:
         return None
     handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # a file system without locks: leftovers there are removed by hand
+        os.close(handle)
+        return None
     return handle
 
 
@@ -95,8 +99,8 @@ def _remove_leftovers(out: Path) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            continue  # another run is writing it
+        except OSError:
+            continue  # another run is writing it, or nothing can be locked here
         finally:
             os.close(handle)
 

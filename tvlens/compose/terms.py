@@ -29,7 +29,7 @@ from tvlens.weights.pair import VOCABULARY_PARTS, Pair
 from tvlens.weights.slices import Kept
 from tvlens.weights.sources.folder import Source
 from tvlens.weights.sources.memory import MemorySource
-from tvlens.weights.sources.opening import open_source
+from tvlens.weights.sources.opening import DEMO, open_source
 from tvlens.weights.stored import scattered
 from tvlens.weights.vector import TuningVector, base_record, inputs_of, kept_by, restricted
 from tvlens.weights.vector_file import open_vector
@@ -81,8 +81,9 @@ class Term:
         for component, place in self.layout.places.items():
             if self.kept is None or component in self.kept:
                 found.setdefault(place.tensor, []).append((component, place))
-        if self.layout.tied and self.layout.embedding_tensor in found:
-            found[self.layout.unembedding_tensor] = found[self.layout.embedding_tensor]
+        ends = self.layout.embedding_tensor, self.layout.unembedding_tensor
+        if self.layout.tied and ends[0] in found:
+            found[ends[1]] = found[ends[0]]
         return found
 
     def delta(self, component: Component) -> Delta:
@@ -212,11 +213,19 @@ def opened_term(base: Pair, given: Any, *, any_base: bool = False) -> Term:
     if isinstance(given, TuningVector):
         return _of_vector(base, given, "", any_base)
     if isinstance(given, Pair):
-        return _of_pair(base, given, str(given.tuned_name))
+        return _of_pair(base, given, spec_of(given.tuned))
     spec = str(given) if isinstance(given, str | Path) else ""
     if spec.endswith(VECTOR_SUFFIX):
         return _of_vector(base, open_vector(spec), spec, any_base)
     return _of_pair(base, load_pair(base.base, given, scan=False), spec)
+
+
+def spec_of(source: Source) -> str:
+    """What names a source to someone who wants to open it again, empty for one in memory."""
+    if isinstance(source, MemorySource):
+        return ""
+    named = source.revision is not None or source.name.startswith(DEMO)
+    return source.name if named else str(source.folder)
 
 
 def _of_vector(base: Pair, vector: TuningVector, spec: str, any_base: bool) -> Term:

@@ -200,7 +200,7 @@ def _tensor_problem(
     flat = start.reshape(-1), found.reshape(-1)
     wrong = ~_same_bits(*flat)
     wanted = flat[0].double() if floats else None
-    for span, change in again.pieces_of(name, stored):
+    for span, change in again.pieces_of(name):
         exact = stored.reshape(-1)[span].double() + change
         acting = change != 0
         error = (flat[1][span].double() - exact).abs()
@@ -234,7 +234,7 @@ def _step(values: Float64[Tensor, " entry"], dtype: torch.dtype) -> Float64[Tens
     """The distance of neighbouring numbers of a dtype at each value."""
     about = torch.finfo(dtype)
     exponent = torch.frexp(values.abs().clamp(min=about.tiny)).exponent
-    return torch.ldexp(torch.tensor(about.eps, dtype=torch.float64), exponent - 1)
+    return about.eps * torch.pow(torch.tensor(2.0, dtype=torch.float64), exponent.double() - 1)
 
 
 def _adapter_problems(
