@@ -55,12 +55,23 @@ def mergekit_config(
     }
 
 
-def run_mergekit(python: str, config: dict[str, Any], out: Path, threads: int) -> dict[str, float]:
-    """Merge with mergekit and watch what it costs."""
-    path = out.with_suffix(".yml")
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    command = [python, "-m", "mergekit.scripts.run_yaml", str(path), str(out)]
-    return watched([*command, "--no-copy-tokenizer", "--lazy-unpickle"], threads)
+ALL_AT_ONCE = """
+import sys
+from mergekit.scripts.run_yaml import main
+for config, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    main([config, out, "--no-copy-tokenizer", "--lazy-unpickle"], standalone_mode=False)
+"""
+
+
+def run_mergekit(python: str, merges: dict[Path, dict[str, Any]], threads: int) -> dict[str, float]:
+    """Make each merge, by its folder, with mergekit's command in one process; what that costs."""
+    words: list[str] = []
+    for out, config in merges.items():
+        path = out.with_suffix(".yml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        words += [str(path), str(out)]
+    return watched([python, "-c", ALL_AT_ONCE, *words], threads)
 
 
 def watched(command: list[str], threads: int) -> dict[str, float]:
@@ -117,21 +128,22 @@ def golden(python: str) -> None:
     asked += "'numpy': m.version('numpy')}))"
     about = json.loads(subprocess.run([python, "-c", asked], capture_output=True, text=True).stdout)
     found: dict[str, Any] = {"made_by": "benchmarks/merges.py golden", "versions": about}
+    found["cases"] = {}
     with tempfile.TemporaryDirectory() as root:
+        merges: dict[Path, dict[str, Any]] = {}
         for family in CONFIGS:
             models = golden_models(Path(root), family)
             tuned = [models[name] for name in ("a", "b", "c")]
             for label, case in CASES.items():
-                out = Path(root) / family / label.replace(" ", "-")
-                config = mergekit_config(
+                merges[Path(root) / "out" / family / label.replace(" ", "-")] = mergekit_config(
                     models["base"], tuned, case["merge_method"], case["scales"], case["density"]
                 )
-                run_mergekit(python, config, out, 1)
-                found.setdefault("cases", {})[f"{family} {label}"] = {
-                    **case,
-                    "sha256": hashes(out),
-                }
-                print(f"{family} {label}: {len(hashes(out))} tensors")
+        run_mergekit(python, merges, 1)
+        for out in merges:
+            label = out.name.replace("-", " ")
+            merged = {**CASES[label], "sha256": hashes(out)}
+            found["cases"][f"{out.parent.name} {label}"] = merged
+            print(f"{out.parent.name} {label}: {len(merged['sha256'])} tensors")
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -146,7 +158,7 @@ def speed(arguments: argparse.Namespace) -> None:
         for turn in range(arguments.repeats):
             out = Path(root) / f"mergekit-{turn}"
             rows["mergekit"].append(
-                run_mergekit(arguments.mergekit_python, config, out, arguments.threads)
+                run_mergekit(arguments.mergekit_python, {out: config}, arguments.threads)
             )
             command = [sys.executable, "-m", "tvlens", "apply", arguments.base, *arguments.tuned]
             command += ["--out", str(Path(root) / f"tvlens-{turn}"), "--method", "mergekit:ties"]

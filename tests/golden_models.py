@@ -1,6 +1,6 @@
 """Small checkpoints that are the same bits on every machine: raw words of a counter generator.
 
-``tests/golden/mergekit.json`` holds what mergekit makes of them; ``benchmarks/merges.py`` renews it.
+``tests/golden/mergekit.json`` holds what mergekit makes of them; ``benchmarks/merges.py`` makes it.
 """
 
 import hashlib

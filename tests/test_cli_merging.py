@@ -52,11 +52,14 @@ def test_apply_writes_what_verify_accepts_and_refuses_after_an_edit(
     status, text, err = run(*words, "--scale", "0.5", "-0.25", "--quiet")
     assert (status, err) == (0, "")
     assert "base + 0.5 * a - 0.25 * lora" in text
-    base, tuned, new = (load_file(f / "model.safetensors") for f in (folders["base"], folders["a"], out))
+    places = (folders["base"], folders["a"], out)
+    base, tuned, new = (load_file(place / "model.safetensors") for place in places)
     name = "model.layers.0.mlp.up_proj.weight"  # the adapter leaves it
     wanted = base[name].double() + 0.5 * (tuned[name] - base[name]).double()
     assert torch.equal(new[name], wanted.float())
-    assert run("verify", out)[:2] == (0, f"{out}: 21 tensors are base + 0.5 * a - 0.25 * lora, within stored rounding.\n")
+    status, text, _ = run("verify", out)
+    assert status == 0
+    assert text == f"{out}: 21 tensors are base + 0.5 * a - 0.25 * lora, within stored rounding.\n"
     new[name][3, 4] += 1
     save_file(new, out / "model.safetensors", {"format": "pt"})
     status, text, err = run("verify", out)

@@ -81,7 +81,11 @@ def test_what_a_dead_run_left_is_removed_and_a_living_ones_is_not(tmp_path: Path
         (tmp_path / "m" / "own").unlink()
         (tmp_path / "m").rmdir()
     assert (tmp_path / "m" / "own").read_text() == "slow"
-    assert {p.name for p in tmp_path.iterdir()} == {"m", ".m[x]-dead.partial", ".other-dead.partial"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "m",
+        ".m[x]-dead.partial",
+        ".other-dead.partial",
+    }
     _write(tmp_path / "m[x]")
     assert not (tmp_path / ".m[x]-dead.partial").exists()
 

@@ -9,7 +9,6 @@ from .application import app
 from .options import CHECKS, JSON, PROMPTS, Base, Option, Tuned, takes
 from .words import takes_many
 
-
 PARENTS = {
     "parents": Option(
         Annotated[list[str] | None, typer.Option(help="Rank these and BASE as its parent.")], None

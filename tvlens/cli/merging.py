@@ -68,7 +68,7 @@ def apply(
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     **given: Any,
 ) -> None:
-    """Add tuning vectors to a base and write a checkpoint, or an adapter, that transformers loads."""
+    """Add tuning vectors to a base and write a checkpoint or adapter that transformers loads."""
     from tvlens.compose.combining import merge
 
     shown = {name: given.pop(name) for name in ("json", "quiet")}

@@ -58,8 +58,8 @@ def write_adapter(merge: Merge, folder: Path, rank: int, progress: Callable[[str
 
     if not merge.layout.listed:
         raise StudyError(
-            f"tvlens has no table for the family of {merge.base.base_name}, so it cannot tell which "
-            "way round factors multiply.",
+            f"tvlens has no table for the family of {merge.base.base_name}, so it cannot tell "
+            "which way round factors multiply.",
             hint="Write a checkpoint instead: leave --as-lora out.",
         )
     made = Made("adapter", "float32")
@@ -80,7 +80,9 @@ def write_adapter(merge: Merge, folder: Path, rank: int, progress: Callable[[str
             f"no matrix of {merge.base.base_name} changes, so there is nothing for an adapter.",
             hint="Select other components, or write a checkpoint: leave --as-lora out.",
         )
-    written = write_file(folder / "adapter_model.safetensors", contents, {"format": "pt"}, like=None)
+    written = write_file(
+        folder / "adapter_model.safetensors", contents, {"format": "pt"}, like=None
+    )
     made.files["adapter_model.safetensors"] = written.sha256
     config = json.dumps(_config(merge, modules, rank), indent=2) + "\n"
     (folder / "adapter_config.json").write_text(config, encoding="utf-8")

@@ -79,6 +79,8 @@ def _loss(manifest: Manifest) -> str:
 
 
 def _again(manifest: Manifest) -> str:
-    text = "`tvlens verify` checks this folder against its inputs; `tvlens_manifest.json` has their "
+    text = (
+        "`tvlens verify` checks this folder against its inputs; `tvlens_manifest.json` has their "
+    )
     text += "sha256."
     return f"{text}\n\n```\n{manifest.command}\n```\n" if manifest.command else f"{text}\n"

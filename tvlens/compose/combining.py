@@ -255,9 +255,7 @@ class Merge:
         whole = torch.zeros(math.prod(shape))
         for span, change in self.pieces(place.tensor, self._shape(place.tensor)):
             whole[span] = change.float()
-        return without_zeros(
-            Dense(self.layout.canonical(whole.reshape(shape), place).contiguous())
-        )
+        return without_zeros(Dense(self.layout.canonical(whole.reshape(shape), place).contiguous()))
 
     def vector(self) -> TuningVector:
         """What is added to the base, as a tuning vector in memory."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+
 from tvlens.errors import CheckpointError, StudyError
 from tvlens.weights.sources.files import ADAPTER_CONFIG, model_files
 from tvlens.weights.sources.folder import STORAGE, Source
@@ -95,8 +96,8 @@ class SavedMerge:
             return "\n".join([*lines, *_adapter_lines(found.adapter)])
         loss = found.rounding
         lines.append(
-            f"stored as {found.dtype}: rounding lost {loss.relative:.2g} of the change's length and "
-            f"{loss.share_of_entries_lost:.2%} of its {loss.entries:,} entries."
+            f"stored as {found.dtype}: rounding lost {loss.relative:.2g} of the change's length "
+            f"and {loss.share_of_entries_lost:.2%} of its {loss.entries:,} entries."
         )
         if found.untouched_files:
             lines.append(f"untouched, byte by byte: {', '.join(found.untouched_files)}.")
@@ -265,7 +266,8 @@ class _Writer:
         stored = getattr(torch, info.dtype, None)
         floats = stored is not None and stored.is_floating_point
         wanted = self.dtype if self.dtype is not None and floats else stored
-        code = CODES.get(wanted, old.code if old else "")
+        known = CODES.get(wanted) if wanted is not None else None
+        code = known or (old.code if old else "")
         if not code:
             raise CheckpointError(f"{self.source.name} stores {name} as {info.dtype}.")
         size = old.size if old and wanted == stored else _size(info.shape, wanted)

@@ -93,7 +93,9 @@ def load_manifest(folder: Path) -> Manifest:
         UnsupportedFormatError: It is of another format.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}.", hint="Give what `tvlens apply` wrote.")
+        raise CheckpointError(
+            f"there is no folder {folder}.", hint="Give what `tvlens apply` wrote."
+        )
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(
             f"{folder} has no {MANIFEST}, so it was not written by `tvlens apply`.",

@@ -2,13 +2,13 @@
 
 With base weights B, tuning vectors d_i, scales s_i and a_i = s_i d_i, the merged weights are B + m:
 
-    task      m = sum a_i                                                   (arXiv:2212.04089)
+    task      m = sum a_i                                                    (arXiv:2212.04089)
     linear    m = sum a_i / sum s_i, the weighted mean of the fine-tuned models
     ties      trim each d_i to its share ``density`` of largest entries, counted over the whole
               vector; g = sign(sum a_i) by entry; m = mean of the a_i whose sign is g
-                                                                            (arXiv:2306.01708, alg. 1)
+                                                                   (arXiv:2306.01708, alg. 1)
     dare      keep each entry of d_i with probability ``density``, divided by it; m = sum a_i
-                                                                            (arXiv:2311.03099, eq. 3)
+                                                                             (arXiv:2311.03099)
 
 The paper of TIES has one scale for the sum; one per vector is put before the election here, and
 equal scales give the paper's result. Where the sum is exactly zero its sign is zero and m is zero.
@@ -144,8 +144,8 @@ class Cut(NamedTuple):
 
 
 def mixed(
-    changes: Float[Tensor, "vector *entry"], scales: Sequence[float], method: Method
-) -> Float[Tensor, "*entry"]:
+    changes: Float[Tensor, "vector ..."], scales: Sequence[float], method: Method
+) -> Float[Tensor, "..."]:
     """Trimmed changes become one: scaled, elected, summed, divided; in the method's dtype.
 
     Args:
@@ -185,7 +185,7 @@ def effective_scales(scales: Sequence[float], method: Method) -> list[float]:
     return [scale / total if method.divide == "scales" else float(scale) for scale in scales]
 
 
-def _agreeing(scaled: Float[Tensor, "vector *entry"], method: Method) -> Tensor:
+def _agreeing(scaled: Float[Tensor, "vector ..."], method: Method) -> Tensor:
     """Which entries have the sign of their sum; where it is zero none has, or the positive."""
     total = scaled.sum(0)
     if method.ties_up:

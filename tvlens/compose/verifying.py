@@ -188,9 +188,7 @@ def _checkpoint_problems(
     return problems, len(names)
 
 
-def _tensor_problem(
-    again: Merge, merged: Source, name: str, dtype: torch.dtype | None
-) -> str:
+def _tensor_problem(again: Merge, merged: Source, name: str, dtype: torch.dtype | None) -> str:
     """Why a tensor is not what it should be, empty where it is."""
     stored, found = again.base_tensor(name), merged.read(name)
     floats = stored.is_floating_point()
@@ -237,9 +235,7 @@ def _step(values: Float64[Tensor, " entry"], dtype: torch.dtype) -> Float64[Tens
     return about.eps * torch.pow(torch.tensor(2.0, dtype=torch.float64), exponent.double() - 1)
 
 
-def _adapter_problems(
-    folder: Path, manifest: Manifest, again: Merge
-) -> tuple[dict[str, str], int]:
+def _adapter_problems(folder: Path, manifest: Manifest, again: Merge) -> tuple[dict[str, str], int]:
     stated = manifest.adapter
     if stated is None:
         raise CheckpointError(f"{folder / MANIFEST} does not say what the adapter lost.")

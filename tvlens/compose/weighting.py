@@ -109,9 +109,8 @@ def _mean(rows: list[tuple[bool, float]]) -> float:
 
 
 def _key(row: Mapping[Any, Any]) -> Key:
-    numbers = (None if _is_missing(row[name]) else int(row[name]) for name in ("layer", "index"))
-    part = row["part"] if row["kind"] in DISJOINT_KINDS else None
-    return (row["kind"], *numbers, part)
+    layer, index = (None if _is_missing(row[n]) else int(row[n]) for n in ("layer", "index"))
+    return row["kind"], layer, index, row["part"] if row["kind"] in DISJOINT_KINDS else None
 
 
 def _is_missing(value: Any) -> bool:
@@ -142,9 +141,7 @@ def save_shares(folder: Path, shares: Sequence[Mapping[Component, Share] | None]
     save_file(tensors, folder / SHARES, about)
 
 
-def load_shares(
-    folder: Path, layouts: Sequence[Layout]
-) -> list[Mapping[Component, Share] | None]:
+def load_shares(folder: Path, layouts: Sequence[Layout]) -> list[Mapping[Component, Share] | None]:
     """The factors of each vector, as ``save_shares`` wrote them.
 
     Raises:

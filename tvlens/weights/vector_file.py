@@ -518,7 +518,9 @@ class _FileDeltas(Mapping[Component, Delta]):
         if components != layout.components():
             raise CheckpointError(f"{path} lists other components than its config.", hint=_AGAIN)
         self.path, self.layout = path, layout
-        self.forms = {p.component: p.form for p in header.parts if p.form is not None}
+        self.forms: dict[Component, Form] = {
+            part.component: part.form for part in header.parts if part.form is not None
+        }
         try:
             self.file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
