@@ -116,7 +116,6 @@ def test_a_vector_file_goes_in_and_moved_inputs_are_named(
     ("words", "sentence"),
     [
         (["a", "b", "--scale", "1", "2", "3"], "got 3 scales for 2 vectors"),
-        (["a", "--scale", "nan"], "finite scales"),
         (["a", "--method", "mean"], "there is no merge method 'mean'"),
         (["a", "--density", "0", "--method", "ties"], "more than 0 and at most 1, got 0.0"),
         (["a", "--select", "laier == 1"], "position 1: there is no column 'laier'"),
