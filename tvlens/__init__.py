@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .attribution.activations import attribute_activations
     from .attribution.exact import exact_weight_table as exact_weights
     from .attribution.weights import attribute_weights
+    from .compose.combining import merge
+    from .compose.interference import interference
     from .geometry.classify import classify
     from .geometry.decompose import decompose
     from .models.anchors import anchor
@@ -49,7 +51,9 @@ _HOMES = {
     "covariances": ("models.covariances", "covariances"),
     "decompose": ("geometry.decompose", "decompose"),
     "exact_weights": ("attribution.exact", "exact_weight_table"),
+    "interference": ("compose.interference", "interference"),
     "load_pair": ("weights.matching", "load_pair"),
+    "merge": ("compose.combining", "merge"),
     "prompts": ("models.prompts", "load_prompts"),
     "render_report": ("reporting.report", "render_report"),
     "run_study": ("study.runner", "run_study"),
@@ -75,7 +79,9 @@ __all__ = [
     "covariances",
     "decompose",
     "exact_weights",
+    "interference",
     "load_pair",
+    "merge",
     "prompts",
     "render_report",
     "run_study",

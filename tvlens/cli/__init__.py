@@ -4,8 +4,11 @@ Exit status: 0 done; 2 the request cannot be met; 3 it ran and the verdict is ne
 130 interrupted; 1 a bug. A module here holds related commands; importing it adds them to ``app``.
 """
 
-from . import comparing, inspecting, measuring, vectors
+from . import comparing, inspecting, measuring, merging, vectors
 from .application import app, main
 from .summaries import study_summary
 
-__all__ = ["app", "comparing", "inspecting", "main", "measuring", "study_summary", "vectors"]
+__all__ = [
+    *("app", "comparing", "inspecting", "main", "measuring", "merging", "study_summary"),
+    "vectors",
+]

@@ -4,26 +4,10 @@ import json as json_format
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from .application import app
 from .options import ACTIVATIONS, CHECKS, JSON, PROMPTS, Base, Option, Tuned, plan_fields, takes
-
-
-class _ManyParents(TyperCommand):
-    """A command that also takes ``--parents A B`` for ``--parents A --parents B``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option's name before each of its values."""
-        written, inside = [], False
-        for word in args:
-            if word.startswith("--"):
-                inside = word == "--parents"
-            elif inside and written[-1] != "--parents":
-                written.append("--parents")
-            written.append(word)
-        return super().parse_args(ctx, written)
-
+from .words import takes_many
 
 PARENTS = {
     "parents": Option(
@@ -33,7 +17,7 @@ PARENTS = {
 }
 
 
-@app.command(cls=_ManyParents)
+@app.command(cls=takes_many("--parents"))
 @takes(PROMPTS, ACTIVATIONS, PARENTS, CHECKS, JSON)
 def inspect(base: Base, tuned: Tuned, **given: Any) -> None:
     """What a comparison would do, from headers alone: tensors, rows, bytes, seconds, memory."""

@@ -1,1 +1,1 @@
-"""Edits of a model by its tuning vector, and the controls that they are judged beside."""
+"""Tuning vectors edited, combined, taken home as a checkpoint or adapter, and checked again."""

@@ -77,7 +77,8 @@ class StudyPlan(BaseModel):
             writes what was planned.
         check_nodes: Nodes of the exact path average; None takes what fits the time, or 3.
         check_prompts: Prompts of the exact sample; None takes 16.
-        select: Which components the exact sample is drawn from (``tvlens.selection``).
+        select: Which components the exact sample is drawn from, and in a sweep the part of the
+            tuning vector that is let in (``tvlens.selection``); empty for all.
         check_seconds: Time that the exact checks may take, as far as a plan can tell.
         estimators: How the effects of exchanged activations are estimated; each is checked. With
             others than first order, queries and keys are among the usual activations.
@@ -85,7 +86,6 @@ class StudyPlan(BaseModel):
         keep: Share of a behaviour's change that grafting restores or destroys.
         tasks: Task file of a sweep, or ``demo:NAME``.
         scales: Doses of a sweep: ``first:last:step``, or numbers with commas.
-        select: The part of the tuning vector that a sweep lets in; empty for all of it.
         rest: Whether the rest of it is out (``base``) or in (``tuned``).
         draws: Random vectors, and random parts, that a sweep is repeated with.
         seed: Seed of every random draw.
@@ -116,12 +116,11 @@ class StudyPlan(BaseModel):
     check_exact: int | None = Field(default=None, ge=1)
     check_nodes: int | None = Field(default=None, ge=1)
     check_prompts: int | None = Field(default=None, ge=1)
-    select: str | None = None
+    select: str = ""
     check_seconds: float = Field(default=60.0, gt=0)
     keep: float = Field(default=0.9, gt=0, le=1)
     tasks: str | None = None
     scales: str = "-0.5:1.5:0.25"
-    select: str = ""
     rest: Literal["base", "tuned"] = "base"
     draws: int = Field(default=3, ge=0)
     skip_bad_lines: bool = False

@@ -436,7 +436,7 @@ def _check_attribution(plan: StudyPlan, asked: "PromptSet", metric: "Metric") ->
     """Refuse activations, directions and selections that mean nothing or cannot be asked."""
     if "attribute" not in plan.stages:
         return
-    if plan.select is not None:
+    if plan.select:
         parse_selection(plan.select)
     from tvlens.attribution.activations import ADDITIVE
     from tvlens.attribution.exchanges import exchanges, parts_there
@@ -600,7 +600,7 @@ def _checked(
         selected,
     )
 
-    only = None if plan.select is None else parse_selection(plan.select)
+    only = parse_selection(plan.select) if plan.select else None
     checked = selected(concatenated("attribution", scores), only)
     if plan.check_exact is None:
         sample = planned_sample(

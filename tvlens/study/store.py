@@ -30,6 +30,7 @@ ORDERS = {
     "readings": "corrected",
     "measures": "value",
     "overlap": "cosine",
+    "interference": "sign_conflict",
 }
 """The column that ``Table.top`` ranks by, per table."""
 
@@ -46,6 +47,7 @@ TABLES = (
     "readings",
     "lineage",
     "overlap",
+    "interference",
     "prompts",
     "attribution",
     "fidelity",

@@ -12,6 +12,7 @@ component must be the one the vector was taken from.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from tvlens.components import Component
 from tvlens.errors import CheckpointError, IncomparableModelsError
 
 from .configs import STRUCTURE
-from .delta import Absent, Delta
+from .delta import Absent
 from .hooked import LiveWeights, is_hooked, live_weights
 from .matching import load_pair
 from .pair import Pair
@@ -72,7 +73,7 @@ class Application:
                 "a hooked model has no stored tensors to list.",
                 hint="Use it as a context: `with vector.apply_to(model):`.",
             )
-        self._require_base(self.base)
+        self.require_base()
         deltas = dict(self.vector.deltas)
         pair = self._under_its_layout(self.base)
         yield from new_tensors(pair, deltas)
@@ -107,9 +108,18 @@ class Application:
         if stack is not None:
             stack.close()
 
-    @property
-    def _changed(self) -> dict[Component, Delta]:
-        return {c: d for c, d in self.vector.items() if not isinstance(d, Absent)}
+    def require_base(self) -> None:
+        """Check that the base is the one that the vector was taken from, where it acts.
+
+        Raises:
+            IncomparableModelsError: The base is another than the vector's.
+        """
+        if self.base is not None:
+            self._require_base(self.base)
+
+    @cached_property
+    def _changed(self) -> list[Component]:
+        return [c for c, delta in self.vector.items() if not isinstance(delta, Absent)]
 
     @property
     def _unties(self) -> bool:
@@ -140,7 +150,8 @@ class Application:
     def _write_hooked(self, stack: ExitStack) -> None:
         live = live_weights(self.model)
         self._require_apart(live)
-        for component, delta in self._changed.items():
+        for component in self._changed:
+            delta = self.vector[component]
             if component not in live or _canonical_shape(live[component]) != delta.shape:
                 raise IncomparableModelsError(
                     f"the hooked model has no {component} of shape {delta.shape}.",

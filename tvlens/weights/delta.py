@@ -357,6 +357,24 @@ def masked(delta: Delta, axis: int, entries: Bool[Tensor, " entry"]) -> Delta:
             return delta
 
 
+def weighted(delta: Delta, axis: int | None, factors: Float[Tensor, " entry"]) -> Delta:
+    """The difference with each entry of ``axis`` times its factor, all times one for None."""
+    if axis is None:
+        return scaled(delta, float(factors[0]))
+    match delta:
+        case Dense():
+            return Dense(_weighted(delta.tensor, axis, factors))
+        case LowRank():
+            if axis == 0:
+                return LowRank(_weighted(delta.left, 0, factors), delta.right)
+            return LowRank(delta.left, _weighted(delta.right, 1, factors))
+        case Dora():
+            parts = (delta.magnitude, delta.direction)
+            return Dora(*(_weighted(part, axis, factors) for part in parts))
+        case Absent():
+            return delta
+
+
 def without_zeros(delta: Delta) -> Delta:
     """The difference itself, or ``Absent`` where all of it is zero."""
     match delta:
@@ -379,6 +397,13 @@ def _masked(
     kept = torch.zeros_like(tensor)
     indices = entries.nonzero()[:, 0]
     return kept.index_copy_(axis, indices, tensor.index_select(axis, indices))
+
+
+def _weighted(
+    tensor: Float[Tensor, "..."], axis: int, factors: Float[Tensor, " entry"]
+) -> Float[Tensor, "..."]:
+    along = factors.reshape([-1 if i == axis else 1 for i in range(tensor.ndim)])
+    return (tensor.double() * along.double()).to(tensor.dtype)
 
 
 def _is_present(delta: Delta) -> bool:

@@ -63,6 +63,10 @@ class TuningVector(Mapping[Component, Delta]):
         """The difference at a component."""
         return self.deltas[component]
 
+    def __contains__(self, component: object) -> bool:
+        """Whether it holds a component, be it zero; nothing is read."""
+        return component in self.deltas
+
     def __iter__(self) -> Iterator[Component]:
         """The components, in model order."""
         return iter(self.deltas)

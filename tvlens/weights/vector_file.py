@@ -259,19 +259,27 @@ def load_vector(path: Path | str) -> TuningVector:
         CheckpointError: The file is missing, truncated, changed, or does not hold together.
         UnsupportedFormatError: It is no tuning vector, or one of another format.
     """
+    opened = open_vector(path)
+    return replace(opened, deltas=dict(opened.deltas))
+
+
+def open_vector(path: Path | str) -> TuningVector:
+    """A vector whose differences are read from the file when they are asked for.
+
+    The file's sha256 and names are checked now, in one pass that keeps nothing.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, changed, or does not hold together.
+        UnsupportedFormatError: It is no tuning vector, or one of another format.
+    """
     path = Path(path).expanduser()
     header, layout = _header(path)
     _check_data(path, header)
-    try:
-        with safe_open(path, framework="pt") as file:
-            deltas = _deltas(path, header, layout, file)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
     digests = {part.component: part.digest for part in header.parts}
     return TuningVector(
         BaseRecord(header.base, header.config, layout, digests),
         header.name,
-        deltas,
+        _FileDeltas(path, header, layout),
         tuple(Input(i.role, i.name, i.sha256.copy, i.coordinates) for i in header.inputs),
         header.selection,
         header.scale,
@@ -503,31 +511,63 @@ def _check_data(path: Path, header: VectorHeader) -> None:
         )
 
 
-def _deltas(path: Path, header: VectorHeader, layout: Layout, file: Any) -> dict[Component, Delta]:
-    """Every component's difference; what the header says must be what the file holds."""
-    components = [part.component for part in header.parts]
-    if components != layout.components():
-        raise CheckpointError(f"{path} lists other components than its config.", hint=_AGAIN)
-    left, deltas = set(file.keys()), {}
-    for part, component in zip(header.parts, components, strict=True):
-        if part.form is None:
-            continue
-        shape = layout.shape(component)
-        wanted = _names(component, part.form)
-        if not left >= wanted:
-            raise CheckpointError(f"{path} lacks {min(wanted - left)}.", hint=_AGAIN)
-        left -= wanted
-        delta = _delta(
-            component, part.form, shape, {name: file.get_tensor(name) for name in wanted}
-        )
+class _FileDeltas(Mapping[Component, Delta]):
+    """The differences in a file, each read when it is asked for.
+
+    Opening checks that the file lists what its header says; reading, that shapes agree.
+    """
+
+    def __init__(self, path: Path, header: VectorHeader, layout: Layout) -> None:
+        components = [part.component for part in header.parts]
+        if components != layout.components():
+            raise CheckpointError(f"{path} lists other components than its config.", hint=_AGAIN)
+        self.path, self.layout = path, layout
+        self.forms: dict[Component, Form] = {
+            part.component: part.form for part in header.parts if part.form is not None
+        }
+        try:
+            self.file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from error
+        self._require_names()
+
+    def _require_names(self) -> None:
+        left = set(self.file.keys())
+        for component, form in self.forms.items():
+            wanted = _names(component, form)
+            if not left >= wanted:
+                raise CheckpointError(f"{self.path} lacks {min(wanted - left)}.", hint=_AGAIN)
+            left -= wanted
+        if left:
+            raise CheckpointError(
+                f"{self.path} holds {min(left)}, which no component is.", hint=_AGAIN
+            )
+
+    def __getitem__(self, component: Component) -> Delta:
+        """The difference at a component."""
+        form, shape = self.forms[component], self.layout.shape(component)
+        try:
+            tensors = {name: self.file.get_tensor(name) for name in _names(component, form)}
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self.path, error) from error
+        delta = _delta(component, form, shape, tensors)
         if delta.shape != shape:
             raise CheckpointError(
-                f"{path}: {component} is {delta.shape}, expected {shape}.", hint=_AGAIN
+                f"{self.path}: {component} is {delta.shape}, expected {shape}.", hint=_AGAIN
             )
-        deltas[component] = delta
-    if left:
-        raise CheckpointError(f"{path} holds {min(left)}, which no component is.", hint=_AGAIN)
-    return deltas
+        return delta
+
+    def __contains__(self, component: object) -> bool:
+        """Whether the file holds a component; nothing is read."""
+        return component in self.forms
+
+    def __iter__(self) -> Iterator[Component]:
+        """The components, in model order."""
+        return iter(self.forms)
+
+    def __len__(self) -> int:
+        """Number of components."""
+        return len(self.forms)
 
 
 def _names(component: Component, form: Form) -> set[str]:
