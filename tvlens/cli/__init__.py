@@ -9,6 +9,12 @@ from .application import app, main
 from .summaries import study_summary
 
 __all__ = [
-    *("app", "comparing", "inspecting", "main", "measuring", "merging", "study_summary"),
+    "app",
+    "comparing",
+    "inspecting",
+    "main",
+    "measuring",
+    "merging",
+    "study_summary",
     "vectors",
 ]

@@ -91,8 +91,8 @@ CHECKS = {
         Annotated[int | None, typer.Option(min=1, help="Components checked exactly.")], None
     ),
     "select": Option(
-        Annotated[str | None, typer.Option(help="Check these exactly: an expression or sites.")],
-        None,
+        Annotated[str, typer.Option(help="Check these exactly: an expression or sites.")],
+        "",
     ),
     "check_seconds": Option(
         Annotated[float, typer.Option(min=1.0, help="Time for exact checks.")], 60.0

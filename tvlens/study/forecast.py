@@ -207,7 +207,7 @@ def asked_of(plan: StudyPlan, batch: Batch, metric: Metric) -> Asked:
         longest=int(batch.lengths.max()) if len(batch) else 0,
         position=plan.position,
         exact=plan.dtype == "float32",
-        only=None if plan.select is None else parse_selection(plan.select),
+        only=parse_selection(plan.select) if plan.select else None,
     )
 
 
