@@ -72,7 +72,9 @@ def verdicts_table(study: Study) -> Table:
     """Every claim that the study's tables can judge, and those that they cannot."""
     rows = [*_headline_rows(study), *_behaviour_rows(study)]
     judged = {row["claim"] for row in rows}
-    why = "no task of this study tests it" if _is_whole(study) else "a part was swept, or from tuned"
+    why = (
+        "no task of this study tests it" if _is_whole(study) else "a part was swept, or from tuned"
+    )
     rows += [
         {"claim": claim, "verdict": NOT_TESTED, "why": why}
         for claim in DEPENDS
