@@ -90,7 +90,8 @@ def comparison(
     (here, here_weights), (there, there_weights) = _by_item(mine), _by_item(other)
     difference = _mean(here, here_weights, transform) - _mean(there, there_weights, transform)
     if len(here) < 2:
-        return Comparison(float(difference), *[float("nan")] * 3, "paired_bootstrap")
+        unknown = float("nan")
+        return Comparison(float(difference), unknown, unknown, unknown, "paired_bootstrap")
     drawn = _draws(here, here_weights, transform, seed) - _draws(
         there, there_weights, transform, seed
     )

@@ -289,10 +289,10 @@ def _lines(path: Path, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
 
 def _question(entry: dict[str, Any]) -> Question:
     if "choices" not in entry:
-        known = {key: entry.get(key) for key in ("prompt", "answer", "wrong", "group")}
-        if not all(isinstance(known[key], str) for key in ("answer", "wrong")):
+        answer, wrong = entry.get("answer"), entry.get("wrong")
+        if not (isinstance(answer, str) and isinstance(wrong, str)):
             raise PromptError("neither 'choices' nor 'answer' and 'wrong'")
-        return _two_choices(Prompt(**known, split=_split(entry)))
+        return _two_choices(Prompt(entry["prompt"], answer, wrong, split=_split(entry)))
     choices = entry["choices"]
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         raise PromptError("'choices' must be a list of texts")

@@ -9,6 +9,7 @@ https://arxiv.org/abs/1908.04319
 """
 
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
 LOOP_TIMES = 3
@@ -59,10 +60,8 @@ def likeness(text: str, reference: str) -> Iterator[tuple[str, float]]:
     """The measures of a text against a reference, as far as their packages are installed."""
     missing = missing_packages()
     if "chrf" not in missing:
-        from sacrebleu.metrics.chrf import CHRF
-
-        yield "chrf", CHRF().sentence_score(text, [reference]).score
+        chrf = import_module("sacrebleu.metrics.chrf").CHRF()
+        yield "chrf", chrf.sentence_score(text, [reference]).score
     if "rouge_l" not in missing:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        yield "rouge_l", RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure
+        rouge = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+        yield "rouge_l", rouge.score(reference, text)["rougeL"].fmeasure

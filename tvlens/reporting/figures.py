@@ -366,9 +366,11 @@ def scatter(
     bottom = top + height
     x_low, x_high = _limits(points["x"])
     heights = points[[name for name in ("y", "low", "high") if name in points]]
-    y_low, y_high = _limits(heights.stack(), from_zero=positive)
+    y_low, y_high = _limits(pd.Series(heights.to_numpy().ravel()), from_zero=positive)
     x = left + (points["x"] - x_low) / (x_high - x_low) * (right - left)
-    ys = {n: bottom - (heights[n] - y_low) / (y_high - y_low) * (bottom - top) for n in heights}
+    ys = {
+        str(n): bottom - (heights[n] - y_low) / (y_high - y_low) * (bottom - top) for n in heights
+    }
     placed = points.assign(x=x.round(1), **{name: y.round(1) for name, y in ys.items()})
     totals = points["label"].value_counts() if totals is None else totals
     return Scatter(

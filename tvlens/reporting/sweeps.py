@@ -42,7 +42,7 @@ def _plot(name: str, task: str, rows: pd.DataFrame, *, tooltips: bool) -> Scatte
 
 
 def _points(rows: pd.DataFrame, *, tooltips: bool) -> pd.DataFrame:
-    label = rows["ranked_by"].map(lambda control: NAMES.get(control, control))
+    label = rows["ranked_by"].map(lambda control: NAMES.get(str(control), str(control)))
     tuning = rows["ranked_by"] == "tuning"
     title = [
         f"dose {number(row.scale)}: {number(row.value, 4)}" if tooltips else ""

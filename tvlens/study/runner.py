@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tvlens.callables import name_of, spec_of
 from tvlens.errors import AdapterError, ExtensionError, StudyError, TvlensError
@@ -215,8 +214,8 @@ class _Run:
         earlier = Table.load(path)
         if column not in earlier.data.column_names:
             return table
-        mine = pc.equal(earlier.data[column], value)
-        kept = earlier.data.filter(pc.invert(mine) if stage == owner else mine)
+        mine = earlier.to_frame()[column].eq(value)
+        kept = earlier.data.filter(pa.array((~mine if stage == owner else mine).to_numpy(bool)))
         both = pa.concat_tables([kept, table.data], promote_options="default")
         return Table(table.name, both.select(table.data.column_names), table.order)
 
