@@ -1,12 +1,10 @@
 """Checkpoints and adapters that a merge writes: byte for byte, loadable, whole or not at all."""
 
+import hashlib
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -392,51 +390,53 @@ def test_a_model_in_memory_has_no_files_to_keep(llama: dict[str, Path], tmp_path
         _merge(model, [llama["a"]]).save(tmp_path / "m")
 
 
-WRITE_OFTEN = """
-import sys
+KILLED = """
+import hashlib, json, os, random, signal, sys, time
+from pathlib import Path
 from tvlens.compose.combining import merge
-base, a, b, out = sys.argv[1:]
-merges = [merge(base, [vector]) for vector in (a, b)]
-print("ready", flush=True)
-for turn in range(10_000):
-    merges[turn % 2].save(out, force=True)
+
+base, a, b, place = sys.argv[1:]
+merges, out = [merge(base, [vector]) for vector in (a, b)], Path(place) / "m"
+begun = time.perf_counter()
+merges[0].save(Path(place) / "timed")
+seconds, delays = time.perf_counter() - begun, random.Random(0)
+for turn in range(20):
+    child = os.fork()
+    if child == 0:
+        for number in range(10_000):
+            merges[number % 2].save(out, force=True)
+    time.sleep(delays.random() * 3 * seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    state = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    print(json.dumps({"state": state, "leftovers": len(list(out.parent.glob(".m-*")))}))
 """
+"""One process makes the merges; each of twenty forks writes them in turn until it is killed."""
 
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new_one(
     llama: dict[str, Path], tmp_path: Path
 ) -> None:
-    out = tmp_path / "place" / "m"
     whole = []
     for name in ("a", "b"):
-        _merge(llama["base"], [llama[name]]).save(tmp_path / name)
-        whole.append(_bytes(tmp_path / name)["model.safetensors"])
-    seen, leftovers = set(), 0
-    delays = random.Random(0)
-    command = [sys.executable, "-c", WRITE_OFTEN, llama["base"], llama["a"], llama["b"], out]
-    for turn in range(20):
-        process = subprocess.Popen(
-            [str(word) for word in command], stdout=subprocess.PIPE, env=_environment()
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == b"ready"
-        time.sleep(delays.random() * 0.15)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        leftovers += len(list(out.parent.glob(".m-*"))) if out.parent.exists() else 0
-        if not out.exists():
-            assert turn == 0 or not seen
-            continue
-        found = _bytes(out)
-        manifest = json.loads(found["tvlens_manifest.json"])
-        assert found.keys() == {*manifest["files"], "tvlens_manifest.json"}
-        seen.add(whole.index(found["model.safetensors"]))
-    assert leftovers > 5  # the kills did hit the writing
-    _merge(llama["base"], [llama["a"]]).save(out, force=True)
-    assert [path.name for path in out.parent.iterdir()] == ["m"]
-
-
-def _environment() -> dict[str, str]:
+        _merge(str(llama["base"]), [str(llama[name])]).save(tmp_path / name / "m")
+        files = [path for path in (tmp_path / name / "m").rglob("*") if path.is_file()]
+        whole.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
+    place = tmp_path / "place"
+    words = [sys.executable, "-c", KILLED, llama["base"], llama["a"], llama["b"], place]
     root = str(Path(__file__).parent.parent)
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    states = [turn["state"] for turn in found]
+    assert len(states) == 20
+    first = next(number for number, state in enumerate(states) if state)
+    assert all(state in whole for state in states[first:])
+    assert sum(turn["leftovers"] for turn in found) > 5  # the kills did hit the writing
+    _merge(llama["base"], [llama["a"]]).save(place / "m", force=True)
+    assert {path.name for path in place.iterdir()} == {"m", "timed"}
