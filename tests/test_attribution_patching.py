@@ -55,6 +55,7 @@ def put(name, given, *, index=None, places=slice(None)):
     return name, exchange
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
     ("part", "kind", "index", "direction"),
@@ -109,6 +110,7 @@ def test_positions_of_a_corrupt_prompt_are_its_own():
             assert float(found[prompt, place]) == pytest.approx(wanted, abs=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("direction", ["tuned_into_base", "base_into_tuned"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
