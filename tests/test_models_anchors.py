@@ -83,6 +83,7 @@ def test_means_are_of_the_places_that_predict_the_answer_and_of_prompts_alike():
     assert float(values[1]) == pytest.approx(float(along), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_only_the_weight_that_was_shifted_has_a_score_and_it_is_the_whole_change():
     from tvlens.attribution.exact import exact_weight_scores
     from tvlens.attribution.weights import weight_scores
@@ -106,6 +107,7 @@ def test_only_the_weight_that_was_shifted_has_a_score_and_it_is_the_whole_change
         assert exact[1:].abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1])
 def test_patches_before_and_after_the_place_are_those_of_a_plain_loop(layer):
     """Passes begin at the patched block: an anchor before it must keep what was recorded."""
@@ -152,6 +154,7 @@ def test_patches_before_and_after_the_place_are_those_of_a_plain_loop(layer):
                 assert first[key] == pytest.approx(wanted, abs=0.15 * abs(wanted) + 1e-3)
 
 
+@pytest.mark.slow
 def test_gates_measure_the_same_anchor():
     from tvlens.attribution.gates import GatedModel, gated_swings, gated_weight_scores
     from tvlens.attribution.weights import weight_scores
