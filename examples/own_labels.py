@@ -16,7 +16,7 @@ from tvlens.geometry import labelled
 
 TOP = 0.1
 """Share of the rows that are called few."""
-MOST = 0.25
+MOST = 0.17
 """Share of the energy in them from which a change is concentrated; evenly spread, it is TOP."""
 
 

@@ -193,7 +193,7 @@ def test_a_moment_without_energy_in_some_direction_is_refused() -> None:
 # --- calibration --------------------------------------------------------------------------------
 
 
-DRAWS = 90
+DRAWS = 150
 
 
 @cache
@@ -288,6 +288,7 @@ def _keys(component: Component) -> dict[str, list[object]]:
     return {**key_columns([component]), "tied": [False]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kappa", "g_read", "heads", "neurons"])
 def test_an_update_drawn_from_the_null_is_rejected_as_often_as_stated(name: str) -> None:
     made = {"heads": head_tests, "neurons": neuron_tests}

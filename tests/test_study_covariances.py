@@ -146,11 +146,13 @@ def test_a_study_by_ones_own_functions_can_be_run_again(tmp_path, file) -> None:
 def test_functions_are_named_for_a_study_and_lambdas_are_refused(pair, tmp_path) -> None:
     from tvlens.errors import ExtensionError
     from tvlens.study import runner
+    from tvlens.study.store import Study
 
     made = []
 
     def kept(plan, folder, **how):
         made.append(plan)
+        return Study(folder)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "run_study", kept)

@@ -107,13 +107,9 @@ def fitting_inputs(layout: "Layout") -> tuple["Input", ...]:
         return ()
     widths = input_widths(layout)
     narrow = sorted(INPUTS, key=lambda name: widths[name])
-    counts = range(len(narrow), 0, -1)
-    fits = (
-        narrow[:n]
-        for n in counts
-        if bytes_needed(widths, narrow[:n], layers=layout.n_layers) <= AUTO_BYTES
-    )
-    return tuple(name for name in INPUTS if name in next(fits, []))
+    while narrow and bytes_needed(widths, narrow, layers=layout.n_layers) > AUTO_BYTES:
+        narrow.pop()
+    return tuple(name for name in INPUTS if name in narrow)
 
 
 def input_widths(layout: "Layout") -> dict["Input", int]:
