@@ -42,7 +42,8 @@ def test_nothing_divided_draws_nothing(shares):
 
 
 def test_the_page_shows_them_and_the_answer_quotes_the_contrast(shares, tmp_path):
-    shares.save(tmp_path)
+    for table in (shares, attribution(PLANTED)):
+        table.save(tmp_path)
     markup = parsed(render_report(tmp_path))
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "New directions carry more of the MLP's effect than of attention's: supported" in (
