@@ -38,6 +38,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 RATES = dict.fromkeys(
     ("hash", "entry", "product", "eigen", "row", "label", "call", "forward"), 1e-9
 )
+DIVIDED = {"parts": True, "circuits": True}
 WEIGHT_KINDS = ("matrix", "norm", "bias", "embedding", "head", "kv_head", "neuron")
 
 
@@ -90,7 +91,7 @@ def attributed(pair, prompts) -> dict[str, pd.DataFrame]:
 
     asked, batch = prompts
     made = stages._attributed(
-        _plan(check_exact=17, check_prompts=3),
+        _plan(check_exact=17, check_prompts=3, **DIVIDED),
         HookedPair(pair),
         asked,
         batch,
@@ -143,16 +144,17 @@ def test_the_rows_of_the_estimates_are_those_of_the_table(pair, attributed) -> N
 
     made = attributed["attribution"]
     estimates = made[made["estimator"] != "exact"]
-    planned = estimate_rows(pair, _asked())
+    planned = estimate_rows(pair, _asked(**DIVIDED))
     assert planned.known
     assert dict(planned.by) == estimates["method"].value_counts().to_dict()
 
 
 @pytest.mark.slow
 def test_the_components_with_rows_per_prompt_are_those_of_the_table(pair, attributed) -> None:
+    from tvlens.attribution.series import whole_rows
     from tvlens.study.row_counts import activation_sizes, weight_sizes
 
-    made = attributed["attribution"]
+    made = whole_rows(attributed["attribution"])
     made = made[made["prompt"] == 0]
     ig = _groups(made[made["method"] == "weight_ig"])
     planned = weight_sizes(pair, _asked())
@@ -175,11 +177,12 @@ def test_every_table_of_attribution_has_the_rows_that_were_planned(
     pair, weights, attributed
 ) -> None:
     from tvlens.attribution.joins import size_and_effect
+    from tvlens.attribution.shares import shares_table
     from tvlens.attribution.tables import ATTRIBUTION_SCHEMA
     from tvlens.study.row_counts import attribution_tables
     from tvlens.tables import Table
 
-    planned = attribution_tables(pair, _asked(), joined=True)
+    planned = attribution_tables(pair, _asked(**DIVIDED), joined=True)
     for name in ("prompts", "attribution", "fidelity", "findings"):
         assert planned[name].known, name
         assert planned[name].at_least == len(attributed[name]), name
@@ -188,6 +191,20 @@ def test_every_table_of_attribution_has_the_rows_that_were_planned(
     columns = {name: frame[name].astype(object).to_list() for name in ATTRIBUTION_SCHEMA.names}
     scores = Table.of("attribution", ATTRIBUTION_SCHEMA, columns)
     assert planned["joins"].at_least == len(size_and_effect(weights, scores))
+    shares = shares_table(scores, weights=weights)
+    assert len(shares) == planned["shares"].at_least
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_run_that_divides_nothing_are_fewer_by_those_of_parts_and_circuits(
+    pair, attributed
+) -> None:
+    from tvlens.attribution.series import whole_rows
+    from tvlens.study.row_counts import estimate_rows
+
+    made = whole_rows(attributed["attribution"])
+    found = made[made["estimator"] != "exact"]["method"].value_counts().to_dict()
+    assert dict(estimate_rows(pair, _asked()).by) == found
 
 
 @pytest.mark.slow

@@ -137,6 +137,8 @@ def test_the_command_of_a_plan_is_read_back_as_that_plan(monkeypatch) -> None:
         select="L0H1,L0.W_in",
         neurons="all",
         estimators=("first_order", "atp_star"),
+        parts=True,
+        circuits=True,
         check_exact=3,
         skip_bad_lines=True,
         device="cpu",

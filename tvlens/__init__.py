@@ -16,8 +16,7 @@ from .errors import TvlensError
 
 if TYPE_CHECKING:
     from .attribution.activations import attribute_activations
-    from .attribution.exact import exact_weight_table as exact_weights
-    from .attribution.weights import attribute_weights
+    from .attribution.asking import attribute, graft, patch
     from .compose.combining import merge
     from .compose.interference import interference
     from .geometry.classify import classify
@@ -44,16 +43,17 @@ _HOMES = {
     "Table": ("tables", "Table"),
     "TuningVector": ("weights.vector", "TuningVector"),
     "anchor": ("models.anchors", "anchor"),
+    "attribute": ("attribution.asking", "attribute"),
     "attribute_activations": ("attribution.activations", "attribute_activations"),
-    "attribute_weights": ("attribution.weights", "attribute_weights"),
     "compare": ("study.runner", "compare"),
     "classify": ("geometry.classify", "classify"),
     "covariances": ("models.covariances", "covariances"),
     "decompose": ("geometry.decompose", "decompose"),
-    "exact_weights": ("attribution.exact", "exact_weight_table"),
+    "graft": ("attribution.asking", "graft"),
     "interference": ("compose.interference", "interference"),
     "load_pair": ("weights.matching", "load_pair"),
     "merge": ("compose.combining", "merge"),
+    "patch": ("attribution.asking", "patch"),
     "prompts": ("models.prompts", "load_prompts"),
     "render_report": ("reporting.report", "render_report"),
     "run_study": ("study.runner", "run_study"),
@@ -72,16 +72,17 @@ __all__ = [
     "TuningVector",
     "TvlensError",
     "anchor",
+    "attribute",
     "attribute_activations",
-    "attribute_weights",
     "classify",
     "compare",
     "covariances",
     "decompose",
-    "exact_weights",
+    "graft",
     "interference",
     "load_pair",
     "merge",
+    "patch",
     "prompts",
     "render_report",
     "run_study",

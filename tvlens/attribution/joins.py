@@ -28,7 +28,7 @@ from scipy import stats
 from tvlens.components import DISJOINT_KINDS, Component, key_columns
 from tvlens.tables import Table, keyed_schema
 
-from .series import group_of, keys, rank_agreement
+from .series import group_of, keys, rank_agreement, whole_rows
 
 Role = Literal["source", "carrier", "both", "neither"]
 COUNTS = 0.01
@@ -116,6 +116,7 @@ def _site_sizes(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _mean_effects(rows: pd.DataFrame) -> pd.DataFrame:
     """|mean score over prompts| of every component; neurons have theirs in one row."""
+    rows = whole_rows(rows)
     rows = rows[rows["prompt"].isna() == (rows["kind"] == "neuron")]
     means = rows.groupby(["kind", "component"], sort=False)["score"].mean().abs()
     return means.rename_axis(["kind", "scored"]).to_frame("effect")
@@ -130,7 +131,7 @@ def effect_of_layers(attribution: Table, parts: Sequence[str]) -> dict[int, floa
         attribution: Rows of one fine-tune.
         parts: Parts of the matrices, such as ``W_O``.
     """
-    rows = attribution.where(method="weight_ig", kind="matrix").to_frame()
+    rows = whole_rows(attribution.where(method="weight_ig", kind="matrix").to_frame())
     rows = rows[rows["part"].isin(parts) & rows["prompt"].notna()]
     means = rows["score"].abs().groupby(rows["layer"]).mean()
     return {int(layer): float(mean) for layer, mean in means.items()}  # type: ignore[arg-type]
@@ -142,7 +143,7 @@ def roles_table(attribution: Table) -> Table:
     ``role`` is by the estimates (``weight_ig``; ``cross_model_first_order`` into the base),
     ``role_exact`` by exact patching of the same site, null where it was not in the sample.
     """
-    frame = attribution.to_frame()
+    frame = whole_rows(attribution.to_frame())
     frame = frame[frame["prompt"].notna() & frame["kind"].isin(("head", "neuron"))]
     change = _mean_change(attribution)
     written, passing = (
@@ -234,7 +235,7 @@ def _joins_table(rows: Sequence[tuple], source: Table) -> Table:
 
 def _mean_change(attribution: Table) -> float:
     """Mean size of the metric's change over prompts: what the disjoint kinds sum to."""
-    frame = attribution.where(method="weight_ig").to_frame()
+    frame = whole_rows(attribution.where(method="weight_ig").to_frame())
     frame = frame[frame["prompt"].notna() & frame["kind"].isin(DISJOINT_KINDS)]
     gaps = frame.groupby("prompt")["gap"].first().fillna(0.0)
     return float((frame.groupby("prompt")["score"].sum() + gaps).abs().mean())

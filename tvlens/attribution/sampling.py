@@ -17,7 +17,7 @@ from tvlens.models.replay import replay
 from tvlens.selection import Selection
 from tvlens.tables import Table
 
-from .series import group_of, keys
+from .series import group_of, keys, whole_rows
 from .tables import NEURONS_PER_PROMPT
 from .weights import NODE_COUNTS, chunks
 
@@ -146,9 +146,10 @@ def sampled_strata(attribution: Table, *, count: int, seed: int = 0) -> dict[str
 
     Activations of heads and neurons are spread part by part. A kind with fewer components than
     its share gives the rest of its share to the others. Rows over all prompts (``prompt`` null)
-    are passed over: there is nothing to compare by prompt.
+    are passed over, since there is nothing to compare by prompt, and so are parts of a component's
+    score, which no patch can exchange.
     """
-    frame = attribution.to_frame()
+    frame = whole_rows(attribution.to_frame())
     frame = frame[frame["prompt"].notna()]
     frame = frame.assign(key=keys(frame), size=frame["score"].abs())
     sizes = frame.groupby("key", sort=False)["size"].mean()

@@ -18,7 +18,7 @@ SAME_QUESTION = {
     **{
         f"{within}_{estimator}": "exact_activation"
         for within in ("cross_model", "activation")
-        for estimator in ("first_order", "qk_fix", "atp_star")
+        for estimator in ("first_order", "qk_fix", "atp_star", "ig")
     },
 }
 """The exact method that asks what an estimate estimates."""
@@ -26,6 +26,8 @@ Series = tuple[str, str, str]
 """Method, direction, and the model where it was asked."""
 CUT_BY_PART = ("head", "kv_head", "neuron")
 """Kinds whose activations are ranked part by part: a query is not compared with an output."""
+CIRCUITS = ("OV", "QK")
+"""Parts of heads that divide attention between query heads in weight space."""
 FEWEST = 3
 """Components below which a rank correlation says nothing."""
 RESAMPLES = 1_000
@@ -35,7 +37,7 @@ _KEY = ("kind", "layer", "index", "part")
 
 def scores_by_series(table: Table) -> dict[Series, pd.DataFrame]:
     """Scores [component, prompt] of every series, from rows that have a prompt."""
-    frame = table.to_frame()
+    frame = whole_rows(table.to_frame())
     frame = frame[frame["prompt"].notna()]
     frame = frame.assign(key=keys(frame))
     return {
@@ -44,6 +46,15 @@ def scores_by_series(table: Table) -> dict[Series, pd.DataFrame]:
         ).pivot(index="key", columns="prompt", values="score")
         for series, rows in frame.groupby(["method", "direction", "at"], sort=False)
     }
+
+
+def whole_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of whole components of their own: no geometric part, no share of a circuit.
+
+    Circuits divide attention once more by query head, so adding them to heads counts it twice.
+    """
+    shared = (frame["space"] == "weight") & frame["part"].isin(CIRCUITS)
+    return frame[frame["geometric_part"].isna() & ~shared]
 
 
 def of_method(scores: Mapping[Series, pd.DataFrame], method: str) -> pd.DataFrame | None:

@@ -139,6 +139,7 @@ def attribution_table(
     *,
     neurons: int | None = NEURONS_PER_PROMPT,
     at_random: int = 0,
+    ranked_by: Float[Tensor, "batch layer index"] | None = None,
 ) -> Table:
     """The rows of ``scores``.
 
@@ -152,6 +153,7 @@ def attribution_table(
         neurons: How many neurons get rows per prompt, over all layers; None for all of them.
         at_random: How many of the other neurons get them too, for a check that is not of the
             largest alone.
+        ranked_by: The neurons' scores that decide which are largest; their own unless given.
     """
     tables = []
     for cut, values in scores.items():
@@ -162,7 +164,8 @@ def attribution_table(
             tables.append(_per_prompt(components, flat, run))
             continue
         tables.append(_over_prompts(components, flat, run))
-        chosen = _chosen(flat, len(components) if neurons is None else neurons, at_random)
+        ranks = flat if ranked_by is None else ranked_by.double().cpu().numpy().reshape(flat.shape)
+        chosen = _chosen(ranks, len(components) if neurons is None else neurons, at_random)
         tables.append(_per_prompt([components[i] for i in chosen], flat[:, chosen], run))
     return concatenated("attribution", tables, order="score")
 

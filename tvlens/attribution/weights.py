@@ -366,7 +366,7 @@ class _Scorer:
         self.inputs: dict[str, Tensor] = {}
         self.rows: Rows = {}
         self.leaves: dict[str, Tensor] = {}
-        self.by_token = torch.zeros(self.ids.shape, device=device)
+        self.by_token = torch.zeros(self.ids.shape, device=device, dtype=path.lens.dtype)
 
     def hooks(self) -> tuple[HookList, HookList]:
         """Forward and backward hooks for every site."""

@@ -10,6 +10,7 @@ from .application import app
 from .options import (
     ACTIVATIONS,
     CHECKS,
+    DIVIDED,
     GEOMETRY,
     MODELS,
     NAMES,
@@ -37,7 +38,7 @@ KEEP = {
 
 
 @app.command()
-@takes(PROMPTS, ACTIVATIONS, CHECKS, MODELS, GEOMETRY, NAMES, SEED, RUN)
+@takes(PROMPTS, ACTIVATIONS, CHECKS, DIVIDED, MODELS, GEOMETRY, NAMES, SEED, RUN)
 def compare(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """What was written, what kind it is, and what it does: the whole study."""
     run_stages(("decompose", "attribute"), base, tuned, out, given)
@@ -51,7 +52,7 @@ def decompose(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
 
 
 @app.command()
-@takes(PROMPTS, ACTIVATIONS, CHECKS, PARENT, NAMES, SEED, RUN)
+@takes(PROMPTS, ACTIVATIONS, CHECKS, DIVIDED, PARENT, NAMES, SEED, RUN)
 def attribute(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """The attribution side alone: which parts the behaviour on the prompts depends on."""
     run_stages(("attribute",), base, tuned, out, given)

@@ -6,7 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from .application import app
-from .options import ACTIVATIONS, CHECKS, JSON, PROMPTS, Base, Option, Tuned, plan_fields, takes
+from .options import (
+    ACTIVATIONS,
+    CHECKS,
+    DIVIDED,
+    JSON,
+    PROMPTS,
+    Base,
+    Option,
+    Tuned,
+    plan_fields,
+    takes,
+)
 from .words import takes_many
 
 PARENTS = {
@@ -18,7 +29,7 @@ PARENTS = {
 
 
 @app.command(cls=takes_many("--parents"))
-@takes(PROMPTS, ACTIVATIONS, PARENTS, CHECKS, JSON)
+@takes(PROMPTS, ACTIVATIONS, PARENTS, CHECKS, DIVIDED, JSON)
 def inspect(base: Base, tuned: Tuned, **given: Any) -> None:
     """What a comparison would do, from headers alone: tensors, rows, bytes, seconds, memory."""
     from tvlens.study.inspection import inspection, parent_ranking

@@ -131,6 +131,11 @@ ACTIVATIONS = {
     "position": _flag("position", "Keep scores by position in positions/."),
 }
 """Which activations are exchanged, and how."""
+DIVIDED = {
+    "parts": _flag("parts", "Divide weight scores over gains, rewiring and new directions."),
+    "circuits": _flag("circuits", "Weight scores of OV and QK of every query head."),
+}
+"""Further divisions of the scores of weights."""
 SEED = {"seed": Option(Annotated[int, typer.Option(help="Seed of every random draw.")], 0)}
 JSON = {"json": _flag("json", "Print a JSON summary.")}
 SHOWN = {

@@ -14,6 +14,7 @@ def study_summary(study: "Study") -> dict[str, object]:
         "report": str(study.folder / "report.html"),
         "identical": manifest["identical"],
         "headline": _headlines(study),
+        "carried": _carried(study),
         "graft": {
             name: facts["graft"]
             for name, facts in manifest.get("facts", {}).items()
@@ -43,6 +44,16 @@ def _headlines(study: "Study") -> dict[str, list[dict[str, object]]]:
     return found
 
 
+def _carried(study: "Study") -> dict[str, list[str]]:
+    """What new directions carry of the effects, a sentence a contrast, by fine-tune."""
+    if "shares" not in study.tables:
+        return {}
+    found: dict[str, list[str]] = {}
+    for row in study.shares.where(level="contrast").data.to_pylist():
+        found.setdefault(row["tuned"], []).append(row["sentence"])
+    return found
+
+
 def summary_text(summary: dict[str, object]) -> str:
     """The same for a terminal: warnings first, then what can be quoted, then the report."""
     lines = [f"warning: {text}" for text in summary["warnings"]]  # type: ignore[attr-defined]
@@ -53,6 +64,8 @@ def summary_text(summary: dict[str, object]) -> str:
             )
     for name, quoted in summary["headline"].items():  # type: ignore[attr-defined]
         lines += [f"{name}: {contrast['sentence']}" for contrast in quoted]
+    for name, sentences in summary["carried"].items():  # type: ignore[attr-defined]
+        lines += [f"{name}: {sentence}" for sentence in sentences]
     for name, graft in summary["graft"].items():  # type: ignore[attr-defined]
         lines += [f"{name}: {found['sentence']}" for found in graft.values()]
     for name, tasks in summary["sweep"].items():  # type: ignore[attr-defined]

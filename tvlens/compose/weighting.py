@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tvlens.attribution.series import whole_rows
 from tvlens.components import DISJOINT_KINDS, Component
 from tvlens.errors import CheckpointError, StudyError
 from tvlens.tables import Table
@@ -87,9 +88,8 @@ def _mean_scores(
     table: Table, *, tuned: str, method: str, kinds: Sequence[str]
 ) -> dict[Key, float]:
     """Mean score by part: the row over all prompts where there is one, as neurons have."""
-    frame = table.to_frame()
+    frame = whole_rows(table.to_frame())
     keep = (frame["method"] == method) & frame["kind"].isin(list(kinds))
-    keep &= frame["geometric_part"].isna()
     if tuned:
         keep &= frame["tuned"] == tuned
     if frame.loc[keep, "tuned"].nunique() > 1:

@@ -253,6 +253,13 @@ def stable_rank(energies: Float[Tensor, "*component direction"]) -> Float[Tensor
     return energies.sum(-1) / energies.amax(-1)
 
 
+def kept_directions(basis: Basis, shape: tuple[int, int]) -> tuple[int, int]:
+    """k_read and k_write: how many directions of each side of a matrix are called existing."""
+    rank = int(basis.rank.amin())
+    k_read, k_write = (max(1, min(int(K_FRACTION * d), rank)) for d in shape)
+    return k_read, k_write
+
+
 def energy_split(basis: Basis, found: Seen, *, k_read: int, k_write: int) -> EnergySplit:
     """Split the energy of a change over gains and existing and new directions."""
     diagonal, total = found.channels, found.total

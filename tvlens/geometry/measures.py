@@ -20,7 +20,6 @@ from tvlens.tables import Table, keyed_schema
 from .changes import Change, Factored, cross, energies_of_gram, gram, transposed, turned
 from .heads import CircuitCores
 from .matrices import (
-    K_FRACTION,
     Basis,
     EnergySplit,
     Products,
@@ -29,6 +28,7 @@ from .matrices import (
     delta_energies,
     effective_rank,
     energy_split,
+    kept_directions,
     row_space,
     side_alignment,
     spectral_basis,
@@ -135,8 +135,7 @@ def spectral_columns(
 def placed_columns(basis: Basis, found: Seen, part: str, *, shape: tuple[int, int]) -> Columns:
     """Where a tuning vector lies in its base; ``shape`` is that of the whole matrix."""
     sides = side_alignment(basis, found, d_read=shape[0], d_write=shape[1])
-    rank = int(basis.rank.amin())
-    k_read, k_write = (max(1, min(int(K_FRACTION * d), rank)) for d in shape)
+    k_read, k_write = kept_directions(basis, shape)
     split = energy_split(basis, found, k_read=k_read, k_write=k_write)
     count = basis.values.shape[:-1].numel()
     ks: Columns = {"k_read": [k_read] * count, "k_write": [k_write] * count}

@@ -55,7 +55,7 @@ def percent(share: float) -> str:
 
 def answer(study: StudyFolder, tuned: str) -> list[Statement]:
     """All that the tables let one say about ``tuned``, in the order a reader asks."""
-    parts = (size, place, kinds, headline, matters, agreement, grafted, losses)
+    parts = (size, place, kinds, headline, matters, carried, agreement, grafted, losses)
     return [statement for part in parts for statement in part(study, tuned)]
 
 
@@ -186,6 +186,20 @@ def _scan(study: StudyFolder, tuned: str) -> list[Statement]:
         "them checked exactly."
     )
     return [Statement("How exact is that?", text, "withheld")]
+
+
+def carried(study: StudyFolder, tuned: str) -> list[Statement]:
+    """Whether new directions carry more of the MLP's effect, as the table of shares words it."""
+    frame = study.table("shares", tuned)
+    rows = frame[(frame["level"] == "contrast") & frame["sentence"].notna()]
+    return [
+        Statement(
+            "Does what is new do the work?",
+            str(row.sentence),
+            "withheld" if row.verdict == "cannot tell" else "said",
+        )
+        for row in rows_of(rows)
+    ]
 
 
 def _ranking(

@@ -74,6 +74,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "ci_high",
         "n",
     ),
+    "shares": (
+        *("base", "tuned", "metric", "unit", "level", "of", "geometric_part", "components"),
+        *("n", "effect", "whole", "share", "ci_low", "ci_high", "energy", "verdict", "sentence"),
+    ),
     "curves": (
         *("curve", "ranked_by", "draw", "split", "tuned", "metric", "unit", "k", "of"),
         *("share_of_norm", "scale", "value", "ci_low", "ci_high", "n", "task"),
@@ -103,6 +107,7 @@ _MADE_BY = {
     "attribution": "attribute",
     "fidelity": "attribute",
     "findings": "attribute",
+    "shares": "attribute",
     "curves": "graft",
     "grafts": "graft",
 }
@@ -185,7 +190,8 @@ class StudyFolder:
             return f"tvlens evaluate {models} --tasks FILE --out DIR"
         prompts = shlex.quote(str(self.plan.get("prompts") or "FILE"))
         asked = f" --prompts {prompts}" if _MADE_BY[name] in ("attribute", "graft") else ""
-        return f"tvlens {_MADE_BY[name]} {models}{asked} --out DIR"
+        divided = " --parts" if name == "shares" else ""
+        return f"tvlens {_MADE_BY[name]} {models}{asked}{divided} --out DIR"
 
     def _tuned_specs(self) -> list[str]:
         given = self.plan.get("tuned") or "TUNED"

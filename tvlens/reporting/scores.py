@@ -17,6 +17,8 @@ from .folder import StudyFolder
 
 ESTIMATE = "weight_ig"
 EXACT = "exact_weight_path"
+PRODUCTS = ("OV", "QK")
+"""Shares of attention by query head: never added to the heads."""
 PLACES = ("attention", "MLP", "embeddings", "norms", "biases", "other matrices")
 
 
@@ -95,8 +97,12 @@ def relative_size(weights: pd.DataFrame) -> tuple[float, float, float]:
 
 
 def of_method(attribution: pd.DataFrame, method: str) -> pd.DataFrame:
-    """Rows of one method for whole components, of the first metric that the table holds for it."""
-    whole = attribution["geometric_part"].isna()
+    """Rows of one method for whole components, of the first metric that the table holds for it.
+
+    Parts of a component's score and the circuits' shares of attention are left out.
+    """
+    shared = (attribution["space"] == "weight") & attribution["part"].isin(PRODUCTS)
+    whole = attribution["geometric_part"].isna() & ~shared
     rows = attribution[(attribution["method"] == method) & whole]
     metrics = rows["metric"].dropna().unique()
     return rows if len(metrics) < 2 else rows[rows["metric"] == metrics[0]]

@@ -12,6 +12,7 @@ from .figures import HeatMap, Scatter, heat_map
 from .folder import StudyFolder
 from .graft_tables import graft_tables
 from .grids import score_grids, size_grids
+from .part_tables import Bars, parts_bars, parts_table
 from .position_maps import PlacedPart, placed_parts
 from .sweeps import sweep_notes, sweep_plots
 from .tokens import TokenText, token_texts
@@ -46,6 +47,8 @@ class ModelPart:
         passing: Activations, direction by direction.
         placed: One prompt's scores by position.
         circuits: The base's circuit against the tuned model's.
+        parts: What gains, rewiring and new directions carry.
+        parts_bars: The same by part.
         fidelity: The checks.
         grafts: The smallest sets that carry the behaviour.
         sweeps: Tasks along the tuning vector, beside controls.
@@ -72,6 +75,8 @@ class ModelPart:
     passing: list[PassingPart]
     placed: list[PlacedPart]
     circuits: DataTable | None
+    parts: DataTable | None
+    parts_bars: Bars | None
     fidelity: list[DataTable]
     grafts: list[DataTable]
     sweeps: list[Scatter]
@@ -87,6 +92,7 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
     weights, contrasts = study.table("weights", tuned), study.table("contrasts", tuned)
     tokens, note = token_texts(study, tuned, slug)
     names = ("weights", "contrasts", "labels", "directions", "readings", "attribution", "fidelity")
+    shares = study.table("shares", tuned)
     return ModelPart(
         slug=slug,
         name=study.title(tuned),
@@ -105,11 +111,13 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         passing=passing_parts(study, tuned, slug, tooltips=tooltips),
         placed=placed_parts(study, tuned, slug, tooltips=tooltips),
         circuits=circuits_table(study.table("circuits", tuned)),
+        parts=parts_table(shares),
+        parts_bars=parts_bars(shares, slug),
         fidelity=fidelity_tables(study.table("fidelity", tuned)),
         grafts=graft_tables(study, tuned),
         sweeps=sweep_plots(study, tuned, slug, tooltips=tooltips),
         sweep_notes=sweep_notes(study, tuned),
         tokens=tokens,
-        missing={name: study.missing(name) for name in (*names, "grafts", "prompts")},
+        missing={name: study.missing(name) for name in (*names, "shares", "grafts", "prompts")},
         notes={"tokens": note},
     )

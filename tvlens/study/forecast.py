@@ -208,6 +208,8 @@ def asked_of(plan: StudyPlan, batch: Batch, metric: Metric) -> Asked:
         position=plan.position,
         exact=plan.dtype == "float32",
         only=parse_selection(plan.select) if plan.select else None,
+        parts=plan.parts,
+        circuits=plan.circuits,
     )
 
 

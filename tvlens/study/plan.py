@@ -83,6 +83,8 @@ class StudyPlan(BaseModel):
         estimators: How the effects of exchanged activations are estimated; each is checked. With
             others than first order, queries and keys are among the usual activations.
         dtype: What attribution runs in: bfloat16 is a scan of estimates, nothing exact is made.
+        parts: Divide the integrated weight scores over the geometric parts of each change.
+        circuits: Give OV and QK of every query head an integrated weight score of their own.
         keep: Share of a behaviour's change that grafting restores or destroys.
         tasks: Task file of a sweep, or ``demo:NAME``.
         scales: Doses of a sweep: ``first:last:step``, or numbers with commas.
@@ -118,6 +120,8 @@ class StudyPlan(BaseModel):
     check_prompts: int | None = Field(default=None, ge=1)
     select: str = ""
     check_seconds: float = Field(default=60.0, gt=0)
+    parts: bool = False
+    circuits: bool = False
     keep: float = Field(default=0.9, gt=0, le=1)
     tasks: str | None = None
     scales: str = "-0.5:1.5:0.25"

@@ -53,6 +53,9 @@ EXACT_QUESTIONS = 3
 """Alone into the base, alone out of the tuned model, averaged over the path."""
 GATED_BIASES = ("b_Q", "b_K", "b_V", "b_gate", "b_in")
 """Biases that heads and neurons own, so that they are no candidates of their own."""
+BANDS_OF_PARTS = 3
+"""Gains, rewired, new."""
+MOST_LABELS = 9
 SETS_OF_A_SIZE = 2 * (2 + RANDOM_SETS)
 """Ranked by score, by length, and at random, on both splits."""
 
@@ -206,6 +209,8 @@ class Asked:
         position: Scores by position are kept.
         only: What the exact sample is drawn from; everything where None.
         exact: There is an exact sample.
+        parts: Weight scores are divided over geometric parts.
+        circuits: And over the circuits of query heads.
     """
 
     prompts: int
@@ -219,6 +224,8 @@ class Asked:
     position: bool = False
     only: Selection | None = None
     exact: bool = True
+    parts: bool = False
+    circuits: bool = False
 
     @property
     def samples(self) -> tuple[Sample, Sample]:
@@ -296,7 +303,36 @@ def estimate_rows(pair: Pair, asked: Asked) -> Rows:
     for method in WEIGHT_METHODS:
         sizes = weight_sizes(pair, asked)
         found[method] = sum(sizes.values()) * asked.prompts + over_prompts
+    found["weight_ig"] += part_rows(pair, asked) if asked.parts else 0
+    if asked.circuits:
+        found["weight_ig"] += 2 * layout.n_layers * layout.n_heads * asked.prompts
     return _summed(found)
+
+
+def _parts_of_kinds(pair: Pair) -> dict[str, int]:
+    """Geometric parts of each kind; a bias that heads or neurons own is one more."""
+    biases = {component.part for component in pair.components if component.kind == "bias"}
+    owned = {"head": {"b_Q"}, "kv_head": {"b_K", "b_V"}, "neuron": {"b_gate", "b_in"}}
+    plain = {"matrix": 6, "head": 7, "kv_head": 6, "neuron": 4}
+    return {kind: n + bool(owned.get(kind, set()) & biases) for kind, n in plain.items()}
+
+
+def part_rows(pair: Pair, asked: Asked) -> int:
+    """Rows of ``attribution`` with a geometric part."""
+    layout, parts, sizes = pair.layout, _parts_of_kinds(pair), weight_sizes(pair, asked)
+    by_prompt = sum(count * sizes[kind, None] for kind, count in parts.items())
+    return by_prompt * asked.prompts + parts["neuron"] * layout.n_layers * layout.d_mlp
+
+
+def share_rows(pair: Pair) -> Rows:
+    """Rows of ``shares``: parts and bands of every group, and two contrasts; groups of labels."""
+    parts = _parts_of_kinds(pair)
+    matrices = {c.part for c in pair.components if c.kind == "matrix"}
+    groups = [7, 7, *[parts["matrix"]] * len(matrices)]
+    groups += [parts[kind] for kind in ("head", "kv_head", "neuron")]
+    known = sum(size + BANDS_OF_PARTS for size in groups) + 2
+    labelled = sum(parts[kind] + BANDS_OF_PARTS for kind in ("matrix", "head", "neuron"))
+    return Rows(known, known + MOST_LABELS * labelled)
 
 
 def _drawn(sizes: Mapping[Group, int], count: int) -> int:
@@ -443,6 +479,7 @@ def attribution_tables(pair: Pair, asked: Asked, *, joined: bool) -> dict[str, R
         "prompts": Rows.exactly(asked.prompts),
         "attribution": estimate_rows(pair, asked),
         "roles": role_rows(pair, asked),
+        **({"shares": share_rows(pair)} if asked.parts else {}),
     }
     if asked.exact:
         tables["attribution"] = tables["attribution"].plus(exact_rows(pair, asked))

@@ -117,7 +117,7 @@ def compare(
         measures: Your own numbers of a component, likewise.
         force: Replace another study in ``out``.
         progress: Called with one line at the start of each stage.
-        options: Further fields of ``StudyPlan``: ``seed``, ``canonical``, ``covariances``, ...
+        options: Further fields of ``StudyPlan``: ``seed``, ``canonical``, ``parts``, ...
 
     Raises:
         StudyError: ``out`` holds another pair's study.
@@ -229,6 +229,8 @@ class _Run:
         if "contrasts" in study.tables:
             self._join_contrasts(study)
         self._join_ranks(study, sizes="weights" in study.tables and not self._renumbered())
+        if self.plan.parts:
+            self._join_parts(study)
 
     def _join_contrasts(self, study: Study) -> None:
         """The contrasts with layers counted by what the metric owes to them, beside the others."""
@@ -257,6 +259,22 @@ class _Run:
                 parts.append(circuit_agreement(circuits, seed=seed))
         if parts:
             concatenated("joins", parts).save(self.folder)
+
+    def _join_parts(self, study: Study) -> None:
+        """What the geometric parts carry of the effects, beside energies and labels."""
+        from tvlens.attribution.shares import shares_table
+
+        beside = {} if self._renumbered() else {n: n for n in ("weights", "labels")}
+        parts = []
+        for pair in self.pairs:
+            known = {
+                name: study.table(table).where(tuned=pair.tuned_name)
+                for name, table in beside.items()
+                if table in study.tables
+            }
+            own = study.attribution.where(tuned=pair.tuned_name)
+            parts.append(shares_table(own, **known, seed=self.plan.seed))
+        concatenated("shares", parts, order="effect").save(self.folder)
 
     def _renumbered(self) -> bool:
         """Whether a site of ``weights`` and one of ``attribution`` are not the same unit."""

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tvlens.attribution.exchanges import Words
+    from tvlens.attribution.gates import GatedModel
     from tvlens.attribution.positions import PositionSeries
+    from tvlens.attribution.weights import WeightScores
     from tvlens.models.lens import LensModel
     from tvlens.models.metrics import Metric
     from tvlens.models.pair import HookedPair
@@ -319,8 +321,10 @@ def _attributed(
     say("weights, integrated along the line from base to tuned")
     integral = weight_scores(hooked, batch, metric, estimator="ig", at="path")
     scores.append(weight_table(integral, hooked, batch, metric, neurons=neurons))
+    divided = list(_divided(plan, hooked, hooked, batch, metric, integral, say))
     say("checking estimates against exact patching")
     tables, sample = _checked(plan, hooked, batch, metric, scores)
+    tables[0] = concatenated("attribution", [tables[0], *divided], order="score")
     prompt_table = _prompts_table(hooked, asked, batch, metric, integral.by_token)
     facts = {**_run_facts(plan, batch, metric), **sample}
     return StageOutput(
@@ -359,6 +363,8 @@ def _scanned(
         nodes = NODE_COUNTS[0] if estimator == "ig" else None
         scores = gated_weight_scores(gated, batch, metric, estimator=estimator, at=at, nodes=nodes)
         tables.append(weight_table(scores, hooked, batch, metric, neurons=neurons))
+        if estimator == "ig":
+            tables += _divided(plan, hooked, gated, batch, metric, scores, say)
     attribution = concatenated("attribution", tables, order="score")
     circuits = circuits_table(attribution)
     made = [_prompts_table(hooked, asked, batch, metric, None), attribution]
@@ -385,6 +391,34 @@ def _run_facts(plan: StudyPlan, batch: "Batch", metric: Any) -> dict[str, Any]:
         "prompts": len(batch),
         "dtype": plan.dtype,
     }
+
+
+def _divided(
+    plan: StudyPlan,
+    hooked: "HookedPair",
+    models: "HookedPair | GatedModel",
+    batch: "Batch",
+    metric: Any,
+    integral: "WeightScores",
+    say: Progress,
+) -> Iterator[Table]:
+    """The integrated scores divided further, by swap or by gates, as far as that was asked for."""
+    from tvlens.attribution.circuits import circuit_scores, circuit_table
+    from tvlens.attribution.parts import part_scores, part_table
+    from tvlens.attribution.tables import NEURONS_PER_PROMPT
+    from tvlens.attribution.weights import method_run
+
+    status = "incomplete" if integral.incomplete else "ok"
+    run = method_run(
+        integral.method, hooked, batch, metric, nodes=integral.nodes, status=status
+    )  # fmt: skip
+    if plan.parts:
+        say("weights, divided over gains, rewiring and new directions")
+        neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
+        yield part_table(part_scores(models, batch, metric, integral), run, neurons=neurons)
+    if plan.circuits:
+        say("weights, divided over the circuits of query heads")
+        yield circuit_table(circuit_scores(models, batch, metric, integral), run)
 
 
 def check_inputs(plan: StudyPlan) -> None:

@@ -31,6 +31,7 @@ ORDERS = {
     "measures": "value",
     "overlap": "cosine",
     "interference": "sign_conflict",
+    "shares": "effect",
 }
 """The column that ``Table.top`` ranks by, per table."""
 
@@ -55,6 +56,7 @@ TABLES = (
     "roles",
     "joins",
     "circuits",
+    "shares",
     "curves",
     "grafts",
     "evaluation",
@@ -166,6 +168,11 @@ class Study:
         return self.table("attribution")
 
     @property
+    def shares(self) -> Table:
+        """What gains, rewiring and new directions carry of the effects, with ``--parts``."""
+        return self.table("shares")
+
+    @property
     def fidelity(self) -> Table:
         """How far the estimates agree with exact patching."""
         return self.table("fidelity")
@@ -208,6 +215,9 @@ class Study:
     def joined(self, part: str | None = None, method: str = "weight_ig") -> pd.DataFrame:
         """Weights beside mean attribution scores, one row per part of a site.
 
+        Heads, kv heads and neurons have the score of the whole site beside each part; OV and QK
+        have their own in a study with ``--circuits``.
+
         Args:
             part: Keep this part of the weights only, such as ``OV``; None keeps all.
             method: Which attribution to put beside them.
@@ -215,9 +225,10 @@ class Study:
         weights = self.weights.to_frame()
         if part is not None:
             weights = weights[weights["part"] == part]
-        whole_sites = weights["kind"].isin(SCORED_WHOLE)
-        weights = weights.assign(scored=weights["site"].where(whole_sites, weights["component"]))
         means = _mean_scores(self.attribution.where(method=method).to_frame())
+        own = weights["component"].isin(means["scored"])
+        whole_sites = weights["kind"].isin(SCORED_WHOLE) & ~own
+        weights = weights.assign(scored=weights["site"].where(whole_sites, weights["component"]))
         return weights.merge(means, on=["tuned", "scored"], how="left", validate="many_to_one")
 
     def plot(self, what: str = "heads", tuned: str | None = None) -> "go.Figure":
@@ -243,6 +254,7 @@ class Study:
 
 def _mean_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean score over prompts of every scored component; neurons have theirs in one row."""
+    rows = rows[rows["geometric_part"].isna()]
     neuron = rows["kind"] == "neuron"
     rows = rows[rows["prompt"].isna() == neuron].rename(columns={"component": "scored"})
     return rows.groupby(["tuned", "scored"])["score"].mean().reset_index()

@@ -73,6 +73,8 @@ PASSES_OF_AN_ACTIVATION = 1 / 12
 """One elementwise pass over an activation, in passes of ``entry``."""
 PASSES_OF_A_PLACED_SCORE = 1.0
 """A score by position that is moved, summed and written, in passes of ``entry``."""
+PARTS_OF_A_NODE, CIRCUITS_OF_A_NODE = 1.6, 1.2
+"""Dividing a node's scores over geometric parts or circuits, in passes of that node."""
 LATER_ROWS = 4.0
 """What is joined, ranked and compared of an attribution row, in rows put into a table."""
 
@@ -385,7 +387,8 @@ def attribute_work(
     loading = {"entry": 2 * SCANNING * one.parameters, "call": CALLS_OF_A_START}
     series = len(asked.exchanges(pair.layout))
     estimates = times(series, added(*(_activations(one, asked, e) for e in asked.words.estimators)))
-    integral = times(2 + sum(nodes), weight_node(one))
+    again = PARTS_OF_A_NODE * asked.parts + CIRCUITS_OF_A_NODE * asked.circuits
+    integral = times(2 + (1 + again) * sum(nodes), weight_node(one))
     ends = times(2 * 4 + 3, added(one.work, one.calls(1.0, math.ceil(asked.prompts / 16))))
     tables = attribution_tables(pair, asked, joined=True)
     rows = {"row": (1 + LATER_ROWS) * tables["attribution"].at_least}
