@@ -571,6 +571,29 @@ def test_peak_memory_is_near_the_truth(tmp_path: Path) -> None:
         assert 1 / 1.5 < planned[name].peak / measured < 1.5, name
 
 
+def test_matrices_side_by_side_take_less_time_and_more_memory(tmp_path: Path) -> None:
+    import torch
+
+    from tvlens.study.forecast import ALONE, weights_side
+    from tvlens.weights.matching import load_pair
+
+    base = tiny_llama(tmp_path / "base")
+    pair = load_pair(base, copy_with(base, tmp_path / "tuned", add_noise()), scan=False)
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(weights_side(pair, _plan(), RATES))
+    finally:
+        torch.set_num_threads(1)
+    one, two = found
+    for name in ("decompose", "classify"):
+        share = two[name].seconds.expected / one[name].seconds.expected
+        assert share == pytest.approx((1 + ALONE) / 2)
+        assert one[name].peak < two[name].peak < 2 * one[name].peak
+    assert two["match"] == one["match"]
+
+
 # --- a model of 70B -----------------------------------------------------------------------------
 
 

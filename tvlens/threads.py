@@ -48,19 +48,21 @@ def one_thread(only_if: bool = True) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def at_once() -> int:
+    """How many pieces of work ``side_by_side`` takes at a time: each needs its own memory."""
+    import torch
+
+    return min(AT_ONCE, torch.get_num_threads())
+
+
 @contextmanager
-def side_by_side(at_once: int = AT_ONCE) -> Iterator[Map]:
+def side_by_side() -> Iterator[Map]:
     """A ``map`` that works on as many items as torch has threads, each item on one thread.
 
     Where torch has one thread it is ``map`` itself. What has not begun when the block is left by
     an exception never does.
-
-    Args:
-        at_once: Items at the same time at most: each needs its own memory.
     """
-    import torch
-
-    count = min(at_once, torch.get_num_threads())
+    count = at_once()
     with one_thread():
         if count < 2:
             yield map

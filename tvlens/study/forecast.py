@@ -11,6 +11,7 @@ from tvlens.attribution.weights import NODE_COUNTS
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
 from tvlens.selection import parse_selection
+from tvlens.threads import at_once
 from tvlens.weights.matching import Pair
 
 from . import peaks, work
@@ -36,6 +37,9 @@ from .stages import words_of
 
 UNCERTAINTY = 2.0
 """Expected seconds are right within this factor, on a core that nothing else uses."""
+ALONE = 0.2
+"""Share of the geometry's time in which Python itself is at work, on one thread whatever there is:
+judged, not measured."""
 DISK, SLOW_DISK = 1e9, 0.15e9
 """Bytes a second that a local disk gives, and a network disk."""
 
@@ -144,14 +148,23 @@ def weights_side(pair: Pair, plan: StudyPlan, rates: Rates) -> dict[str, Forecas
         ),
     }
     wanted = tuple(made) if "decompose" in plan.stages else ("match",)
-    return {name: _forecast(*made[name], rates=rates) for name in wanted}
+    lanes = {"decompose": at_once(), "classify": at_once()}
+    return {name: _forecast(*made[name], rates=rates, lanes=lanes.get(name, 1)) for name in wanted}
 
 
 def _forecast(
-    read: int, done: work.Work, peak: float, tables: Mapping[str, Rows], *, rates: Rates
+    read: int,
+    done: work.Work,
+    peak: float,
+    tables: Mapping[str, Rows],
+    *,
+    rates: Rates,
+    lanes: int,
 ) -> Forecast:
-    computing = seconds_of(done, rates)
-    return Forecast(read, _with_disk(computing, computing, computing, read), peak, tables)
+    """What is rated on one thread, shared out over ``lanes``."""
+    alone = seconds_of(done, rates)
+    shared = alone * (ALONE + (1 - ALONE) / lanes)
+    return Forecast(read, _with_disk(shared, alone / lanes, alone, read), peak, tables)
 
 
 def _with_disk(expected: float, least: float, most: float, read: int) -> Seconds:

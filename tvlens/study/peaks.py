@@ -14,6 +14,7 @@ from tvlens.geometry.measures import HEAD_PARTS
 from tvlens.models.covariances import Input, bytes_needed
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
+from tvlens.threads import at_once
 from tvlens.weights.contents import CHUNK
 from tvlens.weights.matching import Pair
 from tvlens.weights.pair import SLAB, VOCABULARY_PARTS
@@ -78,7 +79,8 @@ def covariances_peak(pair: Pair, inputs: Sequence[Input]) -> float:
 def _measured_at_once(pair: Pair, *, products: int = 4) -> float:
     """The largest of: the matrices of one attention layer, another matrix, a piece of tokens.
 
-    ``products`` is the number of d_model x d_model matrices that an embedding is reduced to.
+    With several threads as many of them as are measured at the same time. ``products`` is the
+    number of d_model x d_model matrices that an embedding is reduced to.
     """
     groups = [
         group
@@ -88,7 +90,8 @@ def _measured_at_once(pair: Pair, *, products: int = 4) -> float:
             *([c] for c in block if c.part not in HEAD_PARTS),
         )
     ]
-    return max((_group_peak(pair, group, products) for group in groups), default=0.0)
+    peaks = sorted((_group_peak(pair, group, products) for group in groups), reverse=True)
+    return sum(peaks[: at_once()], 0.0)
 
 
 def _group_peak(pair: Pair, group: Sequence[Component], products: int) -> float:
