@@ -230,12 +230,17 @@ class _Block:
 
     def taken(self) -> Findings:
         """All rows in the order of the table; they are no longer kept here."""
-        tables, parts, norms = (
-            [kept.pop(place) for place in sorted(kept)]
-            for kept in (self.rows, self.evidence, self.norms)
-        )
+        tables, parts = _taken(self.rows), _taken(self.evidence)
         weights = concatenated("weights", tables, order="relative_delta")
-        return Findings(weights, joined_evidence(parts) if parts else None, norms)
+        return Findings(weights, joined_evidence(parts) if parts else None, _taken(self.norms))
+
+
+Kept = TypeVar("Kept")
+
+
+def _taken(kept: dict[Place, Kept]) -> list[Kept]:
+    """All that is kept, in the order of the table; nothing is left."""
+    return [kept.pop(place) for place in sorted(kept)]
 
 
 class _Task(NamedTuple):
