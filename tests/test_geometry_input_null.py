@@ -99,7 +99,8 @@ def rows_of(pairs: list[FakePair]) -> pd.DataFrame:
 
 
 def test_the_moments_of_a_form_are_those_of_many_rotations() -> None:
-    from tvlens.geometry.input_null import Form, InputMoment, _power_sums, form_moments
+    from tvlens.geometry.input_null import Form, InputMoment, form_moments, tested_form
+    from tvlens.geometry.input_null import _power_sums as power_sums
 
     d, draws = 6, 30_000
     inputs = InputMoment.of(stretched(d, seed=1, condition=20))
@@ -116,14 +117,19 @@ def test_the_moments_of_a_form_are_those_of_many_rotations() -> None:
     turns = turns.Q * turns.R.diagonal(dim1=1, dim2=2).sign()[:, None, :]
     drawn = inputs.root @ turns @ whitened
     values = torch.einsum("nij,ik,nkj->n", drawn, apart, drawn).numpy()
-    square, cube = (float(x) for x in _power_sums(whitened))
+    square, cube = (float(x) for x in power_sums(whitened))
     variance = 2 * float(found.square) * square / ((d - 1) * (d + 2))
     third = 8 * d * float(found.cube) * cube / ((d - 2) * (d - 1) * (d + 2) * (d + 4))
     error = values.std() / draws**0.5
     assert abs(values.mean()) < 4 * error
     assert values.var() == pytest.approx(variance, rel=0.04)
     assert (values**3).mean() == pytest.approx(third, rel=0.12)
-    assert abs(third) > 0.3 * variance**1.5  # skewed enough to be seen
+    assert abs(third) > 0.5 * variance**1.5  # skewed enough to be seen
+    total = change.square().sum().reshape(1)
+    for quantile in (0.05, 0.95):  # the two tails differ
+        value = found.expected + float(np.quantile(values, quantile)) / total
+        p_value = tested_form(value, total, found, whitened).p_value[0]
+        assert p_value == pytest.approx(0.1, abs=0.025)
 
 
 @pytest.mark.parametrize("width", [3, 9])
