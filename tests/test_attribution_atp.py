@@ -383,7 +383,7 @@ def test_effects_that_cancel_are_seen_by_graddrop_and_not_by_first_order():
         assert abs(ours[key]) > 0.3 * abs(value)
     # of the two layers after it one takes all away and one nothing: half of the direct effect
     width = float(hooked.tuned.model.run_with_cache(rows.ids)[1]["blocks.0.hook_mlp_out"][0, 0, e])
-    unembed = hooked.base.model.original_model.lm_head.weight[:, e]
+    unembed = hooked.base.model.original_model.lm_head.weight[:, e].detach()
     for prompt in range(2):
         direct = unembed[rows.answer_ids[prompt][0]] - unembed[rows.wrong_ids[prompt][0]]
         expected = abs(float(direct) * width) / 2

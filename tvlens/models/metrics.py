@@ -187,8 +187,8 @@ def refuse_vanishing_gradient(metric: Metric, at: str) -> None:
         raise MetricError(
             f"{metric.name} is a distance to the {at} model and is smallest there, so its "
             "gradient at that model is zero and every first-order score vanishes.",
-            hint="Ask from the other model's side, integrate along the path (weight_ig), patch "
-            "exactly, or measure logit_diff or logprob.",
+            hint="Ask from the other model's side, integrate (weight_ig along the path, "
+            "layer_integrals over layers), patch exactly, or measure logit_diff or logprob.",
         )
 
 
