@@ -113,7 +113,7 @@ def test_the_folder_has_the_bases_files_and_says_where_it_comes_from(
 ) -> None:
     out = tmp_path / "merged"
     saved = _merge(llama["base"], [llama["a"], llama["b"]], scales=[0.5, 0.25]).save(
-        out, command="tvlens apply x"
+        out, command=f"tvlens apply org/model {tmp_path}/x"
     )
     base, found = _bytes(llama["base"]), _bytes(out)
     copied = {"config.json", "generation_config.json", "tokenizer_config.json", "LICENSE"}
@@ -122,7 +122,7 @@ def test_the_folder_has_the_bases_files_and_says_where_it_comes_from(
     assert found.keys() - copied == {"model.safetensors", "README.md", "tvlens_manifest.json"}
     card = found["README.md"].decode()
     assert "base + 0.5 * a + 0.25 * b" in card
-    assert "tvlens apply x" in card
+    assert "tvlens apply org/model x\n" in card
     assert str(tmp_path) not in card
     manifest = json.loads(found["tvlens_manifest.json"])
     assert [t["scale"] for t in manifest["terms"]] == [0.5, 0.25]
