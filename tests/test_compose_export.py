@@ -236,8 +236,8 @@ def test_another_dtype_may_be_asked_for(llama: dict[str, Path], tmp_path: Path) 
         assert torch.equal(new[name], wanted.float()), name
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["dtype"] == "float32"
-    with pytest.raises(StudyError, match="no dtype 'int8'"):
-        _merge(llama["short"], [llama["short_a"]]).save(tmp_path / "n", dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match="rank 1 or more, got 0"):
+        _merge(llama["short"], [llama["short_a"]]).save(tmp_path / "n", as_lora=0)
 
 
 def test_what_does_not_fit_the_dtype_is_refused_and_leaves_nothing(
