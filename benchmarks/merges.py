@@ -7,7 +7,7 @@ mergekit runs as its users run it, in an environment of its own, as a process of
 of it is in this repository. ``golden`` writes the checkpoints of ``tests/golden_models.py``, merges
 them, and keeps the sha256 of each merged tensor's bytes. ``speed`` times the same TIES merge on
 both sides, whole processes from the folders to the written folder, best of ``--repeats``, and the
-largest resident set and anonymous memory of each.
+most anonymous memory of each.
 """
 
 import argparse
@@ -75,10 +75,10 @@ def run_mergekit(python: str, merges: dict[Path, dict[str, Any]], threads: int) 
 
 
 def watched(command: list[str], threads: int) -> dict[str, float]:
-    """Run a command; its seconds, largest resident set and largest anonymous memory in MiB."""
+    """Run a command; its seconds, those of the processor, and most anonymous memory in MiB."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads)), "HF_HUB_OFFLINE": "1"}
-    begun = time.perf_counter()
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -89,9 +89,9 @@ def watched(command: list[str], threads: int) -> dict[str, float]:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{output}")
-    resident = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "resident_so_far": resident, **peak}
+    seconds, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = sum(getattr(after, n) - getattr(before, n) for n in ("ru_utime", "ru_stime"))
+    return {"seconds": seconds, "processor_seconds": worked, **peak}
 
 
 def _watch(process: subprocess.Popen, peak: dict[str, float]) -> None:

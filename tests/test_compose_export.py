@@ -113,7 +113,7 @@ def test_the_folder_has_the_bases_files_and_says_where_it_comes_from(
 ) -> None:
     out = tmp_path / "merged"
     saved = _merge(llama["base"], [llama["a"], llama["b"]], scales=[0.5, 0.25]).save(
-        out, command="tvlens apply x"
+        out, command=f"tvlens apply org/model {tmp_path}/x"
     )
     base, found = _bytes(llama["base"]), _bytes(out)
     copied = {"config.json", "generation_config.json", "tokenizer_config.json", "LICENSE"}
@@ -122,7 +122,7 @@ def test_the_folder_has_the_bases_files_and_says_where_it_comes_from(
     assert found.keys() - copied == {"model.safetensors", "README.md", "tvlens_manifest.json"}
     card = found["README.md"].decode()
     assert "base + 0.5 * a + 0.25 * b" in card
-    assert "tvlens apply x" in card
+    assert "tvlens apply org/model x\n" in card
     assert str(tmp_path) not in card
     manifest = json.loads(found["tvlens_manifest.json"])
     assert [t["scale"] for t in manifest["terms"]] == [0.5, 0.25]
@@ -236,8 +236,8 @@ def test_another_dtype_may_be_asked_for(llama: dict[str, Path], tmp_path: Path) 
         assert torch.equal(new[name], wanted.float()), name
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["dtype"] == "float32"
-    with pytest.raises(StudyError, match="no dtype 'int8'"):
-        _merge(llama["short"], [llama["short_a"]]).save(tmp_path / "n", dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match="rank 1 or more, got 0"):
+        _merge(llama["short"], [llama["short_a"]]).save(tmp_path / "n", as_lora=0)
 
 
 def test_what_does_not_fit_the_dtype_is_refused_and_leaves_nothing(

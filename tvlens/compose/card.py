@@ -1,5 +1,6 @@
 """The model card of a merge: what it is, what it was made from, what was lost."""
 
+import shlex
 from pathlib import Path
 
 from tvlens.weights.sources.hub import HUB_ID
@@ -73,8 +74,8 @@ def _loss(manifest: Manifest) -> str:
     loss = manifest.rounding
     return (
         f"Changed tensors: {changed}. All others are the base's, byte by byte.\\\n"
-        f"Stored as {manifest.dtype}; rounding lost {loss.relative:.2g} of the change's length and "
-        f"{loss.share_of_entries_lost:.2%} of its entries.\n"
+        f"Stored {manifest.stored_as}; rounding lost {loss.relative:.2g} of the change's length "
+        f"and {loss.share_of_entries_lost:.2%} of its entries.\n"
     )
 
 
@@ -83,4 +84,11 @@ def _again(manifest: Manifest) -> str:
         "`tvlens verify` checks this folder against its inputs; `tvlens_manifest.json` has their "
     )
     text += "sha256."
-    return f"{text}\n\n```\n{manifest.command}\n```\n" if manifest.command else f"{text}\n"
+    command = shlex.join(map(_without_folder, shlex.split(manifest.command)))
+    return f"{text}\n\n```\n{command}\n```\n" if command else f"{text}\n"
+
+
+def _without_folder(word: str) -> str:
+    """A word of a command; of a local path the name alone, since a card is for others."""
+    local = word.startswith(("/", ".", "~")) or ("/" in word and Path(word).exists())
+    return Path(word).name if local else word

@@ -139,10 +139,11 @@ class Merge:
     @property
     def name(self) -> str:
         """The formula, for people."""
-        if self.method.name == "task":
-            return _formula(self.base.base_name, self.terms)
         names = ", ".join(f"{t.scale:g} * {t.name}" for t in self.terms)
-        return f"{self.base.base_name} + {self.method.name}({names})"
+        whole = f"{self.base.base_name} + {self.method.name}({names})"
+        if self.method.name == "task":
+            whole = _formula(self.base.base_name, self.terms)
+        return f"{whole}, only {self.selection}" if self.selection else whole
 
     @property
     def notes(self) -> list[str]:

@@ -96,7 +96,7 @@ class SavedMerge:
             return "\n".join([*lines, *_adapter_lines(found.adapter)])
         loss = found.rounding
         lines.append(
-            f"stored as {found.dtype}: rounding lost {loss.relative:.2g} of the change's length "
+            f"stored {found.stored_as}: rounding lost {loss.relative:.2g} of the change's length "
             f"and {loss.share_of_entries_lost:.2%} of its {loss.entries:,} entries."
         )
         if found.untouched_files:

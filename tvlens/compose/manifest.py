@@ -78,6 +78,11 @@ class Manifest(BaseModel):
     files: dict[str, str]
     untouched_files: tuple[str, ...]
 
+    @property
+    def stored_as(self) -> str:
+        """How weights are stored, as the end of a sentence."""
+        return "in the base's dtypes" if self.dtype == "stored" else f"as {self.dtype}"
+
     def save(self, folder: Path) -> Path:
         """Write it into a folder."""
         path = folder / MANIFEST

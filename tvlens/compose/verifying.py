@@ -78,7 +78,10 @@ class Verdict:
         """The same for people."""
         name = self.manifest.name
         if self.holds:
-            return f"{self.folder}: {self.checked} tensors are {name}, within stored rounding."
+            within = "stored rounding"
+            if self.manifest.adapter is not None:
+                within = f"the stated error of rank {self.manifest.adapter.rank}"
+            return f"{self.folder}: {self.checked} tensors are {name}, within {within}."
         lines = []
         if self.tensors:
             lines.append(f"{self.folder} is not {name}: {_first(self.tensors, 'tensors')}.")
