@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tvlens.callables import name_of
-from tvlens.components import Component, key_columns
+from tvlens.components import Component, Kind, key_columns
 from tvlens.errors import ExtensionError
 from tvlens.tables import Table, concatenated, keyed_schema
 
@@ -132,19 +132,18 @@ def _measured(pair: Pair, component: Component, measures: Sequence[Measure]) -> 
         if component.kind in measure.kinds:
             values = [measure.of(base, delta, str(component))]
             yield _table(pair, measure, [component], values, tied=bool(weight.tied))
-        if cut in measure.kinds:
-            pieces = [
-                (Component(cut, component.layer, n, component.part), *both)  # type: ignore[arg-type]
-                for n, both in enumerate(zip(*_slices(pair, component, base, delta), strict=True))
-            ]
-            values = [measure.of(*both, str(piece)) for piece, *both in pieces]
-            yield _table(pair, measure, [piece for piece, *_ in pieces], values)
+        if cut != component.kind and cut in measure.kinds:
+            bases, deltas = _slices(pair, component, base, delta)
+            pieces = [Component(cut, component.layer, n, component.part) for n in range(len(bases))]
+            cells = zip(bases, deltas, pieces, strict=True)
+            values = [measure.of(own, change, str(piece)) for own, change, piece in cells]
+            yield _table(pair, measure, pieces, values)
 
 
-def _cut_kind(component: Component) -> str:
-    """What a matrix is cut into, empty where nothing is."""
+def _cut_kind(component: Component) -> Kind:
+    """What a matrix is cut into; its own kind where it is not."""
     if component.kind != "matrix" or component.part not in (*HEAD_PARTS, *NEURON_PARTS):
-        return ""
+        return component.kind
     if component.part in NEURON_PARTS:
         return "neuron"
     return "kv_head" if component.part in KV_PARTS else "head"

@@ -106,7 +106,7 @@ def fitting_inputs(layout: "Layout") -> tuple["Input", ...]:
     if not layout.listed:
         return ()
     widths = input_widths(layout)
-    narrow = sorted(INPUTS, key=lambda name: widths[name])
+    narrow: "list[Input]" = sorted(INPUTS, key=lambda name: widths[name])
     while narrow and bytes_needed(widths, narrow, layers=layout.n_layers) > AUTO_BYTES:
         narrow.pop()
     return tuple(name for name in INPUTS if name in narrow)
