@@ -30,7 +30,7 @@ def plan(**options):
 def pair():
     from tvlens import load_pair
 
-    return load_pair("demo:base", "demo:med")
+    return load_pair("demo:base", "demo:med", names=("base", "med"))
 
 
 @pytest.fixture(scope="module")
