@@ -107,8 +107,8 @@ def test_several_estimators_are_checked_side_by_side(asked, tmp_path: Path) -> N
     assert methods <= set(checked["method"])
     samples = [
         {
-            (row.direction, row.kind, row.part, row.stratum)
-            for row in checked[checked["method"] == method].fillna("").itertuples()
+            (row.direction, row.kind, row.part if isinstance(row.part, str) else "", row.stratum)
+            for row in checked[checked["method"] == method].itertuples()
         }
         for method in sorted(methods)
     ]
