@@ -377,7 +377,8 @@ def test_scores_by_position_sum_to_the_score_and_sit_at_their_token(side):
     parts = ("z", "post", "mlp_out")
     found = activation_scores(asked, rows, parts=parts, by_position=True)
     for cut, values in found.values.items():
-        torch.testing.assert_close(found.positions[cut].sum(1), values, rtol=1e-5, atol=1e-6)
+        summed = found.positions[cut].sum(1, dtype=values.dtype)
+        torch.testing.assert_close(summed, values, rtol=1e-5, atol=1e-6)
     hook, one = NODES["mlp_out"][1].format(0), NODES["mlp_out"][0]
     for prompt in range(len(rows)):
         ids = rows.ids[prompt][rows.mask[prompt].bool()][None]

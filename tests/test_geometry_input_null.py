@@ -272,7 +272,7 @@ def head_tests() -> pd.DataFrame:
         own = coordinates(factor)
         spans = (torch.linalg.qr(base).Q,) * 2
         heads = HeadChanges("QK", factor, factor.swapped, own, own, spans, group, torch.arange(12))
-        frames += head_rows(keys, heads, matrices()["W_Q"].inputs)
+        frames += map(pd.DataFrame, head_rows(keys, heads, matrices()["W_Q"].inputs))
     return pd.concat(frames)
 
 

@@ -455,7 +455,7 @@ def test_a_kind_with_too_few_components_is_judged_by_all_kinds():
 
     def rows(**passed):
         kinds = list(passed)
-        same = {"method": "weight_ig", "stratum": "random"}
+        same = {"method": "weight_ig", "stratum": "random", "part": None}
         return pd.DataFrame({"kind": kinds, "passed": list(passed.values())}).assign(**same)
 
     kinds = ("matrix", "norm")

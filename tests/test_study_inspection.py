@@ -238,7 +238,9 @@ def test_all_parts_in_all_directions_have_the_rows_that_were_planned(pair, promp
         for series in made.positions
         for tensor in series.entry["tensors"].values()
     ]
-    assert shapes == position_shapes(pair, counted)
+    for shape, most in zip(shapes, position_shapes(pair, counted), strict=True):
+        assert (shape[0], *shape[2:]) == (most[0], *most[2:])
+        assert shape[1] <= most[1]  # of prompts with a corrupt twin the longest may be shorter
     assert "mean_ablation" in "".join(made.warnings)
 
 
@@ -272,12 +274,12 @@ def test_every_activation_of_a_kind_gets_its_share_of_the_sample() -> None:
 @pytest.mark.parametrize("count", [3, 21, 40, 500])
 def test_the_planned_sample_is_the_drawn_one(attributed, count: int) -> None:
     from tvlens.attribution.sampling import drawn_sizes, sampled_strata
-    from tvlens.attribution.series import group_of
+    from tvlens.attribution.series import group_of, whole_rows
     from tvlens.attribution.tables import ATTRIBUTION_SCHEMA
     from tvlens.tables import Table
 
     frame = attributed["attribution"]
-    frame = frame[frame["method"] == "weight_ig"]
+    frame = whole_rows(frame[frame["method"] == "weight_ig"])
     columns = {name: frame[name].astype(object).to_list() for name in ATTRIBUTION_SCHEMA.names}
     drawn = sampled_strata(Table.of("attribution", ATTRIBUTION_SCHEMA, columns), count=count)
     planned = drawn_sizes(_groups(frame[frame["prompt"] == 0]), count)

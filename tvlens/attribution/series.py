@@ -70,11 +70,11 @@ def group_of(component: Component) -> tuple[str, str | None]:
 def keys(frame: pd.DataFrame) -> pd.Series:
     """The component of every row."""
     columns = [frame[name].astype(object).where(frame[name].notna(), None) for name in _KEY]
-    components = [
-        Component(kind, _whole(layer), _whole(index), part)
-        for kind, layer, index, part in zip(*columns, strict=True)
-    ]
-    return pd.Series(components, index=frame.index, dtype=object)
+    rows, known = list(zip(*columns, strict=True)), {}
+    for row in dict.fromkeys(rows):  # a component has a row for every prompt and method
+        kind, layer, index, part = row
+        known[row] = Component(kind, _whole(layer), _whole(index), part)
+    return pd.Series([known[row] for row in rows], index=frame.index, dtype=object)
 
 
 def _whole(number: Any) -> int | None:
