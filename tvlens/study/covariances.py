@@ -126,7 +126,7 @@ def input_widths(layout: "Layout") -> dict["Input", int]:
 def _left_out(layout: "Layout", inputs: Sequence["Input"]) -> str:
     from tvlens.models.covariances import INPUTS, bytes_needed
 
-    missing = [name for name in INPUTS if name not in inputs]
+    missing: list[Input] = [name for name in INPUTS if name not in inputs]
     if not missing:
         return ""
     need = bytes_needed(input_widths(layout), missing, layers=layout.n_layers)

@@ -159,7 +159,7 @@ def _forecast(
     tables: Mapping[str, Rows],
     *,
     rates: Rates,
-    lanes: int,
+    lanes: int = 1,
 ) -> Forecast:
     """What is rated on one thread, shared out over ``lanes``."""
     alone = seconds_of(done, rates)
