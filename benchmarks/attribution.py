@@ -7,7 +7,6 @@ threads pinned to 1 and again to 2; medians are compared (``weights.py`` has the
 side's work is run once before it is timed, so that no first call is in a figure.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from weights import (
     machine,
     measured,
     pair_at,
+    parser_of,
     refuse_a_busy_machine,
 )
 
@@ -58,15 +58,7 @@ class AttributionBench(Bench):
 
 def main() -> None:
     """Measure, print and write what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/tvlens/benchmarks")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", help="part of the names of the comparisons that are wanted")
-    parser.add_argument("--quick", action="store_true", help="a tiny pair: does everything run?")
-    parser.add_argument("--force", action="store_true", help="time on a busy machine")
-    parser.add_argument("--out", type=Path, help="JSON of all figures")
-    options = parser.parse_args()
+    options = parser_of(__doc__ or "").parse_args()
     load = refuse_a_busy_machine(options.force)
     print(f"{'':36} {'pair':20} T {'ours':>10} {'theirs':>10} {'ratio':>7} {'bar':>5}")
     found = []

@@ -318,17 +318,23 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 print(f"{compared.name:36} left out: {error}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """Measure, print and write what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(about: str) -> argparse.ArgumentParser:
+    """The options that every benchmark with this harness takes."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/tvlens/benchmarks")
-    parser.add_argument("--modeldelta-python", help="python of an environment with modeldelta")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", help="part of the names of the comparisons that are wanted")
     parser.add_argument("--quick", action="store_true", help="tiny pairs: does everything run?")
     parser.add_argument("--force", action="store_true", help="time on a busy machine")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
+    return parser
+
+
+def main() -> None:
+    """Measure, print and write what the command line asks for."""
+    parser = parser_of(__doc__ or "")
+    parser.add_argument("--modeldelta-python", help="python of an environment with modeldelta")
     options = parser.parse_args()
     load = refuse_a_busy_machine(options.force)
     print(f"{'':36} {'pair':20} T {'ours':>10} {'theirs':>10} {'ratio':>7} {'bar':>5}")

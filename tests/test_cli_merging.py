@@ -1,29 +1,16 @@
 """``tvlens apply`` and ``tvlens verify``: what they write, say and refuse."""
 
+# ruff: noqa: F811  (a test that asks for a fixture by name does not redefine it)
+
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.test_cli import Run, run  # noqa: F401  (the fixture)
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_llama
-from tvlens import cli
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_command(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tvlens", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run_command
 
 
 @pytest.fixture(scope="module")
