@@ -216,7 +216,7 @@ def _eigen(size: int, *, values_only: float = 0.0, whole: float = 1.0) -> float:
 
 def _measured(short: int, long: int) -> Work:
     """All spectral measures of a matrix: three Grams, their products with V, two spectra."""
-    products = 6 * short**2 * long + 6 * short**3
+    products = 6 * short**2 * long + 4 * short**3
     return {"product": products, "eigen": _eigen(short, values_only=1.0)}
 
 
