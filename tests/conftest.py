@@ -17,8 +17,14 @@ settings.load_profile("tvlens")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs over families is slow for all but Llama: `make test-fast` takes one of each."""
+    """What runs over families is slow for all but Llama: `make test-fast` takes one of each.
+
+    A worker takes a file at a time, and one worker all that reads the demo study, made once.
+    """
     for item in items:
+        reads_demo = "demo_study" in getattr(item, "fixturenames", ())
+        group = "demo study" if reads_demo else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
         case = re.search(r"\[(.*)\]", item.name)
         if case and not {*re.split("[- ]", case[1])}.isdisjoint(OTHER_FAMILIES):
             item.add_marker(pytest.mark.slow)

@@ -1,7 +1,9 @@
 """The public surface, exactly, and what importing it costs."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,18 @@ def test_every_public_name_loads_and_no_other_is_public() -> None:
     assert {*tvlens._HOMES, "Component", "TvlensError"} == set(tvlens.__all__)
     for name in tvlens.__all__:
         assert getattr(tvlens, name) is not None
+
+
+def test_pages_and_examples_name_only_what_is_public() -> None:
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("examples/**/*.py")]
+    asked = {
+        (page.name, name)
+        for page in pages
+        for name in re.findall(r"\btv\.([A-Za-z_]+)", page.read_text("utf-8"))
+    }
+    assert len(asked) >= 10
+    assert {(page, name) for page, name in asked if name not in tvlens.__all__} == set()
 
 
 def test_import_loads_neither_torch_nor_the_host() -> None:

@@ -51,7 +51,9 @@ def test_the_example_prints_its_table_and_serves_the_command_line(
     words += ["--classifier", "own_labels:by_concentration", "--quiet"]
     monkeypatch.setattr("sys.argv", words)
     before = list(sys.path)
-    cli.main()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
     assert sys.path == before
     sys.modules.pop("own_labels", None)
     labels = pd.read_parquet(tmp_path / "study" / "labels.parquet")

@@ -1,5 +1,6 @@
 """The hooked model: Hugging Face's logits, checked hook names, flags put back."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +95,28 @@ def test_an_adapter_of_one_use_of_a_tied_embedding_acts_as_in_training(
     with torch.no_grad():
         ours = pair.tuned(BATCH.ids[1:], BATCH.mask[1:])
         assert torch.allclose(ours, theirs(BATCH.ids[1:]).logits, atol=1e-4)
+
+
+class _Sealed:
+    """Something that must not be printed: it stands for one that holds large tensors."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __repr__(self) -> str:
+        raise AssertionError("TransformerLens printed what a hook is bound to")
+
+    def see(self, activation: torch.Tensor, hook: object) -> None:
+        self.seen.append(f"{getattr(hook, 'name', None)} {tuple(activation.shape)}")
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_what_a_hook_is_bound_to_is_never_printed(lens: LensModel, bound: bool) -> None:
+    sealed = _Sealed()
+    function = partial(_Sealed.see, sealed) if bound else sealed.see
+    with torch.no_grad(), lens.hooks(fwd=[("hook_embed", function)]):
+        lens(BATCH.ids, BATCH.mask)
+    assert sealed.seen == ["hook_embed (2, 6, 32)"]
 
 
 def test_an_unknown_hook_is_refused_before_anything_runs(lens: LensModel) -> None:

@@ -33,7 +33,8 @@ def test_the_tutorials_lines_run(
 
 
 @pytest.mark.slow
-def test_the_lines_about_concepts_run() -> None:
+def test_the_lines_about_concepts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"tv": tvlens}
     for block in blocks("concepts.md"):
         exec(compile(block, "concepts.md", "exec"), names)

@@ -15,7 +15,6 @@ from .components import Component
 from .errors import TvlensError
 
 if TYPE_CHECKING:
-    from .attribution.activations import attribute_activations
     from .attribution.asking import attribute, graft, patch
     from .compose.combining import merge
     from .compose.interference import interference
@@ -44,9 +43,8 @@ _HOMES = {
     "TuningVector": ("weights.vector", "TuningVector"),
     "anchor": ("models.anchors", "anchor"),
     "attribute": ("attribution.asking", "attribute"),
-    "attribute_activations": ("attribution.activations", "attribute_activations"),
-    "compare": ("study.runner", "compare"),
     "classify": ("geometry.classify", "classify"),
+    "compare": ("study.runner", "compare"),
     "covariances": ("models.covariances", "covariances"),
     "decompose": ("geometry.decompose", "decompose"),
     "graft": ("attribution.asking", "graft"),
@@ -73,7 +71,6 @@ __all__ = [
     "TvlensError",
     "anchor",
     "attribute",
-    "attribute_activations",
     "classify",
     "compare",
     "covariances",

@@ -28,8 +28,9 @@ Cost: a forward pass and five runs of each attention beside first order, and for
 backward pass a layer through one graph, which with all differences stays until the last of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -151,19 +152,16 @@ class Gate:
     def hooks(self, model: LensModel) -> HookList:
         """Forward hooks that let activations pass and wait for their gradients."""
         return [
-            (NODES[part][1].format(layer), self._passing(layer))
+            (NODES[part][1].format(layer), partial(self._passing, layer))
             for layer in range(model.n_layers)
             for part in _ADDED
         ]
 
-    def _passing(self, layer: int) -> Callable[..., Tensor]:
-        def returned(gradient: Tensor) -> Tensor:
-            return torch.zeros_like(gradient) if self.layer == layer else gradient
+    def _passing(self, layer: int, activation: Tensor, hook: object) -> Tensor:
+        passing = activation.view_as(activation)  # a node of its own
+        if passing.requires_grad:
+            passing.register_hook(partial(self._returned, layer))
+        return passing
 
-        def hook_function(activation: Tensor, hook: object) -> Tensor:
-            passing = activation.view_as(activation)  # a node of its own
-            if passing.requires_grad:
-                passing.register_hook(returned)
-            return passing
-
-        return hook_function
+    def _returned(self, layer: int, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient) if self.layer == layer else gradient

@@ -16,6 +16,7 @@ norms on queries and keys, caps and masks are in it without being named.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,20 +115,18 @@ class _Kept:
 
     def looked_at(self, name: str) -> tuple[str, Callable[..., None]]:
         """A hook that keeps what passes."""
+        return name, partial(self._look, name)
 
-        def hook_function(activation: Tensor, hook: Any) -> None:
-            self.inputs[name] = flat(activation.detach())
-
-        return name, hook_function
+    def _look(self, name: str, activation: Tensor, hook: Any) -> None:
+        self.inputs[name] = flat(activation.detach())
 
     def through(self, name: str) -> tuple[str, Callable[..., Tensor]]:
         """A hook that keeps what passes and hands on the very tensor that it keeps."""
+        return name, partial(self._pass, name)
 
-        def hook_function(activation: Tensor, hook: Any) -> Tensor:
-            self.passing[name] = activation
-            return activation
-
-        return name, hook_function
+    def _pass(self, name: str, activation: Tensor, hook: Any) -> Tensor:
+        self.passing[name] = activation
+        return activation
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ effects, which are refused there.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -338,36 +339,26 @@ class _Adder:
             if all(isinstance(self.gated.deltas[site.name, t], Absent) for t in site.tensors):
                 continue
             if site.role == "embed":
-                found.append(("hook_embed", self._embedded(site)))
+                found.append(("hook_embed", partial(self._embedded, site)))
                 continue
-            found.append((f"{site.name}.hook_in", self._kept(site)))
-            found.append((f"{site.name}.hook_out", self._added(site)))
+            found.append((f"{site.name}.hook_in", partial(self._keep, site)))
+            found.append((f"{site.name}.hook_out", partial(self._added, site)))
         return found
 
-    def _kept(self, site: Site) -> Callable[..., None]:
-        def hook_function(activation: Tensor, hook: Any) -> None:
-            self.inputs[site.name] = activation
+    def _keep(self, site: Site, activation: Tensor, hook: Any) -> None:
+        self.inputs[site.name] = activation
 
-        return hook_function
+    def _embedded(self, site: Site, activation: Tensor, hook: Any) -> Tensor:
+        scale = embedding_scale(activation.detach(), site, self.ids)
+        table = _written(self.gated.deltas[site.name, "weight"])
+        gate = rearrange(self.gates[site.name, "weight"], "row 1 -> row 1 1")
+        return _sum(activation, gate * scale * table[self.ids])
 
-    def _embedded(self, site: Site) -> Callable[..., Tensor]:
-        def hook_function(activation: Tensor, hook: Any) -> Tensor:
-            scale = embedding_scale(activation.detach(), site, self.ids)
-            table = _written(self.gated.deltas[site.name, "weight"])
-            gate = rearrange(self.gates[site.name, "weight"], "row 1 -> row 1 1")
-            return _sum(activation, gate * scale * table[self.ids])
-
-        return hook_function
-
-    def _added(self, site: Site) -> Callable[..., Tensor]:
+    def _added(self, site: Site, activation: Tensor, hook: Any) -> Tensor:
         moved = {"unembed": self._unembedded, "pos_embed": self._placed}
         moved |= dict.fromkeys(LINEAR, self._linear)
         share = moved.get(site.role, self._normed)
-
-        def hook_function(activation: Tensor, hook: Any) -> Tensor:
-            return _sum(activation, share(site, self.inputs.pop(site.name), activation))
-
-        return hook_function
+        return _sum(activation, share(site, self.inputs.pop(site.name), activation))
 
     def _linear(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         flat = rearrange(x, "row pos ... -> row pos (...)").float()

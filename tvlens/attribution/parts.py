@@ -22,6 +22,7 @@ gradient of a parameter is formed. A change that comes in factors stays in them.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -266,8 +267,10 @@ class _Passes:
         lowest = min(one.site.layer or 0 for one in self.parted)
         start = f"blocks.{lowest}.hook_resid_pre" if lowest else "hook_embed"
         fwd: list[tuple[str, Callable[..., Any]]] = [*self.line.place(s, reading), (start, leaf)]
-        fwd += [(f"{one.site.name}.hook_in", self._kept(one)) for one in self.parted]
-        bwd = [(f"{one.site.name}.hook_out", self._divided(one, rows)) for one in self.parted]
+        fwd += [(f"{one.site.name}.hook_in", partial(self._keep, one)) for one in self.parted]
+        bwd = [
+            (f"{one.site.name}.hook_out", partial(self._divide, one, rows)) for one in self.parted
+        ]
         with torch.enable_grad(), self.line.lens.hooks(fwd=fwd, bwd=bwd):
             reading.value(reading.logits(self.line.lens)).sum().backward()
         reached = {site for site, _, _ in rows}
@@ -275,20 +278,14 @@ class _Passes:
             raise HostError(f"no gradient reached {silent[0]}: its hook did not fire.")
         return rows
 
-    def _kept(self, parted: _Parted) -> Callable[..., None]:
-        def hook_function(activation: Tensor, hook: Any) -> None:
-            self.inputs[parted.site.name] = activation.detach()
+    def _keep(self, parted: _Parted, activation: Tensor, hook: Any) -> None:
+        self.inputs[parted.site.name] = activation.detach()
 
-        return hook_function
-
-    def _divided(self, parted: _Parted, rows: Rows) -> Callable[..., None]:
-        def hook_function(gradient: Tensor, hook: Any) -> None:
-            with torch.no_grad():
-                x, g = flat(self.inputs.pop(parted.site.name)), flat(gradient.detach())
-                found = _shares(parted, x, g)
-            rows.update({(parted.site.name, *key): values for key, values in found.items()})
-
-        return hook_function
+    def _divide(self, parted: _Parted, rows: Rows, gradient: Tensor, hook: Any) -> None:
+        with torch.no_grad():
+            x, g = flat(self.inputs.pop(parted.site.name)), flat(gradient.detach())
+            found = _shares(parted, x, g)
+        rows.update({(parted.site.name, *key): values for key, values in found.items()})
 
 
 def _shares(

@@ -16,6 +16,7 @@ answering positions themselves read from the exchanged keys or values counts.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
@@ -61,20 +62,19 @@ class Edit:
 
     def hook(self, rows: slice) -> tuple[str, Callable[..., Tensor]]:
         """A forward hook that edits the batch at ``rows`` of a pass over several copies of it."""
+        return self.site.hook, partial(self._patched, rows)
+
+    def _patched(self, rows: slice, activation: Tensor, hook: object) -> Tensor:
         axis, index = self.site.index_axis, self.index
-
-        def hook_function(activation: Tensor, hook: object) -> Tensor:
-            patched = activation.clone()
-            own = patched[rows]
-            new = self.given.to(own.device, own.dtype).expand_as(own)
-            where = self.site.real(self.where.to(own.device), own.ndim)
-            if index is not None:
-                own, new = own.select(axis, index), new.select(axis, index)
-                where = where.select(axis, 0)
-            own.copy_(torch.where(where, new, own))
-            return patched
-
-        return self.site.hook, hook_function
+        patched = activation.clone()
+        own = patched[rows]
+        new = self.given.to(own.device, own.dtype).expand_as(own)
+        where = self.site.real(self.where.to(own.device), own.ndim)
+        if index is not None:
+            own, new = own.select(axis, index), new.select(axis, index)
+            where = where.select(axis, 0)
+        own.copy_(torch.where(where, new, own))
+        return patched
 
 
 def exact_activations(

@@ -6,8 +6,9 @@ dropped as soon as its gradient has arrived, unless more backward passes are to 
 [batch, index] a site, by position [batch, pos, index].
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,14 +53,17 @@ class Products:
     def forward_hooks(self) -> HookList:
         """Hooks that take the differences and begin the graph."""
         subtracted = [site for site in self.sites if site.hook not in self.patterns]
-        return [*((site.hook, self._subtract(site)) for site in subtracted), (START, self._begin)]
+        return [
+            *((site.hook, partial(self._subtract, site)) for site in subtracted),
+            (START, self._begin),
+        ]
 
     def backward_hooks(self) -> HookList:
         """Hooks that take the products; the embedding has none, it is the graph's leaf."""
         return [
-            (NODES["pattern"][1].format(site.layer), self._through_pattern(site))
+            (NODES["pattern"][1].format(site.layer), partial(self._through_pattern, site))
             if site.hook in self.patterns
-            else (site.hook, self.multiply(site))
+            else (site.hook, partial(self.multiply, site))
             for site in self.sites
             if site.hook != START
         ]
@@ -73,7 +77,7 @@ class Products:
         gradient = self.start[0].grad
         for site in self.sites:
             if site.hook == START and gradient is not None:
-                self.multiply(site)(gradient, None)
+                self.multiply(site, gradient, None)
         if silent := [site.hook for site in self.sites if site.hook not in self.scores]:
             raise HostError(f"no gradient reached {silent[0]!r}.")
 
@@ -88,31 +92,21 @@ class Products:
         self.start[0].grad = None
         return found
 
-    def multiply(self, site: Site) -> Callable[..., None]:
-        """A backward hook."""
+    def multiply(self, site: Site, gradient: Tensor, hook: object) -> None:
+        """A backward hook of ``site``."""
+        difference = self.difference[site.hook]
+        if not self.again:
+            del self.difference[site.hook]
+        self.scores[site.hook] = site.product(
+            difference, wide(gradient), by_position=self.by_position
+        )
 
-        def hook_function(gradient: Tensor, hook: object) -> None:
-            difference = self.difference[site.hook]
-            if not self.again:
-                del self.difference[site.hook]
-            self.scores[site.hook] = site.product(
-                difference, wide(gradient), by_position=self.by_position
-            )
+    def _through_pattern(self, site: Site, gradient: Tensor, hook: object) -> None:
+        self.scores[site.hook] = self.patterns[site.hook].score(gradient)
 
-        return hook_function
-
-    def _through_pattern(self, site: Site) -> Callable[..., None]:
-        def hook_function(gradient: Tensor, hook: object) -> None:
-            self.scores[site.hook] = self.patterns[site.hook].score(gradient)
-
-        return hook_function
-
-    def _subtract(self, site: Site) -> Callable[..., None]:
-        def hook_function(activation: Tensor, hook: object) -> None:
-            given = self.difference[site.hook]
-            self.difference[site.hook] = difference(site, given, activation.detach(), self.real)
-
-        return hook_function
+    def _subtract(self, site: Site, activation: Tensor, hook: object) -> None:
+        given = self.difference[site.hook]
+        self.difference[site.hook] = difference(site, given, activation.detach(), self.real)
 
     def _begin(self, activation: Tensor, hook: object) -> Tensor:
         self.start.append(leaf(activation, hook))

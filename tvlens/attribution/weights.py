@@ -22,6 +22,7 @@ the two models this holds one copy of the base's weights and, while a site is sc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -374,13 +375,13 @@ class _Scorer:
         bwd: list[tuple[str, Callable[..., Any]]] = []
         for site in self.path.sites:
             if site.role == "embed":
-                fwd.append(("hook_embed", self._leaf(site)))
+                fwd.append(("hook_embed", partial(self._leaf, site)))
                 continue
-            fwd.append((f"{site.name}.hook_in", self._kept(site)))
+            fwd.append((f"{site.name}.hook_in", partial(self._keep, site)))
             if site.role == "pos_embed":
-                fwd.append((f"{site.name}.hook_out", self._leaf(site)))
+                fwd.append((f"{site.name}.hook_out", partial(self._leaf, site)))
                 continue
-            bwd.append((f"{site.name}.hook_out", self._scored(site)))
+            bwd.append((f"{site.name}.hook_out", partial(self._score, site)))
         return fwd, bwd
 
     def finish(self) -> Rows:
@@ -401,29 +402,19 @@ class _Scorer:
     def _delta(self, site: Site, tensor: str) -> Tensor:
         return site.canonical(tensor, self.path.delta(site, tensor))
 
-    def _scored(self, site: Site) -> Callable[..., None]:
+    def _score(self, site: Site, gradient: Tensor, hook: Any) -> None:
         named = {"unembed": self._unembed, **dict.fromkeys(LINEAR, self._linear)}
         scores = named.get(site.role, self._norm)
+        with torch.no_grad():
+            scores(site, gradient.detach())
 
-        def hook_function(gradient: Tensor, hook: Any) -> None:
-            with torch.no_grad():
-                scores(site, gradient.detach())
+    def _keep(self, site: Site, activation: Tensor, hook: Any) -> None:
+        self.inputs[site.name] = activation.detach()
 
-        return hook_function
-
-    def _kept(self, site: Site) -> Callable[..., None]:
-        def hook_function(activation: Tensor, hook: Any) -> None:
-            self.inputs[site.name] = activation.detach()
-
-        return hook_function
-
-    def _leaf(self, site: Site) -> Callable[..., Tensor]:
-        def hook_function(activation: Tensor, hook: Any) -> Tensor:
-            start = leaf(activation.expand(len(self.ids), -1, -1), hook)
-            self.leaves[site.name] = start
-            return start
-
-        return hook_function
+    def _leaf(self, site: Site, activation: Tensor, hook: Any) -> Tensor:
+        start = leaf(activation.expand(len(self.ids), -1, -1), hook)
+        self.leaves[site.name] = start
+        return start
 
     def _linear(self, site: Site, gradient: Tensor) -> None:
         x = rearrange(self.inputs.pop(site.name), "batch pos ... -> batch pos (...)")

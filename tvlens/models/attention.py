@@ -6,9 +6,10 @@ cap on the scores, grouped keys) and only what the hooks exchange is different: 
 another query or key is the host's own, to the last operation.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,18 +56,16 @@ class RecordedAttention:
         """Scores and pattern of a block under ``edits``, forward hooks within its attention."""
         args, kwargs = self.calls[layer]
         kept: dict[str, Tensor] = {}
-        watched = [(name.format(layer), _keeping(kept, name)) for name in (SCORES, PATTERN)]
+        watched = [(name.format(layer), partial(_keep, kept, name)) for name in (SCORES, PATTERN)]
         with torch.no_grad(), self.model.hooks(fwd=[*edits, *watched]):
             _attention(self.model, layer)(*args, **kwargs)
         return Attended(kept[SCORES], kept[PATTERN])
 
-    def keep(self, layer: int) -> Callable[..., None]:
-        """A forward pre-hook of a block's attention module."""
-
-        def hook_function(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.calls[layer] = args, kwargs
-
-        return hook_function
+    def keep(
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A forward pre-hook of the attention module of block ``layer``."""
+        self.calls[layer] = args, kwargs
 
 
 def recorded(
@@ -85,13 +84,13 @@ def recorded(
     if not layers:
         return found
     last = max(layers)
-    seen = (PATTERN.format(last), _keeping(kept, PATTERN))
+    seen = (PATTERN.format(last), partial(_keep, kept, PATTERN))
     model.require_eval()
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(model.hooks(fwd=[seen]))
         for layer in layers:
             handle = _attention(model, layer).register_forward_pre_hook(
-                found.keep(layer), with_kwargs=True
+                partial(found.keep, layer), with_kwargs=True
             )
             stack.callback(handle.remove)
         model.logits_at(ids, mask, torch.zeros(len(ids), 1, dtype=torch.long))
@@ -118,8 +117,5 @@ def _rows(mask: Int[Tensor, "batch pos"]) -> tuple[Tensor, slice, Tensor]:
     return batch, slice(None), query
 
 
-def _keeping(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook_function(activation: Tensor, hook: Any) -> None:
-        kept[name] = activation.detach()
-
-    return hook_function
+def _keep(kept: dict[str, Tensor], name: str, activation: Tensor, hook: Any) -> None:
+    kept[name] = activation.detach()

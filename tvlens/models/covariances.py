@@ -21,8 +21,9 @@ value (``bytes_needed``), 27 MB for a block of SmolLM2-135M; beside it one batch
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -276,7 +277,7 @@ def covariances(
     ]
     sums = {place.key: _Sums() for place in places}
     for part in batch.chunks(rows):
-        hooks = [(place.hook, _reading(sums[place.key], part.mask)) for place in places]
+        hooks = [(place.hook, partial(_read, sums[place.key], part.mask)) for place in places]
         nowhere = torch.zeros(len(part), 1, dtype=torch.long)
         with torch.no_grad(), lens.hooks(fwd=hooks):
             lens.logits_at(part.ids, part.mask, nowhere)
@@ -290,12 +291,8 @@ def _lens_of(model: Any) -> LensModel:
     return model if isinstance(model, LensModel) else LensModel.wrap(model)
 
 
-def _reading(sums: _Sums, mask: Int[Tensor, "batch pos"]) -> Callable[..., None]:
+def _read(sums: _Sums, mask: Int[Tensor, "batch pos"], activation: Tensor, hook: Any) -> None:
     """A forward hook that adds the real tokens' inputs; heads and their entries are one axis."""
-
-    def hook_function(activation: Tensor, hook: Any) -> None:
-        tokens = activation.detach()[mask.bool().to(activation.device)]
-        flat = rearrange(tokens, "token ... -> token (...)")
-        sums.add(flat.float() if flat.device.type == "mps" else flat.double())
-
-    return hook_function
+    tokens = activation.detach()[mask.bool().to(activation.device)]
+    flat = rearrange(tokens, "token ... -> token (...)")
+    sums.add(flat.float() if flat.device.type == "mps" else flat.double())

@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class LensModel:
         Raises:
             PromptError: As for a plain call.
         """
-        with self.hooks(fwd=[(UNEMBED_INPUT, reading_at(positions))]):
+        with self.hooks(fwd=[(UNEMBED_INPUT, partial(at_positions, positions))]):
             return self._run(ids, mask)
 
     def _run(
@@ -253,7 +254,7 @@ class LensModel:
     def _own(self, hooks: HookList) -> list[tuple[str, Callable[..., Any]]]:
         """The hooks that the model has points for, by its own names."""
         named = [(self.host.passages.get(name, name), function) for name, function in hooks]
-        return [(name, function) for name, function in named if isinstance(name, str)]
+        return [(name, _Hook(function)) for name, function in named if isinstance(name, str)]
 
     def require_hooks(self, names: Any) -> None:
         """Refuse names that this model lacks, since TransformerLens 3.9 ignores them silently.
@@ -311,14 +312,23 @@ def host_of(model: Any) -> Host:
     return hooked_transformer_host(model) if own else bridge_host(model)
 
 
-def reading_at(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
-    """A forward hook that lets only ``positions`` of each row through."""
+class _Hook:
+    """A hook whose name is short: TransformerLens prints every hook that is added to a model.
 
-    def hook_function(activation: Tensor, hook: Any) -> Tensor:
-        rows = torch.arange(len(positions), device=activation.device)[:, None]
-        return activation[rows, positions.to(activation.device)]
+    To print a bound method, or a partial of one, is to print the tensors that its object holds.
+    """
 
-    return hook_function
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, activation: Tensor, hook: Any) -> Any:
+        return self.function(activation, hook=hook)
+
+
+def at_positions(positions: Int[Tensor, "batch read"], activation: Tensor, hook: Any) -> Tensor:
+    """What ``positions`` of each row hold; bound to them, a forward hook that lets no other by."""
+    rows = torch.arange(len(positions), device=activation.device)[:, None]
+    return activation[rows, positions.to(activation.device)]
 
 
 def leaf(activation: Tensor, hook: Any) -> Tensor:

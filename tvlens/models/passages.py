@@ -7,6 +7,7 @@ result, if it is not None, goes on in the activation's place.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -124,25 +125,19 @@ def hooked_passages(
 
 def _attached(tap: _Tap) -> torch.utils.hooks.RemovableHandle:
     if tap.passage.edge == "out":
-        return tap.passage.module.register_forward_hook(_leaving(tap))
-    return tap.passage.module.register_forward_pre_hook(_entering(tap), with_kwargs=True)
+        return tap.passage.module.register_forward_hook(partial(_leaving, tap))
+    return tap.passage.module.register_forward_pre_hook(partial(_entering, tap), with_kwargs=True)
 
 
-def _leaving(tap: _Tap) -> Callable[..., Tensor]:
-    def hook_function(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return tap.passed(output)
-
-    return hook_function
+def _leaving(tap: _Tap, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return tap.passed(output)
 
 
-def _entering(tap: _Tap) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook_function(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names: Sequence[str] = tap.passage.arguments
-        if not names:
-            return (tap.passed(args[0]), *args[1:]), kwargs
-        passed = tap.passed(kwargs[names[0]])
-        return args, {**kwargs, **dict.fromkeys(names, passed)}
-
-    return hook_function
+def _entering(
+    tap: _Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    names: Sequence[str] = tap.passage.arguments
+    if not names:
+        return (tap.passed(args[0]), *args[1:]), kwargs
+    passed = tap.passed(kwargs[names[0]])
+    return args, {**kwargs, **dict.fromkeys(names, passed)}

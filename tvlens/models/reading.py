@@ -1,7 +1,7 @@
 """A metric on a batch of prompts: which logits it reads, and its value on any model."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tvlens.errors import HostError
 
-from .lens import HookList, LensModel, reading_at
+from .lens import HookList, LensModel, at_positions
 from .metrics import Metric, Run
 from .prompts import Batch
 
@@ -43,27 +43,29 @@ class Beside:
 
     def hooks(self, positions: Int[Tensor, "batch read"], kept: dict[str, Tensor]) -> HookList:
         """Forward hooks that keep what passes at ``positions``."""
-        return [(name, self._keeping(name, positions, kept)) for name in self.names]
+        return [(name, partial(self._keep, name, positions, kept)) for name in self.names]
 
-    def _keeping(
-        self, name: str, positions: Int[Tensor, "batch read"], kept: dict[str, Tensor]
-    ) -> Callable[..., None]:
-        def hook_function(activation: Tensor, hook: Any) -> None:
-            if activation.ndim != 3:
-                raise HostError(
-                    f"a metric reads activations [batch, pos, width]; {name!r} is "
-                    f"{list(activation.shape)}.",
-                )
-            if getattr(hook, "bwd_hooks", ()):
-                raise HostError(
-                    f"scores are asked of {name!r}, which the metric itself reads: the gradient "
-                    "there cannot be seen.",
-                    hint="Leave that activation out of the parts, or read another one.",
-                )
-            kept[name] = reading_at(positions)(activation, hook)
-            self.widths[name] = activation.shape[-1]
-
-        return hook_function
+    def _keep(
+        self,
+        name: str,
+        positions: Int[Tensor, "batch read"],
+        kept: dict[str, Tensor],
+        activation: Tensor,
+        hook: Any,
+    ) -> None:
+        if activation.ndim != 3:
+            raise HostError(
+                f"a metric reads activations [batch, pos, width]; {name!r} is "
+                f"{list(activation.shape)}.",
+            )
+        if getattr(hook, "bwd_hooks", ()):
+            raise HostError(
+                f"scores are asked of {name!r}, which the metric itself reads: the gradient "
+                "there cannot be seen.",
+                hint="Leave that activation out of the parts, or read another one.",
+            )
+        kept[name] = at_positions(positions, activation, hook)
+        self.widths[name] = activation.shape[-1]
 
     def joined(
         self, logits: Float[Tensor, "batch read d_vocab"], kept: dict[str, Tensor]

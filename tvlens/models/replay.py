@@ -8,9 +8,10 @@ streams and need a whole pass.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .hosts import submodule
-from .lens import LensModel, reading_at
+from .lens import LensModel, at_positions
 from .reading import Beside, read
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Replay:
             stream = out if isinstance(out, Tensor) else out[0]
         norm = submodule(self.model.model, "ln_final")
         normed = stream if norm is None else norm(stream)
-        return self.model.model.unembed(reading_at(self.positions)(normed, None))
+        return self.model.model.unembed(at_positions(self.positions, normed, None))
 
     def repeats(self) -> bool:
         """Whether replays give what whole passes give; families may do more than their blocks."""
@@ -104,26 +105,30 @@ class Replay:
         with ExitStack() as stack:
             for number in range(self.model.n_layers):
                 handle = blocks[number].register_forward_pre_hook(
-                    self._kept(number, keep=number in layers), with_kwargs=True
+                    partial(self._keep, number, number in layers), with_kwargs=True
                 )
                 stack.callback(handle.remove)
             if self.model.n_layers in layers:
                 model = self.model.model
                 final = (submodule(model, "ln_final") or model.unembed).register_forward_pre_hook(
-                    self._kept(self.model.n_layers, keep=True), with_kwargs=True
+                    partial(self._keep, self.model.n_layers, True), with_kwargs=True
                 )
                 stack.callback(final.remove)
             yield
 
-    def _kept(self, layer: int, *, keep: bool) -> Callable[..., None]:
-        def hook_function(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            stream = args[0] if args else kwargs["hidden_states"]
-            self.calls[layer] = args[1:], rest
-            if keep:
-                self.streams[layer] = stream.detach()
-
-        return hook_function
+    def _keep(
+        self,
+        layer: int,
+        stream_too: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        stream = args[0] if args else kwargs["hidden_states"]
+        self.calls[layer] = args[1:], rest
+        if stream_too:
+            self.streams[layer] = stream.detach()
 
 
 def replay(

@@ -16,6 +16,7 @@ def demo_plan() -> StudyPlan:
         prompts="demo:med",
         metric="logprob",  # how much likelier the right definition became, in nats
         stages=("decompose", "attribute", "evaluate"),
+        position=True,
         check_exact=63,  # three of each kind at random and at the top, and as many again
         evaluate={"medical": "demo:med", "maths": "demo:math", "general": "demo:gen"},
     )
