@@ -101,13 +101,13 @@ class _Sealed:
     """Something that must not be printed: it stands for one that holds large tensors."""
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.seen: list[tuple[int, ...]] = []
 
     def __repr__(self) -> str:
         raise AssertionError("TransformerLens printed what a hook is bound to")
 
     def see(self, activation: torch.Tensor, hook: object) -> None:
-        self.seen.append(f"{getattr(hook, 'name', None)} {tuple(activation.shape)}")
+        self.seen.append(tuple(activation.shape))
 
 
 @pytest.mark.parametrize("bound", [False, True])
@@ -116,7 +116,7 @@ def test_what_a_hook_is_bound_to_is_never_printed(lens: LensModel, bound: bool) 
     function = partial(_Sealed.see, sealed) if bound else sealed.see
     with torch.no_grad(), lens.hooks(fwd=[("hook_embed", function)]):
         lens(BATCH.ids, BATCH.mask)
-    assert sealed.seen == ["hook_embed (2, 6, 32)"]
+    assert sealed.seen == [(*BATCH.ids.shape, 32)]
 
 
 def test_an_unknown_hook_is_refused_before_anything_runs(lens: LensModel) -> None:
