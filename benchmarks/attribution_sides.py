@@ -117,19 +117,20 @@ def swap_node(base: str, tuned: str) -> Work:
     from contextlib import ExitStack
 
     from tvlens.attribution.sites import weight_path
-    from tvlens.attribution.weights import node_rows
 
     hooked, batch, metric = setting(base, tuned)
     held = ExitStack()
     held.enter_context(hooked.base.frozen())
     path = held.enter_context(weight_path(hooked))
-    reading = hooked.reading(metric, batch)
+    return partial(_moved, held, path, hooked.reading(metric, batch))
 
-    def work() -> int:
-        path.move(0.3)
-        return len(node_rows(path, reading))
 
-    return work
+def _moved(held: Any, path: Any, reading: Any) -> int:
+    """What ``swap_node`` times; ``held`` let go, the weights would take gradients again."""
+    from tvlens.attribution.weights import node_rows
+
+    path.move(0.3)
+    return len(node_rows(path, reading))
 
 
 def gate_node(base: str, tuned: str) -> Work:

@@ -16,6 +16,7 @@ settings.register_profile("tvlens", deadline=None, derandomize=True, max_example
 settings.load_profile("tvlens")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs over families is slow for all but Llama: `make test-fast` takes one of each.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tvlens.components import Component, Kind
@@ -240,6 +240,12 @@ class WeightPath:
     def delta(self, site: Site, tensor: str) -> Tensor:
         """Tuned minus base of one tensor, as stored; made on request so that none is kept."""
         return self.tuned[site.name, tensor] - self.base[site.name, tensor]
+
+    def rows_delta(self, site: Site, rows: Int[Tensor, "batch pos"]) -> Tensor:
+        """Tuned minus base of the rows of an embedding, [batch, pos, d_model]."""
+        key = (site.name, "weight")
+        tuned, base = (site.canonical("weight", w[key]) for w in (self.tuned, self.base))
+        return tuned[rows] - base[rows]
 
     def move(self, s: float) -> None:
         """Write theta(s); exact at both ends."""

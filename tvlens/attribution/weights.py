@@ -395,7 +395,7 @@ class _Scorer:
                 scale = embedding_scale(start.detach(), site, where)
             else:
                 where = self.inputs.pop(site.name).expand(len(where), -1)
-            self._summed(site, scale * start.grad * self._delta(site, "weight")[where])
+            self._summed(site, scale * start.grad * self.path.rows_delta(site, where))
         self.rows[TOKENS] = self.by_token
         return self.rows
 

@@ -12,6 +12,7 @@ choice_logprob     log p of the right choice among the choices, nats
 said               share of questions whose right choice the model writes
 valid              share of questions for which it writes any choice at all
 exact              the last number written is the answer's (or, without a number, the text)
+exact_match        what lm-eval's task of that metric says of a written answer
 strict             the first line written is the answer, to case and spaces
 prompt_strict      share of prompts all of whose constraints hold; prompt_loose
 instruction_strict share of constraints that hold; instruction_loose
@@ -89,6 +90,7 @@ _ALL = (
     Measure("said", "share", "higher"),
     Measure("valid", "share", "higher"),
     Measure("exact", "share", "higher"),
+    Measure("exact_match", "share", "higher"),
     Measure("strict", "share", "higher"),
     Measure("prompt_strict", "share", "higher"),
     Measure("prompt_loose", "share", "higher"),

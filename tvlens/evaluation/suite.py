@@ -6,7 +6,7 @@
 A model is anything that makes logits: one that was loaded, or one in an edit.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from tvlens.models.prompts import Chat
 from tvlens.models.reading import MakesLogits
 from tvlens.tables import Table
 
+from .harness import ReadyHarness, ready_harness
 from .intervals import Comparison, Interval, Values, comparison, interval
 from .likelihood import (
     ReadyChoices,
@@ -33,7 +34,7 @@ from .measures import MEASURES, Item
 from .tasks import MEASURED, WRITTEN, Task
 from .writing import ReadyWriting, ready_writing
 
-Ready = ReadyTexts | ReadyDistances | ReadyChoices | ReadyWriting
+Ready = ReadyTexts | ReadyDistances | ReadyChoices | ReadyWriting | ReadyHarness
 ITEMS_SCHEMA = pa.schema(
     [
         ("model", pa.string()),
@@ -100,7 +101,12 @@ def ready(tasks: Sequence[Task], tokenizer: Any, *, chat: Chat = "auto") -> list
 def _ready(task: Task, tokenizer: Any, chat: Chat) -> Ready:
     if task.spec.kind in WRITTEN:
         return ready_writing(task, tokenizer, chat)
-    make = {"loss": ready_texts, "kl": ready_distances, "choice": ready_choices}
+    make: dict[str, Callable[[Task, Any, Chat], Ready]] = {
+        "loss": ready_texts,
+        "kl": ready_distances,
+        "choice": ready_choices,
+        "lm_eval": ready_harness,
+    }
     return make[task.spec.kind](task, tokenizer, chat)
 
 

@@ -17,6 +17,7 @@ choice_generated  the same, asked with lettered options and answered in writing
 exact             JSON lines with ``prompt`` and ``answer`` (worked: the last number counts)
 generation        JSON lines with ``prompt`` and perhaps ``answer``, then a reference
 instructions      JSON lines with ``prompt``, ``instruction_id_list`` and ``kwargs``, as IFEval's
+lm_eval           a YAML task of lm-eval with data in local files, which lm-eval itself runs
 ================  ============================================================================
 
 ``demo:med`` is a shipped file (texts for loss, kl and generation, questions for the others) and
@@ -39,7 +40,16 @@ from tvlens.models.prompts import Prompt, PromptSet, load_prompts, load_texts, s
 from .answers import LETTERS
 from .instructions import Constraint, constraint
 
-Kind = Literal["loss", "kl", "choice", "choice_generated", "exact", "generation", "instructions"]
+Kind = Literal[
+    "loss",
+    "kl",
+    "choice",
+    "choice_generated",
+    "exact",
+    "generation",
+    "instructions",
+    "lm_eval",
+]
 MEASURED: Mapping[Kind, tuple[str, ...]] = {
     "loss": ("loss", "perplexity", "bits_per_byte"),
     "kl": ("kl_to_base", "kl_to_tuned", "agree_base", "agree_tuned"),
@@ -52,6 +62,7 @@ MEASURED: Mapping[Kind, tuple[str, ...]] = {
     "instructions": (
         *("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"),
     ),
+    "lm_eval": ("acc", "acc_norm", "exact_match"),
 }
 """The measures of a kind; the first one is its metric where none is given."""
 WRITTEN: tuple[Kind, ...] = ("choice_generated", "exact", "generation", "instructions")
@@ -122,7 +133,22 @@ class Instruction:
     split: str
 
 
-TaskItem = Prompt | Question | Instruction
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task of lm-eval, whose documents lm-eval reads.
+
+    Attributes:
+        name: What lm-eval calls it.
+        path: Its YAML file.
+        split: None is known: its documents are all measured.
+    """
+
+    name: str
+    path: Path
+    split: str = "all"
+
+
+TaskItem = Prompt | Question | Instruction | HarnessTask
 
 
 @dataclass(frozen=True)
@@ -252,6 +278,14 @@ def _instructions(spec: TaskSpec, folder: Path) -> list[Instruction]:
     return _lines(path, _instruction)
 
 
+def _of_harness(spec: TaskSpec, folder: Path) -> list[HarnessTask]:
+    from .harness import read_harness_task
+
+    if spec.split != "all":
+        raise PromptError(f"{spec.file}: lm-eval's documents have no splits; leave 'split' out.")
+    return [read_harness_task((folder / spec.file).expanduser())]
+
+
 _READERS: Mapping[Kind, Callable[[TaskSpec, Path], list[Any]]] = {
     "loss": _texts,
     "kl": _texts,
@@ -260,6 +294,7 @@ _READERS: Mapping[Kind, Callable[[TaskSpec, Path], list[Any]]] = {
     "exact": _answered,
     "generation": _texts,
     "instructions": _instructions,
+    "lm_eval": _of_harness,
 }
 
 

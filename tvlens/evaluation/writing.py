@@ -11,7 +11,7 @@ from tvlens.models.reading import MakesLogits
 from .answers import chosen, is_exact, is_strict, with_options
 from .instructions import judged
 from .measures import Item
-from .tasks import Instruction, Kind, Question, Task
+from .tasks import HarnessTask, Instruction, Kind, Question, Task
 from .texts import likeness, missing_packages, quality
 
 
@@ -85,6 +85,7 @@ def ready_writing(task: Task, tokenizer: Any, chat: Chat) -> ReadyWriting:
     texts = [
         with_options(item.prompt, item.choices) if isinstance(item, Question) else item.prompt
         for item in task.items.values()
+        if not isinstance(item, HarnessTask)
     ]
     return ReadyWriting(task, prompt_ids(texts, tokenizer, chat=chat), tokenizer, _missing(task))
 

@@ -30,7 +30,7 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     "instruction following depends on the tuning vector": ("instructions",),
     "generation quality depends on the tuning vector": ("generation",),
     "the domain's skill depends on the tuning vector": (
-        *("loss", "choice", "choice_generated", "exact"),
+        *("loss", "choice", "choice_generated", "exact", "lm_eval"),
     ),
 }
 """Claims by the kinds of task that test them."""
