@@ -61,6 +61,7 @@ TABLES = (
     "grafts",
     "evaluation",
     "evaluation_items",
+    "representations",
     "verdicts",
 )
 STUDY_FILES = (
