@@ -250,7 +250,7 @@ SPREAD = [0.02, 0.5, 0.03, 0.6, 0.02, 0.5]
     ("given", "verdict", "why"),
     [
         (ranks(LOW, HIGH, HIGH), "supported", "few dimensions"),
-        (ranks(LOW, HIGH, MIDDLE), "not supported", "0.5 of the rank of random 2"),
+        (ranks(LOW, HIGH, [0.06] * 6), "not supported", "0.5 of the rank of random 2"),
         (ranks(HIGH, [0.9] * 6), "not supported", "more than 0.1 of the dimensions"),
         (ranks(SPREAD, [0.95] * 6), "cannot tell", "not surely at most 0.1"),
         (ranks(LOW, [0.05, 0.4, 0.06, 0.4, 0.05, 0.4]), "cannot tell", "not surely at most 0.5"),

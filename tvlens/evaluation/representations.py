@@ -89,8 +89,8 @@ def compared(
     parts: Sequence[str] = PARTS,
     memory: int = MEMORY,
     seed: int = 0,
-) -> Iterator[Compared]:
-    """The measures of every activation of ``parts``, in the order of the parts.
+) -> list[Compared]:
+    """The measures of every activation of ``parts``, in their order, on each of ``TOKENS``.
 
     Args:
         base: One model.
@@ -106,14 +106,15 @@ def compared(
         PromptError: No document has a second token.
     """
     _refuse(base, other, batch)
+    found = []
     for sites in _groups(base, activation_sites(base, parts), memory):
         reader = _Reader(sites, len(batch))
         for part in _passes(batch):
             reader.read(base, other, part)
         for site in sites:
             sums = reader.sums.pop(site)
-            for tokens in TOKENS:
-                yield _measured(site, tokens, sums, seed)
+            found += [_measured(site, tokens, sums, seed) for tokens in TOKENS]
+    return found
 
 
 def bytes_needed(model: LensModel, sites: Sequence[Site]) -> int:

@@ -143,7 +143,7 @@ class _Run:
         named = Named(*names, model, control, draw, heads_per_kv=heads)
         with edited as lens:
             found = compared(self.base, lens, self.batch, seed=self.plan.seed)
-            return representations_table(list(found), named)
+            return representations_table(found, named)
 
 
 STREAM = {"part": "resid_post", "tokens": "without_first"}

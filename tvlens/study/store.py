@@ -174,6 +174,11 @@ class Study:
         return self.table("shares")
 
     @property
+    def representations(self) -> Table:
+        """How alike activations are on documents, and in how many directions they differ."""
+        return self.table("representations")
+
+    @property
     def fidelity(self) -> Table:
         """How far the estimates agree with exact patching."""
         return self.table("fidelity")
