@@ -1,4 +1,4 @@
-"""What models do on tasks: evaluate and sweep."""
+"""What models do on tasks and inside: evaluate, sweep and represent."""
 
 import inspect
 import json as json_format
@@ -8,13 +8,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .application import app
-from .comparing import run_stages
+from .comparing import PARENT, run_stages
 from .options import MODELS, NAMES, PROMPTS, RUN, SEED, SHOWN, Base, Option, Out, Tuned, takes
 from .progress import Progress, log_to_stderr
 
 TASKS = {
     "tasks": Option(
         Annotated[str, typer.Option("--tasks", help="Task file (YAML), or demo:med.")],
+        inspect.Parameter.empty,
+    ),
+}
+TEXTS = {
+    "texts": Option(
+        Annotated[str, typer.Option("--texts", help="Documents (.txt, .jsonl), or demo:NAME.")],
         inspect.Parameter.empty,
     ),
 }
@@ -37,6 +43,8 @@ SWEPT = {
         Annotated[int, typer.Option(min=0, help="Random vectors beside the tuning vector.")], 3
     ),
 }
+DRAWS = {"draws": SWEPT["draws"]}
+SKIP = {"skip_bad_lines": PROMPTS["skip_bad_lines"]}
 NAME = {
     "name": Option(
         Annotated[list[str] | None, typer.Option("--name", help="A name per model.")], None
@@ -50,6 +58,13 @@ Models = Annotated[list[str], typer.Argument(help="Folders, adapters of the firs
 def sweep(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """Let the tuning vector in by many doses, whole or in part, and measure tasks at each."""
     run_stages(("sweep",), base, tuned, out, given)
+
+
+@app.command()
+@takes(TEXTS, DRAWS, CONTROL, PARENT, SKIP, MODEL_RUN, NAMES, SEED, RUN)
+def represent(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
+    """Compare activations of base and fine-tune on documents: likeness, and in which directions."""
+    run_stages(("represent",), base, tuned, out, given)
 
 
 @app.command()

@@ -25,6 +25,11 @@ def study_summary(study: "Study") -> dict[str, object]:
             for name, facts in manifest.get("facts", {}).items()
             if "sweep" in facts
         },
+        "represent": {
+            name: facts["represent"]
+            for name, facts in manifest.get("facts", {}).items()
+            if "represent" in facts
+        },
         "warnings": manifest["warnings"],
         "tables": {name: len(study.table(name)) for name in study.tables},
         "seconds": manifest["stages"],
@@ -70,4 +75,6 @@ def summary_text(summary: dict[str, object]) -> str:
         lines += [f"{name}: {found['sentence']}" for found in graft.values()]
     for name, tasks in summary["sweep"].items():  # type: ignore[attr-defined]
         lines += [f"{name}: {found['sentence']}" for found in tasks.values()]
+    for name, found in summary["represent"].items():  # type: ignore[attr-defined]
+        lines.append(f"{name}: {found['sentence']}")
     return "\n".join([*lines, f"report: {summary['report']}"])

@@ -88,12 +88,20 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("ci_low", "ci_high", "n", "unit", "control", "against", "difference"),
         *("difference_low", "difference_high", "p_value"),
     ),
+    "representations": (
+        *(*_KEYS, "model", "control", "draw", "tokens", "measure", "value", "unit"),
+        *("ci_low", "ci_high", "n_tokens", "n_documents", "status"),
+    ),
     "verdicts": (
         *("claim", "tuned", "task", "measure", "unit", "value", "ci_low", "ci_high", "control"),
         *("control_value", "control_low", "control_high", "verdict", "why", "command"),
     ),
 }
 """What the page reads of each table."""
+TUNED_IN = (
+    *("weights", "labels", "attribution", "prompts", "fidelity", "curves", "representations"),
+)
+"""Tables that bring the names of the tuned models, in this order."""
 
 _MADE_BY = {
     "load_report": "decompose",
@@ -160,7 +168,7 @@ class StudyFolder:
     def tuned_names(self) -> list[str]:
         """The tuned models, in the plan's order, then as the tables bring them."""
         found = [str(name) for name in self.plan.get("tuned_names") or ()]
-        for name in ("weights", "labels", "attribution", "prompts", "fidelity", "curves"):
+        for name in TUNED_IN:
             if name in self.tables:
                 found += self.tables[name]["tuned"].dropna().astype(str).unique().tolist()
         found += [name for name in self.load_reports if name]

@@ -14,6 +14,7 @@ from .graft_tables import graft_tables
 from .grids import score_grids, size_grids
 from .part_tables import Bars, parts_bars, parts_table
 from .position_maps import PlacedPart, placed_parts
+from .representation_plots import representation_note, representation_plots
 from .sweeps import sweep_notes, sweep_plots
 from .tokens import TokenText, token_texts
 from .weight_tables import (
@@ -53,6 +54,8 @@ class ModelPart:
         grafts: The smallest sets that carry the behaviour.
         sweeps: Tasks along the tuning vector, beside controls.
         sweep_notes: What they show, a sentence a task.
+        represented: Activations beside the base's, block by block.
+        represented_note: What they show, a sentence.
         tokens: Texts coloured by score.
         notes: What could not be drawn and why, by section.
         missing: The command that makes a section, by table.
@@ -81,6 +84,8 @@ class ModelPart:
     grafts: list[DataTable]
     sweeps: list[Scatter]
     sweep_notes: list[str]
+    represented: list[Scatter]
+    represented_note: str
     tokens: list[TokenText]
     missing: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
@@ -117,6 +122,8 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         grafts=graft_tables(study, tuned),
         sweeps=sweep_plots(study, tuned, slug, tooltips=tooltips),
         sweep_notes=sweep_notes(study, tuned),
+        represented=representation_plots(study, tuned, slug, tooltips=tooltips),
+        represented_note=representation_note(study, tuned),
         tokens=tokens,
         missing={name: study.missing(name) for name in (*names, "shares", "grafts", "prompts")},
         notes={"tokens": note},

@@ -123,7 +123,8 @@ def verdicts_table(frame: pd.DataFrame) -> DataTable | None:
         )
     return DataTable(
         "The paper's claims (arXiv 2510.09359): the gain over the base with its 95 % interval, the "
-        "control over which the gain is smallest, and the verdict by the rules of docs/claims.md.",
+        "control over which the gain is smallest, and the verdict by the rules of docs/claims.md. "
+        "Of the small subspace: its rank as a share of d_model, and over a random vector's.",
         ("claim", "model", "task", "measure", "gain", "control", "gain over it", "verdict"),
         tuple(lines),
         text_columns=4,

@@ -8,7 +8,8 @@ over items, in the direction that is good for the metric:
     not supported   some interval of D ends below ``smallest``
     cannot tell     the rest
 
-The claims on what MLP and attention write take the verdicts of ``contrasts``.
+The claims on what MLP and attention write take the verdicts of ``contrasts``; that on a small
+subspace of the representations is judged in ``subspace_claim``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from tvlens.evaluation.measures import MEASURES
 from tvlens.tables import Table
 
 from .store import Study
+from .subspace_claim import CLAIM, subspace_rows
 
 SUPPORTED, NOT_SUPPORTED, CANNOT_TELL = "supported", "not supported", "cannot tell"
 NOT_TESTED = "not tested"
@@ -34,10 +36,7 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Claims by the kinds of task that test them."""
-NOT_BUILT = (
-    "fine-tuning changes a small subspace of the representations",
-    "combining tuning vectors of domains improves generalisation",
-)
+NOT_BUILT = ("combining tuning vectors of domains improves generalisation",)
 QUALITY = ("chrf", "rouge_l")
 """Measures of generation that say how good it is; the others say what it is like."""
 SMALLEST: Mapping[str, float] = {"share": 0.05, "nats/token": 0.05, "nats": 0.1, "0 to 100": 2.0}
@@ -54,8 +53,10 @@ VERDICTS_SCHEMA = pa.schema(
 )
 """One row a claim x task.
 
-    value, ci_*      the gain over the base, good direction, in ``unit``; of a contrast its mean
-    control          over what the gain is smallest, and that gain with its interval
+    value, ci_*      the gain over the base, good direction, in ``unit``; of a contrast its mean; of
+                     the subspace its rank as a share of d_model
+    control          over what the gain is smallest, and that gain with its interval; of the
+                     subspace the random vector over whose rank its own is largest, and the ratio
 """
 
 
@@ -70,14 +71,11 @@ class Gain(NamedTuple):
 
 def verdicts_table(study: Study) -> Table:
     """Every claim that the study's tables can judge, and those that they cannot."""
-    rows = [*_headline_rows(study), *_behaviour_rows(study)]
+    rows = [*_headline_rows(study), *_behaviour_rows(study), *subspace_rows(study)]
     judged = {row["claim"] for row in rows}
-    why = (
-        "no task of this study tests it" if _is_whole(study) else "a part was swept, or from tuned"
-    )
     rows += [
         {"claim": claim, "verdict": NOT_TESTED, "why": why}
-        for claim in DEPENDS
+        for claim, why in _untested(study).items()
         if claim not in judged
     ]
     rows += [
@@ -90,6 +88,17 @@ def verdicts_table(study: Study) -> Table:
         for name in VERDICTS_SCHEMA.names
     }
     return Table.of("verdicts", VERDICTS_SCHEMA, columns)
+
+
+def _untested(study: Study) -> dict[str, str]:
+    """Why each claim that a run decides would go without a verdict."""
+    if "evaluation_items" not in study.tables:
+        why = "nothing was swept"
+    elif _is_whole(study):
+        why = "no task of this study tests it"
+    else:
+        why = "a part was swept, or from tuned"
+    return {**dict.fromkeys(DEPENDS, why), CLAIM: "no representations were compared"}
 
 
 def _headline_rows(study: Study) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The control fine-tunes of a study, seen from a base."""
+"""What a study puts in a tuning vector's place: control fine-tunes and seeds of random vectors."""
 
 from tvlens.weights.matching import Pair, load_pair
 
@@ -9,3 +9,8 @@ def controls_from(plan: StudyPlan, pair: Pair) -> list[Pair]:
     """The controls of ``plan`` minus the base of ``pair``."""
     start = pair.base.name if pair.base.name.startswith("demo:") else str(pair.base.folder)
     return [load_pair(start, spec, names=(pair.base_name, name_of(spec))) for spec in plan.controls]
+
+
+def draw_seed(plan: StudyPlan, draw: int) -> int:
+    """The seed of a random vector; draws of two seeds share none, up to a thousand draws."""
+    return 1_000 * plan.seed + draw

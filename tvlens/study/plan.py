@@ -3,19 +3,19 @@
 import math
 import shlex
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tvlens.errors import StudyError
 
-Stage = Literal["decompose", "attribute", "graft", "evaluate", "sweep"]
+Stage = Literal["decompose", "attribute", "graft", "evaluate", "sweep", "represent"]
 Estimator = Literal["first_order", "qk_fix", "atp_star"]
-STAGES: tuple[Stage, ...] = ("decompose", "attribute", "graft", "evaluate", "sweep")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-ALONE = ("decompose", "attribute", "graft", "sweep")
+ALONE = ("decompose", "attribute", "graft", "sweep", "represent")
 """Stages that have a command of their own."""
 NOT_OPTIONS = {
     *("base", "tuned", "stages", "seed"),  # written in places of their own
@@ -89,7 +89,9 @@ class StudyPlan(BaseModel):
         tasks: Task file of a sweep, or ``demo:NAME``.
         scales: Doses of a sweep: ``first:last:step``, or numbers with commas.
         rest: Whether the rest of it is out (``base``) or in (``tuned``).
-        draws: Random vectors, and random parts, that a sweep is repeated with.
+        draws: Random vectors that stand beside a tuning vector, and random parts, in a sweep and
+            where representations are compared.
+        texts: Documents that representations are compared on: a file, or ``demo:NAME``.
         seed: Seed of every random draw.
     """
 
@@ -127,6 +129,7 @@ class StudyPlan(BaseModel):
     scales: str = "-0.5:1.5:0.25"
     rest: Literal["base", "tuned"] = "base"
     draws: int = Field(default=3, ge=0)
+    texts: str | None = None
     skip_bad_lines: bool = False
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -6,6 +6,7 @@
     graft       base, tuning vector, prompts, metric -> curves, grafts
     evaluate    models, held-out texts -> evaluation
     sweep       base, tuning vector, controls, tasks -> curves, evaluation, evaluation_items
+    represent   base, tuning vector, controls, texts -> representations
 
 A stage is a pure function of its inputs; the runner writes what it returns.
 """
@@ -30,6 +31,7 @@ from .covariances import Known, base_covariances, check_covariances, runs_models
 from .directions import check_replicates, overlap_tables, written_directions
 from .plan import WHOLE_WAY, StudyPlan, name_of
 from .prompted import WIDE, base_on_prompts, chosen_device
+from .representing import check_represent, represent
 from .sweeping import check_sweep, sweep
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from tvlens.weights.matching import Pair
 
 Progress = Callable[[str], None]
+GATED = {"attribute", "graft", "sweep", "represent"}
+"""Stages that let parts of a tuning vector into the base, and so must know what a tensor does."""
 
 PROMPTS_SCHEMA = pa.schema(
     [
@@ -302,6 +306,12 @@ def sweep_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outp
         yield pair.tuned_name, StageOutput(found.tables, found.facts, found.warnings)
 
 
+def represent_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
+    """Compare activations on documents: the fine-tune's, random vectors' and controls'."""
+    found = represent(plan, pair, say, device=chosen_device(plan))
+    return StageOutput((found.table,), found.facts, found.warnings)
+
+
 def _attributed(
     plan: StudyPlan,
     hooked: "HookedPair",
@@ -425,7 +435,7 @@ def check_inputs(plan: StudyPlan) -> None:
     """Find what a later stage would refuse, before any time is spent.
 
     Raises:
-        TvlensError: A prompt file, the metric, a held-out file, a control, the covariances, or a
+        TvlensError: A prompt file, the metric, a file of texts, a control, the covariances, or a
             classifier or measure of the user's own cannot be used, or two options exclude each
             other.
     """
@@ -452,6 +462,8 @@ def check_inputs(plan: StudyPlan) -> None:
         load_texts(spec)
     if "sweep" in plan.stages:
         check_sweep(plan)
+    if "represent" in plan.stages:
+        check_represent(plan)
 
 
 def _check_weights_side(plan: StudyPlan) -> None:
@@ -500,7 +512,7 @@ def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     """
     for pair in pairs if plan.canonical else ():
         refuse_canonical(pair)
-    for pair in pairs if {"attribute", "graft", "sweep"} & set(plan.stages) else ():
+    for pair in pairs if GATED & set(plan.stages) else ():
         if not pair.layout.listed:
             kind = pair.base.config.get("model_type")
             raise UnsupportedFormatError(
@@ -521,7 +533,7 @@ def check_vocabularies(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     Raises:
         IncomparableModelsError: A token has another number in base and tuned model.
     """
-    if not {"attribute", "graft", "evaluate", "sweep"} & set(plan.stages):
+    if not (GATED | {"evaluate"}) & set(plan.stages):
         return
     from tvlens.models.pair import common_tokens_of
 
@@ -765,5 +777,6 @@ STAGES: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], Outputs]] = 
     "graft": _one_by_one("graft", graft_stage),
     "evaluate": evaluate_stage,
     "sweep": sweep_stage,
+    "represent": _one_by_one("represent", represent_stage),
 }
 """What each stage makes of the pairs of a study."""

@@ -61,6 +61,7 @@ TABLES = (
     "grafts",
     "evaluation",
     "evaluation_items",
+    "representations",
     "verdicts",
 )
 STUDY_FILES = (
@@ -171,6 +172,11 @@ class Study:
     def shares(self) -> Table:
         """What gains, rewiring and new directions carry of the effects, with ``--parts``."""
         return self.table("shares")
+
+    @property
+    def representations(self) -> Table:
+        """How alike activations are on documents, and in how many directions they differ."""
+        return self.table("representations")
 
     @property
     def fidelity(self) -> Table:

@@ -21,7 +21,7 @@ from tvlens.errors import StudyError
 from tvlens.tables import Table
 from tvlens.threads import one_thread
 
-from .controls import controls_from
+from .controls import controls_from, draw_seed
 from .plan import StudyPlan
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class _Run:
         from tvlens.attribution.gates import GatedModel
         from tvlens.compose.controls import random_vector
 
-        seed = _seed(self.plan, draw)
+        seed = draw_seed(self.plan, draw)
         vector = random_vector(self.model, seed=seed, part=self.part)
         gated = GatedModel.of_vector(self.model.lens, vector)
         yield from self._along(RANDOM, draw, gated, None)
@@ -180,7 +180,7 @@ class _Run:
     def _random_set(self, draw: int) -> "Iterator[Measured]":
         from tvlens.compose.controls import random_set
 
-        found = random_set(self.model, str(self.part), seed=_seed(self.plan, draw))
+        found = random_set(self.model, str(self.part), seed=draw_seed(self.plan, draw))
         doses = {key: found.scale * dose for key, dose in found.doses.items()}
         yield from self._along(RANDOM_SET, draw, self.model.gated, doses)
 
@@ -225,8 +225,3 @@ class _Run:
         tuned, number = self.pair.tuned_name, "" if draw is None else f" {draw + 1}"
         other = f"{control.replace('_', ' ')}{number} for {tuned}"
         return Variant(f"{tuned if control == TUNING else other} x {scale:g}", control, draw, scale)
-
-
-def _seed(plan: StudyPlan, draw: int) -> int:
-    """Draws of two seeds share none, up to a thousand draws."""
-    return 1_000 * plan.seed + draw
