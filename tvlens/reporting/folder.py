@@ -88,6 +88,19 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("ci_low", "ci_high", "n", "unit", "control", "against", "difference"),
         *("difference_low", "difference_high", "p_value"),
     ),
+    "combinations": (
+        *("model", "vectors", "scales", "by", "task", "split", "measure", "primary", "unit", "better"),
+        *("value", "ci_low", "ci_high", "difference"),
+        *("interaction", "interaction_low", "interaction_high"),
+    ),
+    "disturbance": (
+        *("level", "tuned", "added", "by", "task", "model", "fall", "ci_low", "ci_high"),
+        *("beyond", "beyond_low", "beyond_high"),
+    ),
+    "interference_ranks": (
+        *("tuned", "added", "task", "predictor", "n", "spearman", "ci_low", "ci_high"),
+        *("p_value", "verdict"),
+    ),
     "verdicts": (
         *("claim", "tuned", "task", "measure", "unit", "value", "ci_low", "ci_high", "control"),
         *("control_value", "control_low", "control_high", "verdict", "why", "command"),

@@ -34,10 +34,7 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Claims by the kinds of task that test them."""
-NOT_BUILT = (
-    "fine-tuning changes a small subspace of the representations",
-    "combining tuning vectors of domains improves generalisation",
-)
+NOT_BUILT = ("fine-tuning changes a small subspace of the representations",)
 QUALITY = ("chrf", "rouge_l")
 """Measures of generation that say how good it is; the others say what it is like."""
 SMALLEST: Mapping[str, float] = {"share": 0.05, "nats/token": 0.05, "nats": 0.1, "0 to 100": 2.0}
@@ -70,11 +67,9 @@ class Gain(NamedTuple):
 
 def verdicts_table(study: Study) -> Table:
     """Every claim that the study's tables can judge, and those that they cannot."""
-    rows = [*_headline_rows(study), *_behaviour_rows(study)]
+    rows = [*_headline_rows(study), *_behaviour_rows(study), *_combined_rows(study)]
     judged = {row["claim"] for row in rows}
-    why = (
-        "no task of this study tests it" if _is_whole(study) else "a part was swept, or from tuned"
-    )
+    why = _why_not(study)
     rows += [
         {"claim": claim, "verdict": NOT_TESTED, "why": why}
         for claim in DEPENDS
@@ -92,6 +87,14 @@ def verdicts_table(study: Study) -> Table:
     return Table.of("verdicts", VERDICTS_SCHEMA, columns)
 
 
+def _why_not(study: Study) -> str:
+    """Why a claim about what depends on a vector has no row."""
+    if "evaluation_items" not in study.tables:
+        return "this study sweeps no tuning vector: tvlens sweep"
+    whole = _is_whole(study)
+    return "no task of this study tests it" if whole else "a part was swept, or from tuned"
+
+
 def _headline_rows(study: Study) -> Iterator[dict[str, Any]]:
     if "contrasts" not in study.tables:
         return
@@ -102,6 +105,18 @@ def _headline_rows(study: Study) -> Iterator[dict[str, Any]]:
         against = None if row["against"] == "raw" else row["against"]
         named = {name: row.get(name) for name in (*kept, "why")}
         yield {**named, "value": row.get("mean"), "control": against}
+
+
+def _combined_rows(study: Study) -> Iterator[dict[str, Any]]:
+    from .combination_claims import COMBINING, combined_rows
+
+    if "combination_gains" not in study.tables:
+        why = "this study combines no vectors: tvlens combine"
+        yield {"claim": COMBINING, "verdict": NOT_TESTED, "why": why}
+        return
+    rows = list(combined_rows(study.table("combination_gains").to_frame()))
+    why = "no task has a good direction and is elsewhere, or of every domain by one measure"
+    yield from rows or [{"claim": COMBINING, "verdict": NOT_TESTED, "why": why}]
 
 
 def _is_whole(study: Study) -> bool:

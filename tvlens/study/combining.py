@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tvlens.weights.vector import TuningVector
 
 MOST_MODELS = 5_000
-"""Models that one grid may measure: a day of one second each leaves room for tasks."""
+"""Models that one grid may measure: more than an hour at a second each, so more is a slip."""
 COMBINED = "combined"
 """``control`` of a point of the grid in the tables of items."""
 
@@ -294,12 +294,12 @@ class Combining:
     def all(self) -> Found:
         """The fine-tunes as stored, every point of the grid, and every stand-in at each."""
         alone = {name: self._stored(place) for place, name in enumerate(self.names)}
-        points = grid(scales_in(self.plan.grid), len(self.models))
-        found = {point: self._at(point, self.stack, alone) for point in points}
+        points, own = grid(scales_in(self.plan.grid), len(self.models)), self.stack
+        found = {point: self._at(point, own, alone) for point in points}
         controls = controls_from(self.plan, self.pairs[0])
         named = {control.tuned_name: control for control in controls}
         for stand in stand_ins(len(self.models), self.plan.draws, list(named)):
-            stack = self._with(stand, named)
+            stack = self._with(own, stand, named)
             for point in points_with(points, stand):
                 found[point] = self._at(point, stack, alone)
         return Found(self.pairs[0].base_name, self.names, found, alone)
@@ -339,7 +339,7 @@ class Combining:
         asked = {"density": plan.density, "select": plan.select, "seed": plan.seed}
         return merge(base, list(stack.vectors), method=plan.method, **asked)
 
-    def _with(self, stand: StandIn, controls: "dict[str, Pair]") -> Stack:
+    def _with(self, own: Stack, stand: StandIn, controls: "dict[str, Pair]") -> Stack:
         """The vectors with something as long in place of one."""
         from tvlens.attribution.gates import GatedModel
         from tvlens.compose.controls import random_vector
@@ -354,7 +354,7 @@ class Combining:
             vector = random_vector(model, seed=seed, part=self.part)
             doses = model.doses(Edit(1.0))
         gated = GatedModel.of_vector(self.lens, vector)
-        return self.stack.replaced(stand.which, vector, Share(gated, doses))
+        return own.replaced(stand.which, vector, Share(gated, doses))
 
     def _as_long(self, control: "Pair", model: "EditableModel") -> "TuningVector":
         """A control's vector, made as long as that of a model where both are selected."""

@@ -6,6 +6,7 @@
     graft       base, tuning vector, prompts, metric -> curves, grafts
     evaluate    models, held-out texts -> evaluation
     sweep       base, tuning vector, controls, tasks -> curves, evaluation, evaluation_items
+    combine     base, tuning vectors, controls, tasks -> combinations, disturbance, interference
 
 A stage is a pure function of its inputs; the runner writes what it returns.
 """
@@ -25,6 +26,7 @@ from tvlens.threads import one_thread
 from tvlens.weights.gauge import canonical, refuse_canonical, removed
 from tvlens.weights.matching import load_pair
 
+from .combining import check_combine, combine
 from .controls import controls_from
 from .covariances import Known, base_covariances, check_covariances, runs_models
 from .directions import check_replicates, overlap_tables, written_directions
@@ -302,6 +304,12 @@ def sweep_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outp
         yield pair.tuned_name, StageOutput(found.tables, found.facts, found.warnings)
 
 
+def combine_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+    """Measure tasks over a grid of doses of several tuning vectors, and what could stand in."""
+    found = combine(plan, pairs, say, device=chosen_device(plan))
+    yield pairs[-1].tuned_name, StageOutput(found.tables, found.facts, found.warnings)
+
+
 def _attributed(
     plan: StudyPlan,
     hooked: "HookedPair",
@@ -452,6 +460,8 @@ def check_inputs(plan: StudyPlan) -> None:
         load_texts(spec)
     if "sweep" in plan.stages:
         check_sweep(plan)
+    if "combine" in plan.stages:
+        check_combine(plan)
 
 
 def _check_weights_side(plan: StudyPlan) -> None:
@@ -500,7 +510,7 @@ def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     """
     for pair in pairs if plan.canonical else ():
         refuse_canonical(pair)
-    for pair in pairs if {"attribute", "graft", "sweep"} & set(plan.stages) else ():
+    for pair in pairs if {"attribute", "graft", "sweep", "combine"} & set(plan.stages) else ():
         if not pair.layout.listed:
             kind = pair.base.config.get("model_type")
             raise UnsupportedFormatError(
@@ -521,7 +531,7 @@ def check_vocabularies(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     Raises:
         IncomparableModelsError: A token has another number in base and tuned model.
     """
-    if not {"attribute", "graft", "evaluate", "sweep"} & set(plan.stages):
+    if not {"attribute", "graft", "evaluate", "sweep", "combine"} & set(plan.stages):
         return
     from tvlens.models.pair import common_tokens_of
 
@@ -765,5 +775,6 @@ STAGES: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], Outputs]] = 
     "graft": _one_by_one("graft", graft_stage),
     "evaluate": evaluate_stage,
     "sweep": sweep_stage,
+    "combine": combine_stage,
 }
 """What each stage makes of the pairs of a study."""
