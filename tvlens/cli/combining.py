@@ -12,9 +12,7 @@ from .options import NAMES, RUN, SEED, Base, Option, Out, Tuned, takes
 
 GRID = {
     "scales": Option(
-        Annotated[
-            str, typer.Option(help="Doses of each vector: first:last:step, or with commas.")
-        ],
+        Annotated[str, typer.Option(help="Doses of each vector: first:last:step, or with commas.")],
         "0,0.5,1",
     ),
     "method": MERGE["method"],

@@ -199,7 +199,9 @@ def _specs(path: Path) -> list[TaskSpec]:
     return specs
 
 
-_HINT = f"A task is {{name, kind, file, split, metric, domain}}; kinds are {', '.join(get_args(Kind))}."
+_HINT = (
+    f"A task is {{name, kind, file, split, metric, domain}}; kinds are {', '.join(get_args(Kind))}."
+)
 
 
 def _faults(error: ValidationError) -> str:

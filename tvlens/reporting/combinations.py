@@ -43,7 +43,7 @@ class CombinedPart:
 def combined_part(study: StudyFolder, *, tooltips: bool = True) -> CombinedPart | None:
     """The section on combined vectors; None where none were combined."""
     frame = study.table("combinations")
-    rows = frame[frame["primary"].fillna(False).astype(bool) & frame["value"].notna()]
+    rows = frame[frame["primary"].eq(True) & frame["value"].notna()]
     if rows.empty:
         return None
     names = tuple(str(name) for name in rows["vectors"].iloc[0])
@@ -84,14 +84,15 @@ def _grid(name: str, task: str, rows: pd.DataFrame, names: Sequence[str]) -> Gri
     better = f", {first.better} is better" if isinstance(first.better, str) else ""
     return Grid(
         name=name,
-        title=f"{task}: {first.measure} minus the base's{better}; right: dose of {names[1]}",
+        title=f"{task}: {first.measure} minus the base's{better}; down: dose of {names[0]}, "
+        f"across: dose of {names[1]}",
         values=values,
         rows=tuple(f"{dose:g}" for dose in doses[0]),
         columns=tuple(f"{dose:g}" for dose in doses[1]),
         signed=True,
         unit=first.unit if isinstance(first.unit, str) else "",
         what=f"{{}} {names[0]} + {{}} {names[1]}",
-        axis=f"dose of {names[0]}",
+        axis="",
     )
 
 

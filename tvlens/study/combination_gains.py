@@ -2,8 +2,8 @@
 
 Judged are tasks *elsewhere* (of no fine-tune whose vector is combined) and, for each measure that
 some task of every domain has, its mean over domains, in which each domain counts once. With f the
-measure (or mean) in the good direction and s the point that is best on the items of ``choose`` among
-those at which two vectors or more have a dose, one row is
+measure (or mean) in the good direction and s the point that is best on the items of ``choose``
+among those at which two vectors or more have a dose, one row is
 
     D = f(s) - f(other)        on the items of ``judge``, paired, 95 %
 
@@ -107,9 +107,7 @@ def targets(tasks: Sequence[Task], names: Sequence[str]) -> list[Target]:
     ]
     for measure in dict.fromkeys(task.spec.primary for task in fitting):
         of_domain = {
-            name: [
-                t for t in fitting if t.spec.domain == name and t.spec.primary == measure
-            ]
+            name: [t for t in fitting if t.spec.domain == name and t.spec.primary == measure]
             for name in names
         }
         if all(of_domain.values()):
@@ -153,9 +151,7 @@ def value_of(one: Measured, target: Target, samples: Samples, split: str) -> Sam
     )
 
 
-def chosen_point(
-    points: Sequence[Point], found: Found, target: Target, samples: Samples
-) -> Point:
+def chosen_point(points: Sequence[Point], found: Found, target: Target, samples: Samples) -> Point:
     """The point that is best on the items of ``choose``; the first of several."""
     sign = good(target.measure)
     return max(

@@ -3,8 +3,8 @@
 Every comparison of points of a grid is a sum of values of models on the same items,
 
     difference     f(s) - f(0)
-    interaction    f(s) - sum_j f(s_j alone) + (m - 1) f(0), over the m vectors that have a dose at s;
-                   0 where effects add up, and negative where a measure is lower than they would say
+    interaction    f(s) - sum_j f(s_j alone) + (m - 1) f(0), over the m vectors that have a dose;
+                   0 where effects add up, negative where a measure is lower than they would say
 
 so the draws of each model are made once and summed (paired intervals, 95 %, percentiles).
 """

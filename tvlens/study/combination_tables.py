@@ -1,8 +1,8 @@
 """The table of a grid of combined vectors, its items, and what to say of each task.
 
 ``difference`` is to the base, ``over_single`` to the best of the stored fine-tunes, in the
-measure's own direction; ``interaction`` see ``combination_samples``. The best fine-tune and the best
-point of a task are those whose mean over the items of ``choose`` is best (over all items where a
+measure's own direction; ``interaction`` see ``combination_samples``. The best fine-tune and the
+best point of a task are those whose mean over the items of ``choose`` is best (over all items where a
 task has no such split); what is quoted of them is the value on the items of ``judge``.
 """
 
@@ -84,9 +84,7 @@ def _item_rows(one: Measured, task: Task) -> Iterator[dict[str, Any]]:
         yield {**shared, "split": task.items[item.item].split, **item._asdict()}
 
 
-def _rows(
-    plan: StudyPlan, found: Found, task: Task, samples: Samples
-) -> Iterator[dict[str, Any]]:
+def _rows(plan: StudyPlan, found: Found, task: Task, samples: Samples) -> Iterator[dict[str, Any]]:
     for measure in MEASURED[task.spec.kind]:
         if not any(item.measure == measure for item in found.base.items[task.spec.name]):
             continue

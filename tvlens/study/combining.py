@@ -157,9 +157,7 @@ def _check_domains(plan: StudyPlan, tasks: "Sequence[Task]") -> None:
                 )
 
 
-def combine(
-    plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress, *, device: str
-) -> Combination:
+def combine(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress, *, device: str) -> Combination:
     """Measure the tasks of ``plan`` over the grid of its scales.
 
     Args:
@@ -425,15 +423,11 @@ def _editable(pairs: "Sequence[Pair]", device: str) -> "tuple[EditableModel, ...
     for pair, tokens in list(zip(pairs, common, strict=True))[1:]:
         vector = tuning_vector(pair)
         gated, stored = GatedModel.of_vector(lens, vector), partial(tuned_lens, pair, tokens, **how)
-        models.append(
-            EditableModel(gated, vector, stored, tokens.tokenizer(pair), tokens.warnings)
-        )
+        models.append(EditableModel(gated, vector, stored, tokens.tokenizer(pair), tokens.warnings))
     return tuple(models)
 
 
-def _with_tuned(
-    tasks: "Sequence[Ready]", models: "dict[str, EditableModel]"
-) -> "list[Ready]":
+def _with_tuned(tasks: "Sequence[Ready]", models: "dict[str, EditableModel]") -> "list[Ready]":
     """Distances of a domain with the logits of the fine-tune that learnt it."""
     from tvlens.compose.edits import scaled
     from tvlens.evaluation.suite import with_reference

@@ -10,8 +10,9 @@ at every point of the grid at which both have a dose (``level`` whole), with the
 stands in tau_j's place. And part by part (``level`` part): to the base with all of tau_i comes one
 matrix of tau_j, or the matrices of one layer, on tasks of kind ``loss``.
 
-Predicted is the table ``interference`` (``compose.interference``), from the weights alone; of a layer
-it is the mean over its matrices, weighed by the product of the two lengths, and the sum of STI.
+Predicted is the table ``interference`` (``compose.interference``), from the weights alone; of a
+layer it is the mean over its matrices, weighed by the product of the two lengths, and of STI the
+sum.
 Spearman's rho of predicted and measured over the parts has a 95 % interval from a bootstrap over
 parts and a p-value from permutations, two-sided. ``norm_added``, the length of what was added, stands
 beside the others: a measure of conflict that ranks no better than length foretells no conflict.
@@ -122,9 +123,7 @@ def _of_domains(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[tuple[i
             yield list(names).index(task.spec.domain), task
 
 
-def whole_rows(
-    found: Found, tasks: Sequence[Task], samples: Samples
-) -> Iterator[dict[str, Any]]:
+def whole_rows(found: Found, tasks: Sequence[Task], samples: Samples) -> Iterator[dict[str, Any]]:
     """The falls on the grid.
 
     Args:
@@ -146,9 +145,7 @@ def _spoilt(point: Point, added: int) -> bool:
     return point.stand_in is not None and point.stand_in.which != added
 
 
-def _fall(
-    found: Found, samples: Samples, task: Task, point: Point, added: int
-) -> dict[str, Any]:
+def _fall(found: Found, samples: Samples, task: Task, point: Point, added: int) -> dict[str, Any]:
     sign, stand = good(task.spec.primary), point.stand_in
     value = partial(_value, found, samples, task)
     fall = summed([(sign, value(point.without(added))), (-sign, value(point))])
@@ -377,7 +374,9 @@ def _rank_sentences(ranks: Sequence[dict[str, Any]]) -> list[str]:
 
 def _whole_sentences(rows: Sequence[dict[str, Any]], found: Found) -> list[str]:
     """The fall at the largest doses, beside what stood in the added vector's place."""
-    top = tuple(max(point.scales[place] for point in found.grid) for place in range(len(found.names)))
+    top = tuple(
+        max(point.scales[place] for point in found.grid) for place in range(len(found.names))
+    )
     at = [row for row in rows if _among(row["scales"], top)]
     sentences = []
     for row in (one for one in at if one["by"] is None):
