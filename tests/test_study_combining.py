@@ -1,4 +1,4 @@
-"""Combined vectors: models edited by hand, planted losses with and without interaction, verdicts."""
+"""Combined vectors: models edited by hand, planted losses with and without interaction."""
 
 from functools import partial
 

@@ -167,9 +167,9 @@ def ranks_table(frame: pd.DataFrame) -> DataTable | None:
         for row in rows_of(frame)
     )
     return DataTable(
-        "Does prediction rank with what is measured? Spearman's rho over the parts of a vector that "
-        "were added one by one, with its 95 % interval; p by permutation. A conflict that ranks no "
-        "better than the length of what is added foretells nothing of its own.",
+        "Does prediction rank with what is measured? Spearman's rho over the parts of a vector "
+        "that were added one by one, with its 95 % interval; p by permutation. A conflict that "
+        "ranks no better than the length of what is added foretells nothing of its own.",
         ("added", "task", "predicted by", "parts", "rho", "p", "verdict"),
         lines,
         text_columns=3,

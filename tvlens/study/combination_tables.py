@@ -2,8 +2,8 @@
 
 ``difference`` is to the base, ``over_single`` to the best of the stored fine-tunes, in the
 measure's own direction; ``interaction`` see ``combination_samples``. The best fine-tune and the
-best point of a task are those whose mean over the items of ``choose`` is best (over all items where a
-task has no such split); what is quoted of them is the value on the items of ``judge``.
+best point of a task are those whose mean over the items of ``choose`` is best (over all items where
+a task has no such split); what is quoted of them is the value on the items of ``judge``.
 """
 
 from collections.abc import Iterator, Sequence

@@ -12,11 +12,10 @@ matrix of tau_j, or the matrices of one layer, on tasks of kind ``loss``.
 
 Predicted is the table ``interference`` (``compose.interference``), from the weights alone; of a
 layer it is the mean over its matrices, weighed by the product of the two lengths, and of STI the
-sum.
-Spearman's rho of predicted and measured over the parts has a 95 % interval from a bootstrap over
-parts and a p-value from permutations, two-sided. ``norm_added``, the length of what was added, stands
-beside the others: a measure of conflict that ranks no better than length foretells no conflict.
-Parts are few and their falls have noise of their own, which pulls rho towards 0.
+sum. Spearman's rho of predicted and measured over the parts has a 95 % interval from a bootstrap
+over parts and a p-value from permutations, two-sided. ``norm_added``, the length of what was added,
+stands beside the others: a measure of conflict that ranks no better than length foretells no
+conflict. Parts are few and their falls have noise of their own, which pulls rho towards 0.
 """
 
 from collections.abc import Iterator, Sequence
