@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from tvlens.evaluation.intervals import Values, comparison, interval, mcnemar
+from tvlens.evaluation.intervals import (
+    Values,
+    averaged,
+    comparison,
+    interval,
+    mcnemar,
+    sampled,
+    summed,
+)
 
 
 def values(numbers, items=None, weights=None):
@@ -88,15 +96,11 @@ def test_other_items_are_refused():
 
 
 def spread(seed, n=30, shift=0.0):
-    from tvlens.evaluation.intervals import Values
-
     rng = np.random.default_rng(seed)
     return Values(np.arange(n), rng.normal(shift, 1, n), rng.uniform(0.5, 2, n))
 
 
 def test_sums_of_sampled_measures_are_the_interval_and_the_paired_comparison():
-    from tvlens.evaluation.intervals import comparison, interval, sampled, summed
-
     mine, other = spread(1), spread(2, shift=0.5)
     first, second = (sampled(one, np.exp, seed=3) for one in (mine, other))
     assert first.interval == interval(mine, np.exp, seed=3)
@@ -109,8 +113,6 @@ def test_sums_of_sampled_measures_are_the_interval_and_the_paired_comparison():
 
 
 def test_only_measures_of_the_same_items_are_summed():
-    from tvlens.evaluation.intervals import averaged, sampled, summed
-
     first, second = sampled(spread(1)), sampled(spread(2, n=20), seed=1)
     with pytest.raises(ValueError, match="same items"):
         summed([(1.0, first), (1.0, second)])
@@ -125,8 +127,6 @@ def test_only_measures_of_the_same_items_are_summed():
 
 
 def test_one_item_or_none_has_no_interval():
-    from tvlens.evaluation.intervals import Values, sampled
-
     one = sampled(Values(np.array([4]), np.array([2.0]), np.array([1.0]))).interval
     assert one.value == 2.0
     assert np.isnan(one.low)
