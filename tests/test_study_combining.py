@@ -228,7 +228,7 @@ def test_vectors_that_meet_nowhere_do_not_interact():
 
     rows = planted.embedding_rows
     _, found, tasks = measured_grid(rows(1, 15), rows(20, 34, seed=2))
-    samples = Samples(tasks, 0)
+    samples = Samples(tasks, 0, found.models)
     for task in tasks:
         effects = [
             abs(_loss(samples, found, task, (a, b)) - _loss(samples, found, task, (0.0, 0.0)))
@@ -259,7 +259,7 @@ def test_a_vector_that_takes_back_another_makes_its_domain_fall_by_what_it_had_g
     from tvlens.study.disturbances import whole_rows
 
     run, found, tasks = measured_grid(learnt, unlearnt)
-    samples = Samples(tasks, 0)
+    samples = Samples(tasks, 0, found.models)
     base, one, two = (
         _loss(samples, found, tasks[0], s) for s in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
     )
@@ -314,7 +314,7 @@ def test_a_part_is_measured_as_that_part_by_hand():
     assert row["fall"] == pytest.approx(losses[1] - losses[0], abs=2e-6)
     assert abs(row["fall"]) > 1e-5
     change = dict(tuned[1].named_parameters())[name] - dict(base.named_parameters())[name]
-    assert row["norm_added"] == pytest.approx(float(change.norm()), rel=1e-5)
+    assert row["norm_added"] == pytest.approx(float(change.detach().norm()), rel=1e-5)
     ranks = {table.name: table for table in made.tables}["interference_ranks"].to_frame()
     assert (ranks["n"] == 14).all()
     layers = planted.combining(base, tuned, run.tasks, places="layer")
@@ -387,6 +387,21 @@ def test_what_is_chosen_on_some_items_is_reported_on_the_others():
     assert (gains["n"] == 6).all()
     items = tables[1].to_frame()
     assert set(items["split"]) == {"choose", "judge"}
+
+
+def test_items_that_a_model_lacks_are_left_out_of_all():
+    from tvlens.evaluation.suite import Measured
+    from tvlens.study.combination_points import Point
+    from tvlens.study.combination_samples import Samples, difference
+
+    tasks = [planted.loss_task("t")]
+    found = planted.planted(tasks, additive)
+    one, other = (found.points[Point(s)] for s in ((0.0, 0.0), (1.0, 1.0)))
+    short = Measured(one.variant, {"t": one.items["t"][2:]})
+    samples = Samples(tasks, 0, [short, other])
+    found = difference(*(samples.of(m, tasks[0], "loss") for m in (other, short)))
+    assert found.value == pytest.approx(-0.1, abs=1e-9)
+    assert found.items.tolist() == list(range(2, 12))
 
 
 def test_a_gain_is_over_everything_that_could_explain_it():
@@ -467,7 +482,8 @@ def test_falls_are_worse_when_positive_and_stand_beside_random_ones():
         return 3.0 - a + cost * b
 
     tasks = [planted.loss_task("first", "one"), planted.loss_task("away")]
-    rows = list(whole_rows(planted.planted(tasks, value), tasks, Samples(tasks, 0)))
+    found = planted.planted(tasks, value)
+    rows = list(whole_rows(found, tasks, Samples(tasks, 0, found.models)))
     at = [row for row in rows if row["scales"] == [1.0, 1.0]]
     assert {row["task"] for row in rows} == {"first"}
     assert {(row["by"], row["added"]) for row in at} == {(None, "two"), ("random", "two")}

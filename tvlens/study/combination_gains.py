@@ -86,7 +86,7 @@ def gains_table(plan: StudyPlan, found: Found, tasks: Sequence[Task]) -> Table:
         found: What every model did.
         tasks: The tasks.
     """
-    samples = Samples(tasks, plan.seed)
+    samples = Samples(tasks, plan.seed, found.models)
     rows = [row for one in targets(tasks, found.names) for row in _rows(found, one, samples)]
     columns = {name: [row.get(name) for row in rows] for name in GAINS_SCHEMA.names}
     return Table.of("combination_gains", GAINS_SCHEMA, columns)

@@ -39,14 +39,20 @@ def good(measure: str) -> float:
 class Samples:
     """The draws of every model, task, measure and split, each made once.
 
+    Items on which some model has no value (a text too short for its repetitions) are left out of
+    all, so that any two are compared on the same ones.
+
     Attributes:
         tasks: The tasks; each has a seed of its own, so that draws of two are independent.
         seed: Of the study.
+        models: All that are compared.
     """
 
     tasks: Sequence[Task]
     seed: int
+    models: Sequence[Measured] = field(repr=False)
     _known: dict[tuple[str, str, str, str], Sampled] = field(default_factory=dict, repr=False)
+    _common: dict[tuple[str, str], set[int]] = field(default_factory=dict, repr=False)
 
     def of(self, one: Measured, task: Task, measure: str, split: str = "all") -> Sampled:
         """One model on the items of a split of a task; of all items where there is no such split.
@@ -63,12 +69,23 @@ class Samples:
         return self._known[key]
 
     def _sampled(self, one: Measured, task: Task, measure: str, split: str) -> Sampled:
-        items = one.items[task.spec.name]
+        common = self._shared(task.spec.name, measure)
+        items = [item for item in one.items[task.spec.name] if item.item in common]
         if split in ("choose", "judge"):
             items = [item for item in items if task.items[item.item].split == split]
         place = [other.spec.name for other in self.tasks].index(task.spec.name)
         seed = 1_000 * self.seed + place
         return sampled(values_of(items, measure), MEASURES[measure].transform, seed=seed)
+
+    def _shared(self, task: str, measure: str) -> set[int]:
+        """The items on which every model has a value."""
+        if (task, measure) not in self._common:
+            items = (
+                {item.item for item in one.items[task] if item.measure == measure}
+                for one in self.models
+            )
+            self._common[task, measure] = set.intersection(*items)
+        return self._common[task, measure]
 
 
 def difference(mine: Sampled, other: Sampled) -> Sampled:

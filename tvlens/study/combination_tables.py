@@ -60,10 +60,10 @@ def combination_tables(
         found: What every model did.
         tasks: The tasks.
     """
-    samples = Samples(tasks, plan.seed)
+    samples = Samples(tasks, plan.seed, found.models)
     rows = [row for task in tasks for row in _rows(plan, found, task, samples)]
-    models = [*found.points.values(), *found.alone.values()]
-    items = [row for one in models for task in tasks for row in _item_rows(one, task)]
+
+    items = [row for one in found.models for task in tasks for row in _item_rows(one, task)]
     tables = (
         _table("combinations", COMBINATIONS_SCHEMA, rows),
         _table("combination_items", ITEMS_SCHEMA, items),
@@ -86,8 +86,8 @@ def _item_rows(one: Measured, task: Task) -> Iterator[dict[str, Any]]:
 
 def _rows(plan: StudyPlan, found: Found, task: Task, samples: Samples) -> Iterator[dict[str, Any]]:
     for measure in MEASURED[task.spec.kind]:
-        if not any(item.measure == measure for item in found.base.items[task.spec.name]):
-            continue
+        if not len(samples.of(found.base, task, measure).items):
+            continue  # no item has a value in every model
         single = best_single(found, task, measure, samples)
         for split in splits_of(task):
             value = partial(_value, found, samples, task, measure, split)
@@ -183,7 +183,7 @@ def _facts(found: Found, task: Task, samples: Samples) -> dict[str, Any]:
         "better": measure.better,
         "domain": task.spec.domain,
     }
-    if not any(item.measure == name for item in found.base.items[task.spec.name]):
+    if not len(samples.of(found.base, task, name).items):
         return known
     models = {found.base_name: found.base, **found.alone}
     known["models"] = {

@@ -83,6 +83,11 @@ class Found:
         return self.points[Point((0.0,) * len(self.names))]
 
     @property
+    def models(self) -> "list[Measured]":
+        """Every model, the stored fine-tunes last."""
+        return [*self.points.values(), *self.alone.values()]
+
+    @property
     def grid(self) -> list[Point]:
         """The points at which nothing stands in."""
         return [point for point in self.points if point.stand_in is None]

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from jaxtyping import Float
+from scipy import stats
 
 from tvlens.attribution.series import rank_agreement, spearman
 from tvlens.components import Component
@@ -97,7 +99,7 @@ def disturbances(run: Combining, found: Found, tasks: Sequence[Task]) -> Disturb
     """
     from tvlens.compose.interference import interference
 
-    samples = Samples(tasks, run.plan.seed)
+    samples = Samples(tasks, run.plan.seed, found.models)
     whole = list(whole_rows(found, tasks, samples))
     vectors = [model.vector for model in run.models]
     predicted = interference(run.pairs[0].base, vectors, select=run.plan.select)
@@ -131,6 +133,8 @@ def whole_rows(found: Found, tasks: Sequence[Task], samples: Samples) -> Iterato
         samples: The draws.
     """
     for place, task in _of_domains(tasks, found.names):
+        if not len(samples.of(found.base, task, task.spec.primary).items):
+            continue
         for point in found.points:
             for added in point.acting:
                 if added == place or not point.scales[place] or _spoilt(point, added):
@@ -213,7 +217,7 @@ def parts_of(predicted: pd.DataFrame, tuned: str, added: str, places: str) -> li
     own = np.where(rows["tuned"] == added, rows["norm_a"], rows["norm_b"])
     rows = rows.assign(norm_added=own)
     if places == "layer":
-        return [_layer(int(str(layer)), of) for layer, of in rows.groupby("layer", sort=True)]
+        return [_layer(of) for _, of in rows.groupby("layer", sort=True)]
     return [
         Part(
             (_component(row),),
@@ -230,8 +234,9 @@ def _component(row: dict[str, Any]) -> Component:
     return Component("matrix", int(row["layer"]), None, row["part"])
 
 
-def _layer(layer: int, rows: pd.DataFrame) -> Part:
+def _layer(rows: pd.DataFrame) -> Part:
     """The matrices of a layer together; see the module for how predictions are pooled."""
+    layer = int(rows["layer"].iloc[0])
     weights = rows["norm_a"] * rows["norm_b"]
     total = float(weights.sum())
     pooled = {
@@ -338,11 +343,20 @@ def _ranked(predicted: np.ndarray, fall: np.ndarray, seed: int) -> dict[str, Any
     if len(fall) < FEWEST_PARTS or spearman(predicted, fall) is None:
         return {"verdict": "cannot tell"}
     rho, low, high = rank_agreement(predicted, fall, seed=seed)
-    rng = np.random.default_rng(seed)
-    drawn = [spearman(predicted, rng.permutation(fall)) or 0.0 for _ in range(PERMUTATIONS)]
-    beyond = int((np.abs(drawn) >= abs(rho or 0.0) - 1e-12).sum())
-    known = {"spearman": rho, "ci_low": low, "ci_high": high}
-    return {**known, "p_value": (1 + beyond) / (1 + PERMUTATIONS), "verdict": _verdict(low, high)}
+    known = {"spearman": rho, "ci_low": low, "ci_high": high, "verdict": _verdict(low, high)}
+    return {**known, "p_value": permuted_p(predicted, fall, seed=seed)}
+
+
+def permuted_p(
+    x: Float[np.ndarray, " part"], y: Float[np.ndarray, " part"], *, seed: int = 0
+) -> float:
+    """Two-sided p-value of Spearman's rho: how often a random order is as far from 0."""
+    first, second = (stats.rankdata(side) for side in (x, y))
+    first = first - first.mean()
+    orders = np.tile(second - second.mean(), (PERMUTATIONS, 1))
+    drawn = np.random.default_rng(seed).permuted(orders, axis=1) @ first
+    beyond = int((np.abs(drawn) >= abs(float(orders[0] @ first)) - 1e-9).sum())
+    return (1 + beyond) / (1 + PERMUTATIONS)
 
 
 def _verdict(low: float | None, high: float | None) -> str:
@@ -381,7 +395,7 @@ def _whole_sentences(rows: Sequence[dict[str, Any]], found: Found) -> list[str]:
     for row in (one for one in at if one["by"] is None):
         same = [one for one in at if _same_place(row, one)]
         text = (
-            f"Adding {row['added']} to {row['tuned']} ({row['model']}): {row['task']} is worse by "
+            f"Adding {row['added']} to {row['tuned']} ({row['model']}) costs {row['task']} "
             f"{_ended(row['fall'], row['ci_low'], row['ci_high'])} {row['unit']}".rstrip()
         )
         beside = "; ".join(_stood(same))
