@@ -18,7 +18,7 @@ stands beside the others: a measure of conflict that ranks no better than length
 conflict. Parts are few and their falls have noise of their own, which pulls rho towards 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -121,7 +121,7 @@ def _of_domains(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[tuple[i
     """Tasks with a good direction, with the place of the fine-tune whose domain they are of."""
     for task in tasks:
         if task.spec.domain in names and good(task.spec.primary):
-            yield list(names).index(task.spec.domain), task
+            yield list(names).index(str(task.spec.domain)), task
 
 
 def whole_rows(found: Found, tasks: Sequence[Task], samples: Samples) -> Iterator[dict[str, Any]]:
@@ -230,7 +230,7 @@ def parts_of(predicted: pd.DataFrame, tuned: str, added: str, places: str) -> li
     ]
 
 
-def _component(row: dict[str, Any]) -> Component:
+def _component(row: Mapping[Any, Any]) -> Component:
     return Component("matrix", int(row["layer"]), None, row["part"])
 
 
