@@ -183,6 +183,20 @@ def test_what_stands_in_is_as_long_as_what_it_stands_for(noised):
     assert stack.vectors[0].cosine(tuning_vector(control)) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_vectors_of_different_vocabularies_are_refused(noised, monkeypatch):
+    from tvlens.errors import IncomparableModelsError
+    from tvlens.models import pair as models_pair
+    from tvlens.models.pair import CommonTokens
+    from tvlens.study.combining import _editable
+
+    sizes = {"one": 40, "two": 38}
+    monkeypatch.setattr(
+        models_pair, "common_tokens_of", lambda p: CommonTokens(sizes[p.tuned_name], {}, ())
+    )
+    with pytest.raises(IncomparableModelsError, match="different vocabularies"):
+        _editable(noised.pairs, "cpu")
+
+
 # ---- planted truths on models
 
 
@@ -317,6 +331,8 @@ def test_a_part_is_measured_as_that_part_by_hand():
     assert row["norm_added"] == pytest.approx(float(change.detach().norm()), rel=1e-5)
     ranks = {table.name: table for table in made.tables}["interference_ranks"].to_frame()
     assert (ranks["n"] == 14).all()
+    predicted = {table.name: table for table in made.tables}["interference"].to_frame()
+    assert set(predicted["base"]) == {"base"}
     layers = planted.combining(base, tuned, run.tasks, places="layer")
     frame = disturbances(layers, found, tasks).tables[0].to_frame()
     assert set(frame.loc[frame["level"] == "part", "component"]) == {"L0", "L1"}

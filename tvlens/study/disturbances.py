@@ -103,6 +103,7 @@ def disturbances(run: Combining, found: Found, tasks: Sequence[Task]) -> Disturb
     whole = list(whole_rows(found, tasks, samples))
     vectors = [model.vector for model in run.models]
     predicted = interference(run.pairs[0].base, vectors, select=run.plan.select)
+    predicted = _of_base(predicted, found.base_name)
     parts = list(_Parts(run, tasks, predicted.to_frame(), samples).rows())
     ranks = list(rank_rows(parts, run.plan.places, seed=run.plan.seed))
     tables = (
@@ -115,6 +116,14 @@ def disturbances(run: Combining, found: Found, tasks: Sequence[Task]) -> Disturb
 
 def _table(name: str, schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> Table:
     return Table.of(name, schema, {c: [row.get(c) for row in rows] for c in schema.names})
+
+
+def _of_base(table: Table, name: str) -> Table:
+    """The table with the name that the study's other tables have for the base."""
+    place = table.data.schema.get_field_index("base")
+    names = pa.array([name] * len(table), pa.string())
+    data = table.data.set_column(place, table.data.schema.field(place), names)
+    return Table(table.name, data, table.order)
 
 
 def _of_domains(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[tuple[int, Task]]:
