@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from tvlens.evaluation.intervals import Values, comparison, interval, mcnemar
+from tvlens.evaluation.intervals import (
+    Values,
+    averaged,
+    comparison,
+    interval,
+    mcnemar,
+    sampled,
+    summed,
+)
 
 
 def values(numbers, items=None, weights=None):
@@ -85,3 +93,43 @@ def test_several_truths_of_one_item_are_not_compared_by_mcnemar():
 def test_other_items_are_refused():
     with pytest.raises(ValueError, match="same items"):
         comparison(values([1.0, 2.0]), values([1.0, 2.0], items=[0, 2]))
+
+
+def spread(seed, n=30, shift=0.0):
+    rng = np.random.default_rng(seed)
+    return Values(np.arange(n), rng.normal(shift, 1, n), rng.uniform(0.5, 2, n))
+
+
+def test_sums_of_sampled_measures_are_the_interval_and_the_paired_comparison():
+    mine, other = spread(1), spread(2, shift=0.5)
+    first, second = (sampled(one, np.exp, seed=3) for one in (mine, other))
+    assert first.interval == interval(mine, np.exp, seed=3)
+    apart = summed([(1.0, first), (-1.0, second)]).interval
+    wanted = comparison(mine, other, np.exp, seed=3)
+    assert apart[:3] == pytest.approx(wanted[:3], abs=1e-12)
+    assert apart.n == 30
+    nothing = summed([(1.0, first), (-2.0, first), (1.0, first)]).interval
+    assert nothing[:3] == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+
+
+def test_only_measures_of_the_same_items_are_summed():
+    first, second = sampled(spread(1)), sampled(spread(2, n=20), seed=1)
+    with pytest.raises(ValueError, match="same items"):
+        summed([(1.0, first), (1.0, second)])
+    with pytest.raises(ValueError, match="same items"):
+        summed([])
+    with pytest.raises(ValueError, match="at least one task"):
+        averaged([])
+    both = averaged([(0.25, first), (0.75, second)])
+    assert both.value == pytest.approx(0.25 * first.value + 0.75 * second.value)
+    assert both.interval.n == 50
+    assert both.interval.low < both.value < both.interval.high
+
+
+def test_one_item_or_none_has_no_interval():
+    one = sampled(Values(np.array([4]), np.array([2.0]), np.array([1.0]))).interval
+    assert one.value == 2.0
+    assert np.isnan(one.low)
+    none = sampled(Values(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))).interval
+    assert np.isnan(none.value)
+    assert none.n == 0

@@ -70,7 +70,7 @@ def test_right_answers_are_not_all_in_one_place():
     assert 30 < sum(places) < 70
 
 
-@pytest.mark.parametrize("name", ["demo:med", "demo:math"])
+@pytest.mark.parametrize("name", ["demo:med", "demo:math", "demo:both"])
 def test_the_demos_tasks_load(name):
     tasks = load_tasks(name)
     assert len(tasks) == 6

@@ -4,12 +4,13 @@ Exit status: 0 done; 2 the request cannot be met; 3 it ran and the verdict is ne
 130 interrupted; 1 a bug. A module here holds related commands; importing it adds them to ``app``.
 """
 
-from . import comparing, inspecting, measuring, merging, vectors
+from . import combining, comparing, inspecting, measuring, merging, vectors
 from .application import app, main
 from .summaries import study_summary
 
 __all__ = [
     "app",
+    "combining",
     "comparing",
     "inspecting",
     "main",

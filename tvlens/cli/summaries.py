@@ -30,6 +30,12 @@ def study_summary(study: "Study") -> dict[str, object]:
             for name, facts in manifest.get("facts", {}).items()
             if "represent" in facts
         },
+        "combine": [
+            sentence
+            for facts in manifest.get("facts", {}).values()
+            for sentence in facts.get("combine", {}).get("sentences", ())
+        ],
+        "verdicts": _verdicts(study),
         "warnings": manifest["warnings"],
         "tables": {name: len(study.table(name)) for name in study.tables},
         "seconds": manifest["stages"],
@@ -59,6 +65,18 @@ def _carried(study: "Study") -> dict[str, list[str]]:
     return found
 
 
+def _verdicts(study: "Study") -> list[str]:
+    """What combining did to the paper's claim, where the study combines vectors."""
+    if not {"combination_gains", "verdicts"} <= set(study.tables):
+        return []
+    rows = study.table("verdicts").data.to_pylist()
+    return [
+        f"{row['claim']}, on {row['task']} ({row['measure']}): {row['verdict']}: {row['why']}."
+        for row in rows
+        if row["claim"].startswith("combining") and row["task"] is not None
+    ]
+
+
 def summary_text(summary: dict[str, object]) -> str:
     """The same for a terminal: warnings first, then what can be quoted, then the report."""
     lines = [f"warning: {text}" for text in summary["warnings"]]  # type: ignore[attr-defined]
@@ -77,4 +95,6 @@ def summary_text(summary: dict[str, object]) -> str:
         lines += [f"{name}: {found['sentence']}" for found in tasks.values()]
     for name, found in summary["represent"].items():  # type: ignore[attr-defined]
         lines.append(f"{name}: {found['sentence']}")
+    lines += summary["combine"]  # type: ignore[operator]
+    lines += summary["verdicts"]  # type: ignore[operator]
     return "\n".join([*lines, f"report: {summary['report']}"])

@@ -13,7 +13,7 @@ doubled.
 [1] McNemar 1947, Psychometrika 12, 153-157; exact form: a binomial test at 1/2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -137,3 +137,61 @@ def _draws(
 def _true_or_false(found: Values) -> bool:
     once = len(np.unique(found.items)) == len(found.items)
     return once and bool(np.isin(found.values, (0, 1)).all() and (found.weights == 1).all())
+
+
+class Sampled(NamedTuple):
+    """A measure's value and its values on the bootstrap's draws of items.
+
+    Two of the same items under the same seed share their draws, so that sums of them are paired.
+
+    Attributes:
+        items: The items, sorted; of an average over tasks those of all.
+        value: The value.
+        draws: The value on each draw; NaN for fewer than two items.
+    """
+
+    items: Int[np.ndarray, " item"]
+    value: float
+    draws: Float[np.ndarray, " draw"]
+
+    @property
+    def interval(self) -> Interval:
+        """The value with its 95 % interval."""
+        low, high = np.quantile(self.draws, (0.025, 0.975))
+        return Interval(self.value, float(low), float(high), len(self.items))
+
+
+def sampled(found: Values, transform: Transform | None = None, *, seed: int = 0) -> Sampled:
+    """The value of a measure with its draws; what ``interval`` says, kept for sums."""
+    sums, weights = _by_item(found)
+    draws = np.full(DRAWS, np.nan)
+    if len(sums) > 1:
+        draws = _draws(sums, weights, transform, seed)
+    value = float(_mean(sums, weights, transform)) if len(sums) else float("nan")
+    return Sampled(np.unique(found.items), value, draws)
+
+
+def summed(terms: Sequence[tuple[float, Sampled]]) -> Sampled:
+    """Sum of factor times measure, all on the same items: paired, draw by draw.
+
+    Raises:
+        ValueError: There is no term, or they are not of the same items.
+    """
+    if not terms or any(not np.array_equal(terms[0][1].items, one.items) for _, one in terms):
+        raise ValueError("only measures of the same items can be summed.")
+    value = sum(factor * one.value for factor, one in terms)
+    draws = np.sum([factor * one.draws for factor, one in terms], axis=0)
+    return Sampled(terms[0][1].items, float(value), draws)
+
+
+def averaged(parts: Sequence[tuple[float, Sampled]]) -> Sampled:
+    """Sum of weight times measure over tasks whose items have nothing to do with each other.
+
+    Raises:
+        ValueError: There is no part.
+    """
+    if not parts:
+        raise ValueError("an average needs at least one task.")
+    value = sum(weight * one.value for weight, one in parts)
+    draws = np.sum([weight * one.draws for weight, one in parts], axis=0)
+    return Sampled(np.concatenate([one.items for _, one in parts]), float(value), draws)

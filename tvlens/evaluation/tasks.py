@@ -6,8 +6,9 @@ A task file is a YAML list; the file of a task is looked for beside it:
     - {name: exam, kind: choice, file: exam.jsonl, split: judge, metric: acc_norm}
 
 ``name``, ``kind`` and ``file`` are needed; ``split`` (all, choose, judge), ``metric`` (the measure
-that a curve shows), ``limit`` (the first so many items), ``max_new_tokens`` and ``until`` (texts
-that end an answer) are not. What the files hold:
+that a curve shows), ``limit`` (the first so many items), ``max_new_tokens``, ``until`` (texts that
+end an answer) and ``domain`` (the fine-tune that learnt it; where vectors are combined, a task of
+none is elsewhere) are not. What the files hold:
 
 ================  ============================================================================
 loss, kl          documents (.txt) or JSON lines with ``prompt`` and ``answer``
@@ -82,6 +83,7 @@ class TaskSpec(BaseModel):
         limit: Only the first so many items.
         max_new_tokens: Tokens that may be written.
         until: An answer ends before any of these texts.
+        domain: Name of the fine-tune whose domain it is; None where it is of none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +96,7 @@ class TaskSpec(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
     until: tuple[str, ...] = ()
+    domain: str | None = Field(default=None, min_length=1)
 
     @property
     def primary(self) -> str:
@@ -222,7 +225,9 @@ def _specs(path: Path) -> list[TaskSpec]:
     return specs
 
 
-_HINT = f"A task is {{name, kind, file, split, metric}}; kinds are {', '.join(get_args(Kind))}."
+_HINT = (
+    f"A task is {{name, kind, file, split, metric, domain}}; kinds are {', '.join(get_args(Kind))}."
+)
 
 
 def _faults(error: ValidationError) -> str:

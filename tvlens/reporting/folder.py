@@ -92,6 +92,30 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *(*_KEYS, "model", "control", "draw", "tokens", "measure", "value", "unit"),
         *("ci_low", "ci_high", "n_tokens", "n_documents", "status"),
     ),
+    "combinations": (
+        *(
+            "model",
+            "vectors",
+            "scales",
+            "by",
+            "task",
+            "split",
+            "measure",
+            "primary",
+            "unit",
+            "better",
+        ),
+        *("value", "ci_low", "ci_high", "difference"),
+        *("interaction", "interaction_low", "interaction_high"),
+    ),
+    "disturbance": (
+        *("level", "tuned", "added", "by", "task", "model", "fall", "ci_low", "ci_high"),
+        *("beyond", "beyond_low", "beyond_high"),
+    ),
+    "interference_ranks": (
+        *("tuned", "added", "task", "predictor", "n", "spearman", "ci_low", "ci_high"),
+        *("p_value", "verdict"),
+    ),
     "verdicts": (
         *("claim", "tuned", "task", "measure", "unit", "value", "ci_low", "ci_high", "control"),
         *("control_value", "control_low", "control_high", "verdict", "why", "command"),

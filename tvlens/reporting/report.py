@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from .circuitsvis import bundle
+from .combinations import combined_part
 from .datatable import described
 from .direction_tables import overlap_table
 from .folder import StudyFolder
@@ -71,6 +72,7 @@ def page_of(study: StudyFolder, *, tooltips: bool = True) -> str:
             ],
             lineage=lineage_table(study.table("lineage")),
             overlap=overlap_table(study),
+            combined=combined_part(study, tooltips=tooltips),
             evaluation=evaluation_table(evaluation),
             verdicts=verdicts_table(study.table("verdicts")),
             missing={name: study.missing(name) for name in ("load_report", "evaluation")},

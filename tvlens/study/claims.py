@@ -36,7 +36,6 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Claims by the kinds of task that test them."""
-NOT_BUILT = ("combining tuning vectors of domains improves generalisation",)
 QUALITY = ("chrf", "rouge_l")
 """Measures of generation that say how good it is; the others say what it is like."""
 SMALLEST: Mapping[str, float] = {"share": 0.05, "nats/token": 0.05, "nats": 0.1, "0 to 100": 2.0}
@@ -71,16 +70,15 @@ class Gain(NamedTuple):
 
 def verdicts_table(study: Study) -> Table:
     """Every claim that the study's tables can judge, and those that they cannot."""
-    rows = [*_headline_rows(study), *_behaviour_rows(study), *subspace_rows(study)]
+    rows = [
+        *(*_headline_rows(study), *_behaviour_rows(study)),
+        *(*_combined_rows(study), *subspace_rows(study)),
+    ]
     judged = {row["claim"] for row in rows}
     rows += [
         {"claim": claim, "verdict": NOT_TESTED, "why": why}
         for claim, why in _untested(study).items()
         if claim not in judged
-    ]
-    rows += [
-        {"claim": claim, "verdict": NOT_TESTED, "why": "tvlens does not measure it yet"}
-        for claim in NOT_BUILT
     ]
     command = study.plan.command
     columns = {
@@ -111,6 +109,18 @@ def _headline_rows(study: Study) -> Iterator[dict[str, Any]]:
         against = None if row["against"] == "raw" else row["against"]
         named = {name: row.get(name) for name in (*kept, "why")}
         yield {**named, "value": row.get("mean"), "control": against}
+
+
+def _combined_rows(study: Study) -> Iterator[dict[str, Any]]:
+    from .combination_claims import COMBINING, combined_rows
+
+    if "combination_gains" not in study.tables:
+        why = "this study combines no vectors: tvlens combine"
+        yield {"claim": COMBINING, "verdict": NOT_TESTED, "why": why}
+        return
+    rows = list(combined_rows(study.table("combination_gains").to_frame()))
+    why = "no task has a good direction and is elsewhere, or of every domain by one measure"
+    yield from rows or [{"claim": COMBINING, "verdict": NOT_TESTED, "why": why}]
 
 
 def _is_whole(study: Study) -> bool:

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tvlens.errors import StudyError
 
-Stage = Literal["decompose", "attribute", "graft", "evaluate", "sweep", "represent"]
+Stage = Literal["decompose", "attribute", "graft", "evaluate", "sweep", "combine", "represent"]
 Estimator = Literal["first_order", "qk_fix", "atp_star"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-ALONE = ("decompose", "attribute", "graft", "sweep", "represent")
+ALONE = ("decompose", "attribute", "graft", "sweep", "combine", "represent")
 """Stages that have a command of their own."""
 NOT_OPTIONS = {
     *("base", "tuned", "stages", "seed"),  # written in places of their own
@@ -25,6 +25,7 @@ NOT_OPTIONS = {
 OPTION_NAMES = {
     **{"tuned_names": "tuned-name", "controls": "control", "directions": "direction"},
     **{"estimators": "estimator", "measures": "measure"},
+    **{"grid": "scales"},
 }
 """Options whose name is not that of their field."""
 WHOLE_WAY = "-from-base"
@@ -86,12 +87,17 @@ class StudyPlan(BaseModel):
         parts: Divide the integrated weight scores over the geometric parts of each change.
         circuits: Give OV and QK of every query head an integrated weight score of their own.
         keep: Share of a behaviour's change that grafting restores or destroys.
-        tasks: Task file of a sweep, or ``demo:NAME``.
+        tasks: Task file of a sweep or a combination, or ``demo:NAME``.
         scales: Doses of a sweep: ``first:last:step``, or numbers with commas.
         rest: Whether the rest of it is out (``base``) or in (``tuned``).
         draws: Random vectors that stand beside a tuning vector, and random parts, in a sweep and
             where representations are compared.
         texts: Documents that representations are compared on: a file, or ``demo:NAME``.
+        draws: Random vectors, and random parts, that a sweep is repeated with.
+        grid: Doses of every vector where several are combined, as for ``scales``; 0 is added.
+        method: How combined vectors become one: a name of ``compose.merging.METHODS``.
+        density: Share of entries that a method which trims keeps; None for the method's own.
+        places: What of one vector is added by itself to another: a matrix, a layer, or nothing.
         seed: Seed of every random draw.
     """
 
@@ -130,6 +136,10 @@ class StudyPlan(BaseModel):
     rest: Literal["base", "tuned"] = "base"
     draws: int = Field(default=3, ge=0)
     texts: str | None = None
+    grid: str = "0,0.5,1"
+    method: str = "task"
+    density: float | None = Field(default=None, gt=0, le=1)
+    places: Literal["matrix", "layer", "none"] = "matrix"
     skip_bad_lines: bool = False
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"

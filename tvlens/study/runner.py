@@ -222,7 +222,7 @@ class _Run:
     def join(self) -> None:
         """Write what needs the tables of two stages, as far as they are there."""
         study = Study(self.folder)
-        if {"evaluation_items", "representations"} & set(study.tables):
+        if {"evaluation_items", "combination_gains", "representations"} & set(study.tables):
             verdicts_table(study).save(self.folder)
         if "attribution" not in study.tables:
             return

@@ -6,6 +6,7 @@
     graft       base, tuning vector, prompts, metric -> curves, grafts
     evaluate    models, held-out texts -> evaluation
     sweep       base, tuning vector, controls, tasks -> curves, evaluation, evaluation_items
+    combine     base, tuning vectors, controls, tasks -> combinations, disturbance, interference
     represent   base, tuning vector, controls, texts -> representations
 
 A stage is a pure function of its inputs; the runner writes what it returns.
@@ -26,6 +27,7 @@ from tvlens.threads import one_thread
 from tvlens.weights.gauge import canonical, refuse_canonical, removed
 from tvlens.weights.matching import load_pair
 
+from .combining import check_combine, combine
 from .controls import controls_from
 from .covariances import Known, base_covariances, check_covariances, runs_models
 from .directions import check_replicates, overlap_tables, written_directions
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from tvlens.weights.matching import Pair
 
 Progress = Callable[[str], None]
-GATED = {"attribute", "graft", "sweep", "represent"}
+GATED = {"attribute", "graft", "sweep", "combine", "represent"}
 """Stages that let parts of a tuning vector into the base, and so must know what a tensor does."""
 
 PROMPTS_SCHEMA = pa.schema(
@@ -306,6 +308,12 @@ def sweep_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outp
         yield pair.tuned_name, StageOutput(found.tables, found.facts, found.warnings)
 
 
+def combine_stage(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
+    """Measure tasks over a grid of doses of several tuning vectors, and what could stand in."""
+    found = combine(plan, pairs, say, device=chosen_device(plan))
+    yield pairs[-1].tuned_name, StageOutput(found.tables, found.facts, found.warnings)
+
+
 def represent_stage(plan: StudyPlan, pair: "Pair", say: Progress) -> StageOutput:
     """Compare activations on documents: the fine-tune's, random vectors' and controls'."""
     found = represent(plan, pair, say, device=chosen_device(plan))
@@ -460,10 +468,9 @@ def check_inputs(plan: StudyPlan) -> None:
         _check_attribution(plan, asked, metric)
     for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
         load_texts(spec)
-    if "sweep" in plan.stages:
-        check_sweep(plan)
-    if "represent" in plan.stages:
-        check_represent(plan)
+    checks = {"sweep": check_sweep, "combine": check_combine, "represent": check_represent}
+    for stage in checks.keys() & set(plan.stages):
+        checks[stage](plan)
 
 
 def _check_weights_side(plan: StudyPlan) -> None:
@@ -777,6 +784,7 @@ STAGES: dict[str, Callable[[StudyPlan, "Sequence[Pair]", Progress], Outputs]] = 
     "graft": _one_by_one("graft", graft_stage),
     "evaluate": evaluate_stage,
     "sweep": sweep_stage,
+    "combine": combine_stage,
     "represent": _one_by_one("represent", represent_stage),
 }
 """What each stage makes of the pairs of a study."""

@@ -32,6 +32,9 @@ ORDERS = {
     "overlap": "cosine",
     "interference": "sign_conflict",
     "shares": "effect",
+    "combinations": "interaction",
+    "disturbance": "fall",
+    "interference_ranks": "spearman",
 }
 """The column that ``Table.top`` ranks by, per table."""
 
@@ -62,6 +65,11 @@ TABLES = (
     "evaluation",
     "evaluation_items",
     "representations",
+    "combinations",
+    "combination_items",
+    "combination_gains",
+    "disturbance",
+    "interference_ranks",
     "verdicts",
 )
 STUDY_FILES = (
