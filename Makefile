@@ -16,10 +16,10 @@ demo: all
 	$(BIN)/tvlens demo --out $(OUT) --force
 
 test: all
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not deep"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not deep"
 
 test-fast: all
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not deep and not slow and not demo"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not deep and not slow and not demo"
 
 test-deep: all
 	$(BIN)/python -m pytest -q -m deep
@@ -30,7 +30,7 @@ HOST_TESTS := $(wildcard tests/test_models_*.py) tests/test_families.py tests/te
 	activations.py nodes.py tokens.py atp.py patching.py)
 
 test-tl39: .venv-tl39/.installed
-	$(BIN39)/python -m pytest -q -n 2 --dist loadgroup -m "not deep and not demo" $(HOST_TESTS)
+	$(BIN39)/python -m pytest -q -n 2 --dist loadfile -m "not deep and not demo" $(HOST_TESTS)
 
 .venv-tl39/.installed: pyproject.toml constraints-tl39.txt
 	test -x $(BIN39)/python || $(PYTHON) -m venv .venv-tl39

@@ -16,16 +16,9 @@ settings.register_profile("tvlens", deadline=None, derandomize=True, max_example
 settings.load_profile("tvlens")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs over families is slow for all but Llama: `make test-fast` takes one of each.
-
-    A worker takes a file at a time, and one worker all that reads the demo study, made once.
-    """
+    """What runs over families is slow for all but Llama: `make test-fast` takes one of each."""
     for item in items:
-        reads_demo = "demo_study" in getattr(item, "fixturenames", ())
-        group = "demo study" if reads_demo else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
         case = re.search(r"\[(.*)\]", item.name)
         if case and not {*re.split("[- ]", case[1])}.isdisjoint(OTHER_FAMILIES):
             item.add_marker(pytest.mark.slow)

@@ -109,7 +109,8 @@ def verdicts_table(frame: pd.DataFrame) -> DataTable | None:
         return None
     lines = []
     for row in rows_of(frame):
-        texts = (row.claim, row.tuned, row.task, row.measure)
+        verdict = f"{row.verdict}: {row.why}" if isinstance(row.why, str) else str(row.verdict)
+        texts = (row.claim, verdict, row.tuned, row.task, row.measure)
         value = (row.value, row.ci_low, row.ci_high)
         control = (row.control_value, row.control_low, row.control_high)
         lines.append(
@@ -118,16 +119,15 @@ def verdicts_table(frame: pd.DataFrame) -> DataTable | None:
                 _with_ends(*value),
                 row.control if isinstance(row.control, str) else NOTHING,
                 _with_ends(*control),
-                f"{row.verdict}: {row.why}" if isinstance(row.why, str) else str(row.verdict),
             )
         )
     return DataTable(
         "The paper's claims (arXiv 2510.09359): the gain over the base with its 95 % interval, the "
         "control over which the gain is smallest, and the verdict by the rules of docs/claims.md. "
         "Of the small subspace: its rank as a share of d_model, and over a random vector's.",
-        ("claim", "model", "task", "measure", "gain", "control", "gain over it", "verdict"),
+        ("claim", "verdict", "model", "task", "measure", "gain", "control", "gain over it"),
         tuple(lines),
-        text_columns=4,
+        text_columns=5,
     )
 
 
