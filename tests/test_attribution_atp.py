@@ -8,6 +8,8 @@ import torch
 from . import attribution_pairs as pairs
 from .test_attribution_nodes import FAMILIES, all_double, batch, double_pair, metric, scores
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["all_double"]
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 GIVEN = {"direction": "tuned_into_base"}

@@ -5,6 +5,8 @@ import torch
 
 from . import attribution_pairs as pairs
 
+pytestmark = pytest.mark.slow
+
 
 def shipped(name="logprob"):
     from tvlens.models.metrics import SHIPPED

@@ -8,6 +8,8 @@ import torch
 from . import attribution_pairs as pairs
 from .test_geometry_splits import written
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("llama", "gpt2", "neox")
 
 

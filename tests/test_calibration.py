@@ -13,6 +13,8 @@ import torch
 from tests.gauge_copies import ALL, saved_copy
 from tests.tiny_checkpoints import copy_with, tiny_adapter
 
+pytestmark = pytest.mark.slow
+
 NARROW = ("new, rank 1", "new, rank 4", "mixture")
 """96 dimensions cannot tell one direction's alignment from chance (sd .17): docs say how often."""
 WEAK = ("mixture",)

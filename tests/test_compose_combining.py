@@ -23,6 +23,8 @@ from tests.tiny_checkpoints import (
 from tvlens.components import Component
 from tvlens.errors import IncomparableModelsError, SelectionError, StudyError
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mergekit.json").read_text())
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAKERS: dict[str, Callable[..., Path]] = {

@@ -13,6 +13,8 @@ from torch import Tensor
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_llama
 from tvlens.errors import CheckpointError, StudyError
 
+pytestmark = pytest.mark.slow
+
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 

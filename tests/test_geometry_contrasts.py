@@ -22,6 +22,8 @@ from tvlens.geometry.contrasts import (
     with_weighted,
 )
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = FakeLayout(n_heads=2, n_kv_heads=2, d_model=24, d_head=12, d_mlp=48, n_layers=12)
 
 

@@ -26,6 +26,8 @@ from tvlens.geometry.measures import vocabulary
 from tvlens.geometry.spikes import flipped_gram
 from tvlens.weights.delta import LowRank
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = FakeLayout()
 TOKENS = 400
 PARTS = ("W_E", "W_U", "W_pos")

@@ -14,6 +14,8 @@ from tvlens.geometry import classify, decompose, decompose_and_classify
 from tvlens.geometry.classify import Classifier
 from tvlens.geometry.norm_evidence import joint_gains, single_channels
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = FakeLayout(n_layers=6)
 NORMS = [
     Component("norm", layer, None, f"{name}.w") for layer in range(6) for name in ("ln1", "ln2")

@@ -12,6 +12,8 @@ import torch
 from tests.geometry_pairs import FakeLayout, FakePair, fake_pair
 from tvlens.components import Component
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = FakeLayout(n_heads=4, n_kv_heads=2, d_model=48, d_head=12, d_mlp=96, n_layers=1)
 NAME = "tests.test_geometry_own:"
 

@@ -17,6 +17,8 @@ from tvlens.geometry.nulls import factor_swap
 from tvlens.geometry.offsets import mean_change, over_offsets
 from tvlens.weights.matching import load_pair
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = FakeLayout(n_layers=1)
 W_Q, W_K = (Component("matrix", 0, None, part) for part in ("W_Q", "W_K"))
 BACKGROUNDS = (0.0, 0.002)

@@ -14,6 +14,8 @@ from tvlens.geometry import Geometry, classify, decompose, decompose_and_classif
 from tvlens.geometry.matrices import spectral_basis
 from tvlens.geometry.measures import Tokens, vocabularies
 
+pytestmark = pytest.mark.slow
+
 
 class Pieces(FakePair):
     """A pair that gives an embedding 90 tokens at a time."""

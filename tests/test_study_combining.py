@@ -13,6 +13,8 @@ from tvlens.study.plan import StudyPlan
 from . import attribution_pairs as pairs
 from . import combined_models as planted
 
+pytestmark = pytest.mark.slow
+
 TASKS = """
 - {name: medical, kind: loss, file: "demo:med", limit: 12, domain: med}
 - {name: maths, kind: loss, file: "demo:math", limit: 12, domain: math}
