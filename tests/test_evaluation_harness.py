@@ -147,6 +147,14 @@ def test_a_task_that_lm_eval_cannot_run_gives_a_sentence(folder, editable, tmp_p
         list(task.items(editable.lens))
 
 
+def test_a_task_without_the_measure_that_is_asked_for_is_refused(folder, editable) -> None:
+    text = "- {name: x, kind: lm_eval, file: words.yaml, metric: exact_match}\n"
+    (folder / "other.yaml").write_text(text)
+    (task,) = ready(load_tasks(folder / "other.yaml"), editable.tokenizer, chat="off")
+    with pytest.raises(PromptError, match="no 'exact_match' here; it has acc, acc_norm"):
+        list(task.items(editable.lens))
+
+
 def test_a_tokenizer_without_an_end_is_refused_with_the_reason(
     folder, editable, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,25 +151,32 @@ def test_the_command_of_a_plan_is_read_back_as_that_plan(monkeypatch) -> None:
     assert made == [plan]
 
 
-def test_the_command_of_a_sweep_is_read_back_as_that_plan(monkeypatch) -> None:
+SWEPT: dict[str, Any] = {
+    "stages": ("sweep",),
+    "tasks": "tasks.yaml",
+    "scales": "-1:1:0.5",
+    "select": 'kind == "head" and layer == 3',
+    "rest": "tuned",
+    "draws": 1,
+}
+REPRESENTED: dict[str, Any] = {
+    "stages": ("represent",),
+    "parent": "p",
+    "texts": "demo:med",
+    "draws": 5,
+}
+
+
+@pytest.mark.parametrize("options", [SWEPT, REPRESENTED])
+def test_the_command_of_one_stage_is_read_back_as_that_plan(
+    monkeypatch, options: dict[str, Any]
+) -> None:
     import shlex
 
     from tvlens import cli
     from tvlens.cli import comparing
 
-    plan = StudyPlan(
-        base="a",
-        tuned=("b",),
-        stages=("sweep",),
-        controls=("c",),
-        tasks="tasks.yaml",
-        scales="-1:1:0.5",
-        select='kind == "head" and layer == 3',
-        rest="tuned",
-        draws=1,
-        chat="off",
-        seed=4,
-    )
+    plan = StudyPlan(base="a", tuned=("b",), controls=("c",), chat="off", seed=4, **options)
     made = []
     monkeypatch.setattr(comparing, "_show", lambda plan, out, **how: made.append(plan))
     cli.app(shlex.split(plan.command)[1:], standalone_mode=False)

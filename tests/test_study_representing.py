@@ -192,29 +192,6 @@ def test_the_command_line_runs_the_stage_and_says_what_it_found(
     assert set(summary["tables"]) == {"representations", "verdicts"}
 
 
-def test_the_command_of_a_represent_study_is_read_back_as_that_plan(monkeypatch):
-    import shlex
-
-    from tvlens import cli
-    from tvlens.cli import comparing
-
-    asked = StudyPlan(
-        base="a",
-        tuned=("b",),
-        stages=("represent",),
-        controls=("c",),
-        parent="p",
-        texts="demo:med",
-        draws=5,
-        chat="off",
-        seed=4,
-    )
-    made = []
-    monkeypatch.setattr(comparing, "_show", lambda plan, out, **how: made.append(plan))
-    cli.app(shlex.split(asked.command)[1:], standalone_mode=False)
-    assert made == [asked]
-
-
 @pytest.mark.parametrize(
     ("texts", "error", "sentence"),
     [(None, StudyError, "--texts"), ("gone.txt", PromptError, "cannot read the prompts")],

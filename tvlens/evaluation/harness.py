@@ -50,14 +50,24 @@ class ReadyHarness:
 
         Raises:
             HostError: The model is none that transformers runs.
-            PromptError: lm-eval cannot load or run the task.
+            PromptError: lm-eval cannot load or run the task, or does not measure its metric.
         """
-        wanted = MEASURED["lm_eval"]
-        for sample in self._samples(lens):
+        wanted, samples = MEASURED["lm_eval"], self._samples(lens)
+        if lacking := self._lacking(samples[0]):
+            raise PromptError(lacking)
+        for sample in samples:
             for name in wanted:
                 if name in sample:
                     text = _written(sample) if name == wanted[-1] else None
                     yield Item(int(sample["doc_id"]), name, float(sample[name]), response=text)
+
+    def _lacking(self, sample: dict[str, Any]) -> str:
+        """What to say where a task measures nothing that is kept, or not what a curve shows."""
+        there = [name for name in MEASURED["lm_eval"] if name in sample]
+        if self.task.spec.primary in there:
+            return ""
+        given = f"it has {', '.join(there)}: name one as 'metric'" if there else "it has none kept"
+        return f"{self.path.name}: lm-eval measures no {self.task.spec.primary!r} here; {given}."
 
     def _samples(self, lens: MakesLogits) -> list[dict[str, Any]]:
         """lm-eval's own rows, one a document; the first filter's where a task has several."""

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from .datatable import DataTable
-from .figures import NOTHING, Grid, HeatMap, heat_map, number
+from .figures import NOTHING, Grid, HeatMap, heat_map, number, with_ends
 from .folder import StudyFolder, rows_of
 
 MAX_ROWS = 60  # points of a table; a finer grid is in the heat maps and the parquet file
@@ -119,10 +118,10 @@ def _valued(rows: pd.DataFrame) -> str:
     if rows.empty:
         return NOTHING
     row = next(rows_of(rows))
-    text = _with_ends(row.value, row.ci_low, row.ci_high)
+    text = with_ends(row.value, row.ci_low, row.ci_high)
     if pd.isna(row.interaction):
         return text
-    return f"{text}; {_with_ends(row.interaction, row.interaction_low, row.interaction_high)}"
+    return f"{text}; {with_ends(row.interaction, row.interaction_low, row.interaction_high)}"
 
 
 def disturbance_table(frame: pd.DataFrame) -> DataTable | None:
@@ -136,8 +135,8 @@ def disturbance_table(frame: pd.DataFrame) -> DataTable | None:
             str(row.added),
             str(row.task),
             str(row.model),
-            _with_ends(row.fall, row.ci_low, row.ci_high),
-            _with_ends(row.beyond, row.beyond_low, row.beyond_high),
+            with_ends(row.fall, row.ci_low, row.ci_high),
+            with_ends(row.beyond, row.beyond_low, row.beyond_high),
         )
         for row in rows_of(rows.head(MAX_ROWS))
     )
@@ -160,7 +159,7 @@ def ranks_table(frame: pd.DataFrame) -> DataTable | None:
             str(row.task),
             PREDICTOR_WORDS.get(str(row.predictor), str(row.predictor)),
             f"{int(row.n):,}",
-            _with_ends(row.spearman, row.ci_low, row.ci_high),
+            with_ends(row.spearman, row.ci_low, row.ci_high),
             number(row.p_value),
             str(row.verdict),
         )
@@ -174,10 +173,3 @@ def ranks_table(frame: pd.DataFrame) -> DataTable | None:
         lines,
         text_columns=3,
     )
-
-
-def _with_ends(value: Any, low: Any, high: Any) -> str:
-    if pd.isna(value):
-        return NOTHING
-    known = pd.notna(low) and pd.notna(high)
-    return number(value) + (f" [{number(low)}, {number(high)}]" if known else "")

@@ -192,6 +192,13 @@ class Scatter:
     y_zero: float | None
 
 
+def with_ends(value: Any, low: Any, high: Any, digits: int = 3) -> str:
+    """A number and the ends of its interval, where there is one."""
+    known = low is not None and high is not None and np.isfinite(low) and np.isfinite(high)
+    ends = f" [{number(low, digits)}, {number(high, digits)}]" if known else ""
+    return number(value, digits) + ends
+
+
 def number(value: Any, digits: int = 3) -> str:
     """A number for people with ``digits`` significant digits; a dash where there is none."""
     if value is None or not np.isfinite(value):

@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .figures import NOTHING, number
+from .figures import NOTHING, with_ends
 from .folder import rows_of
 
 
@@ -30,6 +30,5 @@ def _cell(rows: pd.DataFrame) -> str:
     if rows.empty:
         return NOTHING
     row = next(rows_of(rows))
-    interval = f" [{number(row.ci_low)}, {number(row.ci_high)}]" if pd.notna(row.ci_low) else ""
     star = "*" if pd.notna(row.p_value) and row.p_value < 0.05 else ""
-    return f"{number(row.value, 4)}{interval}{star}"
+    return with_ends(row.value, row.ci_low, row.ci_high) + star

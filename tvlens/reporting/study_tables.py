@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from .datatable import DataTable, words
-from .figures import NOTHING, number
+from .figures import NOTHING, number, with_ends
 from .folder import rows_of
 
 MAX_LISTED = 200  # tensors named one by one; the rest are counted
@@ -116,9 +116,9 @@ def verdicts_table(frame: pd.DataFrame) -> DataTable | None:
         lines.append(
             (
                 *(text if isinstance(text, str) else NOTHING for text in texts),
-                _with_ends(*value),
+                with_ends(*value),
                 row.control if isinstance(row.control, str) else NOTHING,
-                _with_ends(*control),
+                with_ends(*control),
             )
         )
     return DataTable(
@@ -131,15 +131,6 @@ def verdicts_table(frame: pd.DataFrame) -> DataTable | None:
     )
 
 
-def _with_ends(value: float, low: float, high: float) -> str:
-    known = pd.notna(low) and pd.notna(high)
-    return number(value) + (f" [{number(low)}, {number(high)}]" if known else "")
-
-
 def _measured(rows: pd.DataFrame) -> str:
-    cells = []
-    for row in rows_of(rows):
-        known = pd.notna(row.ci_low) and pd.notna(row.ci_high)
-        interval = f" [{number(row.ci_low, 4)}, {number(row.ci_high, 4)}]" if known else ""
-        cells.append(number(row.value, 4) + interval)
+    cells = [with_ends(row.value, row.ci_low, row.ci_high, 4) for row in rows_of(rows)]
     return "; ".join(cells) or NOTHING
