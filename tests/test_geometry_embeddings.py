@@ -23,6 +23,7 @@ from tvlens.geometry.classify import Classifier
 from tvlens.geometry.embedding_evidence import token_spikes, tokens_with_half
 from tvlens.geometry.matrix_evidence import gain_cosines
 from tvlens.geometry.measures import vocabulary
+from tvlens.geometry.nulls import random_signs
 from tvlens.geometry.spikes import flipped_gram
 from tvlens.weights.delta import LowRank
 
@@ -156,12 +157,13 @@ def test_spikes_from_products_are_those_of_the_matrix(gain: float) -> None:
 
 def test_other_signs_leave_lengths_and_take_what_entries_share() -> None:
     rows = torch.outer(torch.linspace(1, 3, 200), torch.ones(30)) * 1e-12
-    found = flipped_gram(rows, seed=0)
+    found = flipped_gram(rows, random_signs((200, 30), seed=0))
     torch.testing.assert_close(found.diagonal(), rows.double().square().sum(0), rtol=1e-5, atol=0)
     apart = found - torch.diag(found.diagonal())
     assert float(apart.norm() / found.diagonal().norm()) < 0.5  # 29^.5 with their own signs
     factors = Factored(rows[:, :1], torch.ones(1, 30))
-    torch.testing.assert_close(flipped_gram(factors, seed=0), found, rtol=1e-5, atol=1e-30)
+    same = flipped_gram(factors, random_signs((200, 30), seed=0))
+    torch.testing.assert_close(same, found, rtol=1e-5, atol=1e-30)
 
 
 def test_a_factored_change_of_an_embedding_is_new_too() -> None:
@@ -173,3 +175,10 @@ def test_a_factored_change_of_an_embedding_is_new_too() -> None:
     pair = FakePair({component: FakeWeight(component, base, factors)}, LAYOUT)
     (found,) = decompose_and_classify([pair])
     assert found.labels.labels.to_frame()["label"].tolist() == ["new_write"]
+
+
+def test_other_signs_of_nothing_are_nothing() -> None:
+    rows = torch.zeros(40, 30)
+    assert not flipped_gram(rows, random_signs((40, 30), seed=0)).any()
+    rows[3] = 1.0
+    assert flipped_gram(rows, random_signs((40, 30), seed=0)).isfinite().all()

@@ -198,18 +198,20 @@ def joined_evidence(parts: Sequence[Evidence]) -> Evidence:
 
 
 def replaced(evidence: Evidence, newer: Evidence) -> Evidence:
-    """Evidence in which some components have newer rows; the order stays."""
-    order = {name: place for place, name in enumerate(evidence.frame["component"])}
-    known = set(newer.frame["component"])
-    frames = (
-        pd.concat([old[~old["component"].isin(known)], new], ignore_index=True)
-        for old, new in ((evidence.frame, newer.frame), (evidence.tests, newer.tests))
-    )
-    frame, tests = frames
-    places = frame["component"].map(order).to_numpy()
-    frame = frame.iloc[np.argsort(places)].reset_index(drop=True)
-    return Evidence([_rows_of(frame)], [_rows_of(tests)])
+    """Evidence in which components that stand by themselves have newer rows; the order stays.
+
+    Raises:
+        ValueError: A component has no older row of its own, or there are tests of it already.
+    """
+    rows = {c: part for part in newer.components for c in part["component"]}
+    newest = {c: _row(rows[c], rows[c]["component"].index(c)) for c in rows}
+    told = {c for part in evidence.statistics for c in part["component"]}
+    alone = {part["component"][0] for part in evidence.components if len(part["component"]) == 1}
+    if wrong := [c for c in newest if c in told or c not in alone]:
+        raise ValueError(f"the evidence about {wrong[0]} cannot be replaced: it is not untested.")
+    parts = [newest.get(part["component"][0], part) for part in evidence.components]
+    return Evidence(parts, [*evidence.statistics, *newer.statistics])
 
 
-def _rows_of(frame: pd.DataFrame) -> Rows:
-    return {str(name): frame[name].array for name in frame}
+def _row(rows: Rows, place: int) -> Rows:
+    return {name: column[place : place + 1] for name, column in rows.items()}

@@ -20,7 +20,7 @@ from .evidence import (
     evidence_rows,
     statistic_rows,
 )
-from .heads import Coordinates, Factor
+from .heads import Coordinates, Factor, change_of_heads
 from .nulls import factor_swap, noise_edge, own_versus_others, share_in_spans
 from .offsets import mean_change
 
@@ -38,6 +38,10 @@ class HeadSpikes:
     share: Float64[Tensor, " head"]
     outside: Float64[Tensor, " head"]
     found: np.ndarray
+
+    def of_heads(self, group: Int[Tensor, " head"]) -> "HeadSpikes":
+        """Those of the kv head that each query head reads."""
+        return HeadSpikes(self.share[group], self.outside[group], self.found[group.numpy()])
 
 
 def head_spikes(
@@ -108,6 +112,13 @@ class HeadChanges:
         """That of the factor of its kv head."""
         return self.spans[0 if self.circuit == "OV" else 1]
 
+    def shared_spikes(self, *, seed: int) -> HeadSpikes:
+        """Structure in the kv heads' factors, worked out once for all query heads of each."""
+        known, group = self.group.unique(return_inverse=True)
+        first = torch.searchsorted(self.group, known)
+        delta = change_of_heads(self.shared.delta, first)
+        return head_spikes(delta, self.shared_spans[first], seed=seed).of_heads(group)
+
     @property
     def side(self) -> Side:
         """What the own factor does with the residual stream."""
@@ -128,7 +139,7 @@ def head_evidence(keys: Keys, heads: HeadChanges, *, seed: int) -> Evidence:
     spans = share_in_spans(heads.own.delta, heads.own_spans).nan_to_num()
     space = own_versus_others(spans.numpy(), kv)
     own = head_spikes(heads.own.delta, heads.own_spans, seed=seed)
-    shared = head_spikes(heads.shared.delta, heads.shared_spans, seed=seed + 1)
+    shared = heads.shared_spikes(seed=seed + 1)
     amplified = mean.kappa.nan_to_num().numpy() ** 2
     shared_inside = (shared.share * (1 - shared.outside)).numpy()
     within = from_own * _above_chance(spans, heads.own) + (1 - from_own) * shared_inside - amplified

@@ -108,11 +108,14 @@ class Basis:
         return self.long if self.turned else self.short
 
     def coordinates(
-        self, vectors: Float64[Tensor, "*given d k"], side: Side
-    ) -> Float64[Tensor, "*component direction k"]:
-        """The coordinates of a few vectors of one side along its directions."""
+        self, vectors: Float[Tensor, "*given d k"], side: Side
+    ) -> Float[Tensor, "*component direction k"]:
+        """The coordinates of a few vectors of one side along its directions.
+
+        Those of the shorter side are in the precision of the vectors.
+        """
         if (side == "read") == self.turned:
-            return transposed(self.short) @ vectors
+            return transposed(self.short).to(vectors.dtype) @ vectors
         onto_short = product(transposed(self.tall), vectors)
         return rearrange(self.inverse, "... a -> ... a 1") * (transposed(self.short) @ onto_short)
 

@@ -73,8 +73,8 @@ class MatrixStructure:
 
 
 def relative_alignment(
-    coordinates: Float64[Tensor, "direction vector"],
-    total: Float64[Tensor, " vector"],
+    coordinates: Float[Tensor, "direction vector"],
+    total: Float[Tensor, " vector"],
     basis: Basis,
     d_model: int,
 ) -> Float64[Tensor, " vector"]:

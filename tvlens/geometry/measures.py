@@ -35,6 +35,7 @@ from .matrices import (
     stable_rank,
 )
 from .neurons import Sums, joined_sums, sums_of_rows, vector_measures
+from .nulls import Signs
 from .reading import Slice, Weight, slice_of
 from .spikes import flipped_gram
 
@@ -221,11 +222,36 @@ def vocabularies(asked: Sequence[Tokens], part: str) -> list[Vocabulary]:
     """
     adding = [_Adding(one.spectra, one.seed, part) for one in asked]
     for pieces in zip_longest(*(one.slabs for one in asked)):
-        known: list[tuple[Tensor, Tensor]] = []
+        known = _Known()
         for one, weight in zip(adding, pieces, strict=True):
             if weight is not None:
                 one.add(slice_of(weight), known)
     return [one.found() for one in adding]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What pairs have had of the same tokens.
+
+    Attributes:
+        grams: Bases with their Gram matrices.
+        draws: Signs by their seed.
+    """
+
+    grams: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    draws: dict[int, Signs] = field(default_factory=dict)
+
+    def gram(self, base: Tensor) -> Tensor:
+        """The Gram of some tokens of a base."""
+        for other, products in self.grams:
+            if torch.equal(other, base):
+                return products
+        self.grams.append((base, gram(base)))
+        return self.grams[-1][1]
+
+    def signs(self, seed: int, shape: tuple[int, ...]) -> Tensor:
+        """The draw of a seed."""
+        return self.draws.setdefault(seed, Signs(seed)).of(shape)
 
 
 @dataclass
@@ -239,8 +265,8 @@ class _Adding:
     sums: list[Sums] = field(default_factory=list)
     grams: list[Tensor] = field(default_factory=list)
 
-    def add(self, weight: Slice, known: list[tuple[Tensor, Tensor]]) -> None:
-        """Add some tokens; ``known`` are bases of the same tokens with their Grams."""
+    def add(self, weight: Slice, known: _Known) -> None:
+        """Add some tokens."""
         self.first = self.first or weight
         base, change = weight.base, weight.change
         if self.part == "W_U":
@@ -248,9 +274,10 @@ class _Adding:
         self.sums.append(sums_of_rows(base, change, _token_rows(weight.floor, self.part)))
         made = [] if self.spectra == "none" else [gram(change)]
         if self.spectra == "both":
-            made.append(_known_gram(base, known))
+            made.append(known.gram(base))
         if self.seed is not None:
-            made += [cross(base, change), flipped_gram(change, seed=self.seed + len(self.sums))]
+            signs = known.signs(self.seed + len(self.sums), tuple(change.shape))
+            made += [cross(base, change), flipped_gram(change, signs)]
         olds = self.grams or [torch.zeros_like(one) for one in made]
         self.grams = [old.add_(new) for old, new in zip(olds, made, strict=True)]
 
@@ -262,15 +289,6 @@ class _Adding:
         columns: Columns = {**tokens.grouped(1).columns()}
         columns |= _gram_columns(self.grams, self.part)
         return Vocabulary(columns, self.first, tokens, self.grams)
-
-
-def _known_gram(base: Tensor, known: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The Gram of some tokens of a base, which another pair may have had already."""
-    for other, products in known:
-        if torch.equal(other, base):
-            return products
-    known.append((base, gram(base)))
-    return known[-1][1]
 
 
 def _token_rows(floor: Tensor | None, part: str) -> Tensor | None:

@@ -132,7 +132,10 @@ def shared_with_others(
 def own_alignments(
     neurons: NeuronChanges, asked: Bool[np.ndarray, " neuron"]
 ) -> Float64[Tensor, " neuron"]:
-    """G_rel of some neurons' changes less their own gains, NaN for the others."""
+    """G_rel of some neurons' changes less their own gains, NaN for the others.
+
+    In float32: an alignment is a mean of hundreds of energies, and the gain must have left enough.
+    """
     found = torch.full_like(neurons.sums.delta, torch.nan)
     gain = rearrange(neurons.sums.gain.nan_to_num(), "neuron -> neuron 1")
     rest = Remainder(neurons.base, neurons.change, gain)
@@ -141,7 +144,7 @@ def own_alignments(
         some = torch.from_numpy(asked[start:stop])
         if not bool(some.any()):
             continue
-        rows = rest.rows(start, stop)[some]
+        rows = rest.rough_rows(start, stop)[some]
         coordinates = neurons.basis.coordinates(transposed(rows), side)
         aligned = relative_alignment(coordinates, rows.square().sum(1), neurons.basis, d_model)
         found[start:stop][some] = aligned

@@ -285,17 +285,19 @@ def neuron_gain(peers: Peers, change: Change, cosine: Float64[Tensor, " neuron"]
 def _length_and_variance(
     peers: Peers, change: Change
 ) -> tuple[Float64[Tensor, " neuron"], Float64[Tensor, " neuron"]]:
-    """|d| and d' Cov d of every row d."""
+    """|d| and d' Cov d of every row d, the latter in float32: a sum without a difference."""
     if isinstance(change, Factored):
         left, right = change.left.double(), change.right.double()
         forms = (right @ transposed(right), right @ peers.covariance @ transposed(right))
         energy, variance = (((left @ form) * left).sum(1) for form in forms)
         return energy.clamp(min=0).sqrt(), variance
-    parts = []
+    covariance, parts = peers.covariance.float(), []
     for start, stop in slabs(change.shape):
-        rows = change[start:stop].double()
-        variance = ((rows @ peers.covariance) * rows).sum(1)
-        parts.append(torch.stack([rows.square().sum(1).sqrt(), variance]))
+        length = torch.linalg.vector_norm(change[start:stop], dim=1, dtype=torch.float64)
+        unit = rearrange(length, "row -> row 1").float().clamp(min=torch.finfo(torch.float32).tiny)
+        rows = change[start:stop].float() / unit
+        variance = ((rows @ covariance) * rows).sum(1).double() * length.square()
+        parts.append(torch.stack([length, variance]))
     length, variance = torch.cat(parts, dim=1)
     return length, variance
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .changes import Change, Remainder, own_products, slabs, transposed, written_rows
 from .eigen import largest_eigenvalue, strongest
 from .matrices import RANK_TOLERANCE
-from .nulls import Signs, edge, random_signs
+from .nulls import Signs, edge
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +79,13 @@ def spikes_above_edge(
     return Spikes(*sides, total, float(limit))
 
 
-def flipped_gram(change: Change, *, seed: int) -> Float64[Tensor, "b b"]:
-    """D' D after the sign of every entry of D was drawn anew; its products are in float32."""
-    signs = random_signs(tuple(change.shape), seed=seed)
+def flipped_gram(change: Change, signs: Int[Tensor, "a b"]) -> Float64[Tensor, "b b"]:
+    """D' D after every entry of D got another sign; its products are in float32."""
     found = torch.zeros((change.shape[1], change.shape[1]), dtype=torch.float64)
     for start, stop in slabs(change.shape):
-        rows = written_rows(change, start, stop)
-        scale = rows.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
+        is_dense = isinstance(change, Tensor)
+        rows = change[start:stop] if is_dense else written_rows(change, start, stop)
+        scale = rows.abs().amax().double().clamp(min=torch.finfo(torch.float32).tiny)
         signed = (rows / scale).float().mul_(signs[start:stop])
         found += own_products(signed).double() * scale.square()
     return found
