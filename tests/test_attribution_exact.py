@@ -77,6 +77,24 @@ def test_insert_and_remove_equal_models_edited_by_hand(kind):
     assert float(alone.abs().max()) > 1e-3
 
 
+def test_components_in_a_tuple_are_patched_together():
+    base, tuned, batch = pairs.hf_model("llama"), pairs.hf_model("llama"), pairs.batch()
+    pairs.noised(tuned, scale=0.2)
+    inserted = copy.deepcopy(base)
+    with torch.no_grad():
+        for kind in ("head", "neuron"):
+            both = (llama_slices(m, 1)[kind] for m in (inserted, tuned))
+            for here, there in zip(*both, strict=True):
+                here.copy_(there)
+    hooked = pairs.hooked_pair("llama", lambda model: pairs.noised(model, scale=0.2))
+    head, neuron = (pairs.component(kind, 1, 1, None) for kind in ("head", "neuron"))
+    found = exact(hooked, batch, [(head, neuron), (head,), head, neuron], "insert")
+    wanted = value(inserted, batch) - value(base, batch)
+    torch.testing.assert_close(found[0], wanted, rtol=1e-3, atol=1e-5)
+    assert torch.equal(found[1], found[2])
+    assert float((found[0] - found[2] - found[3]).abs().max()) > 1e-4  # together is no sum
+
+
 def test_an_untied_copy_of_the_unembedding_is_patched_alone():
     base, batch = pairs.hf_model("llama"), pairs.batch()
     edited, tuned = pairs.hf_model("llama"), pairs.hf_model("llama")

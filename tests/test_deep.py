@@ -10,7 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.deep
 REAL = Path(os.environ.get("TVLENS_REAL", Path.home() / ".cache" / "tvlens" / "real"))
-PROMPTS = Path(__file__).parent.parent / "examples" / "real_models" / "prompts_med.jsonl"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "real_models"
+PROMPTS = EXAMPLES / "prompts_med.jsonl"
 
 
 def _scores(base: str, tuned: str, prompts: str, metric: str, *, most: int):
@@ -39,6 +40,17 @@ def test_weight_scores_sum_to_the_change_on_the_real_pair() -> None:
     scores = _scores(str(REAL / "base"), str(REAL / "med"), str(PROMPTS), "logprob", most=8)
     print(f"SmolLM2 med logprob: gap {scores.completeness:.3%} with {scores.nodes} nodes")
     assert scores.completeness <= 0.002
+
+
+@pytest.mark.parametrize("tuned", ["med", "math", "med-lora", "ctl"])
+def test_estimates_agree_with_exact_patches_on_the_real_pairs(tuned: str) -> None:
+    from benchmarks.fidelity import rows
+
+    assert (REAL / tuned).is_dir(), "make it with examples/real_models first"
+    prompts = EXAMPLES / ("prompts_math.jsonl" if tuned == "math" else "prompts_med.jsonl")
+    found = list(rows(str(REAL / "base"), str(REAL / tuned), str(prompts)))
+    print("\n".join(row.markdown() for row in found))
+    assert [f"{row.what}, {row.kind}" for row in found if not row.passed] == []
 
 
 def test_noise_on_smollm2_shows_no_contrast(tmp_path: Path) -> None:

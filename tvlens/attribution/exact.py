@@ -36,6 +36,8 @@ from .tables import sampled_table
 from .weights import chunks, gauss_legendre, method_run
 
 ExactMethod = Literal["exact_weight_insert", "exact_weight_remove", "exact_weight_path"]
+Patched = Component | tuple[Component, ...]
+"""What is patched at once: a component, or several together."""
 ENDS: tuple[End, End] = ("tuned", "base")
 
 
@@ -59,7 +61,7 @@ def exact_weight_scores(
     hooked: HookedPair,
     batch: Batch,
     metric: Metric,
-    components: Sequence[Component],
+    components: Sequence[Patched],
     *,
     method: ExactMethod,
     nodes: int = 8,
@@ -70,7 +72,8 @@ def exact_weight_scores(
         hooked: The pair; both models are left bit for bit as they were.
         batch: Tokenised prompts.
         metric: What is measured.
-        components: Heads, kv heads, kv groups, neurons, or pieces of the disjoint kinds.
+        components: Heads, kv heads, kv groups, neurons, or pieces of the disjoint kinds; a tuple of
+            them is patched as one, each of its weights once.
         method: Which exact question is asked.
         nodes: Of ``exact_weight_path``; the run's own make it the oracle of ``weight_ig``.
 
@@ -81,13 +84,19 @@ def exact_weight_scores(
     ends = {"exact_weight_insert": [(0.0, 1.0)], "exact_weight_remove": [(1.0, 1.0)]}
     rule = ends.get(method) or gauss_legendre(nodes)
     with weight_path(hooked) as path:
-        cuts = [pieces(component, hooked.base, path.sites) for component in components]
+        cuts = [_pieces(one, path) for one in components]
         parts = []
         for chunk in chunks(batch, hooked.base.d_vocab):
             path.move(0.0)
             measured = _Measured(path, hooked.reading(metric, chunk))
             parts.append(sum(weight * measured.swings(cuts, s) for s, weight in rule))
     return torch.cat(parts, dim=1)
+
+
+def _pieces(patched: Patched, path: WeightPath) -> list[Piece]:
+    """The slices that one component, or several together, own."""
+    together = (patched,) if isinstance(patched, Component) else patched
+    return [piece for one in together for piece in pieces(one, path.lens, path.sites)]
 
 
 def first_block(parts: Sequence[Piece], sites: Sequence[Site], lens: LensModel) -> int | None:
