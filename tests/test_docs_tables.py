@@ -1,0 +1,167 @@
+"""The command under a table of docs/ gives the table's numbers, within their intervals.
+
+Commands and figures are read from the pages, so that neither can drift from the other. Real models
+as in test_deep.py; about an hour of one core in all.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+
+from .test_deep import REAL
+
+pytestmark = pytest.mark.deep
+ROOT = Path(__file__).parent.parent
+NUMBER = r"[+-]?\d+(?:\.\d+)?"
+RANGE = re.compile(
+    rf"(?P<value>{NUMBER})\W*[\[(,]\s*(?P<low>{NUMBER})(?:,| to )\s*(?P<high>{NUMBER})"
+)
+
+
+class Figure(NamedTuple):
+    """A number of a page and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def holds(self, found: float) -> bool:
+        """Whether a number is in the interval, or the figure to its last digit."""
+        return self.low <= found <= self.high
+
+
+def section(page: str, heading: str) -> str:
+    """The text under a heading, up to the next one of any level."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.DOTALL | re.MULTILINE
+    )
+    assert found, f"{page} has no section {heading!r}"
+    return found[1]
+
+
+def table(text: str, first: str) -> dict[str, dict[str, str]]:
+    """The rows of the table whose head begins with ``first``, by their first cell."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("*") for cell in line.strip("|").split("|")])
+    head, _, *body = rows
+    return {row[0]: dict(zip(head, row, strict=True)) for row in body}
+
+
+def figure(cell: str) -> Figure:
+    """``2.70 [2.42, 3.02]``, ``+1.68 (1.43 to 1.93)`` or ``+0.006, -0.016 to +0.028``."""
+    found = RANGE.search(cell.replace("*", ""))
+    assert found, f"no figure with an interval in {cell!r}"
+    return Figure(*(float(found[name]) for name in ("value", "low", "high")))
+
+
+def run(text: str, out: Path, folder: Path = ROOT) -> Path:
+    """Run the first tvlens command of a text; its study goes to ``out``."""
+    words = shlex.split(next(line for line in text.splitlines() if line.startswith("tvlens ")))
+    place = words.index("--out")
+    words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
+    words[place + 1] = str(out)
+    subprocess.run([sys.executable, "-m", "tvlens", *words[1:], "--quiet"], cwd=folder, check=True)
+    return out
+
+
+def needs_real(*names: str) -> None:
+    """The real models must be there."""
+    missing = [name for name in ("base", *names) if not (REAL / name).is_dir()]
+    assert not missing, f"make {missing[0]} with examples/real_models first"
+
+
+def test_figures_are_read_as_pages_write_them() -> None:
+    assert figure("**2.70** [2.42, 3.02]") == (2.70, 2.42, 3.02)
+    assert figure("+1.68 (1.43 to 1.93); ctl +0.53 (0.39 to 0.69)") == (1.68, 1.43, 1.93)
+    assert figure("-0.012, -0.092 to +0.069") == (-0.012, -0.092, 0.069)
+    assert not Figure(1.0, 0.9, 1.1).holds(1.2)
+
+
+def test_the_combination_of_the_shipped_models(tmp_path: Path) -> None:
+    page = "combining.md"
+    top = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    out = run(top, tmp_path / "study")
+    found = pd.read_parquet(out / "combinations.parquet")
+    plain = found[found["by"].isna() & (found["split"] == "all") & (found["measure"] == "loss")]
+    values = plain.set_index(["model", "task"])["value"]
+    for model, row in table(section(page, "The grid"), "model").items():
+        for task in ("medical", "maths", "general"):
+            assert figure(row[task]).holds(values[model, task]), (model, task)
+    verdicts = pd.read_parquet(out / "verdicts.parquet").set_index(["task", "measure"])
+    judged = {
+        "general, loss": ("general", "loss"),
+        "general, choices": ("general choices", "choice_logprob"),
+        "mean over both domains, loss": ("mean over domains", "loss"),
+        "mean over both domains, choices": ("mean over domains", "choice_logprob"),
+    }
+    heading = '"Combining improves generalisation", judged'
+    rows = table(section(page, heading), "judged on")
+    assert rows.keys() == judged.keys()
+    for name, row in rows.items():
+        claim = verdicts.loc[judged[name]]
+        assert claim["verdict"] == row["verdict"], name
+        assert figure(row["gain over the base"]).holds(claim["value"]), name
+
+
+def test_the_contrasts_of_smollm2(tmp_path: Path) -> None:
+    needs_real("med", "med-lora", "math", "ctl", "ctl-1")
+    text = section("results.md", "What was written, and what kind it is")
+    out = run(text, tmp_path / "study", REAL)
+    found = pd.read_parquet(out / "contrasts.parquet")
+    chosen = found[found["headline"] & (found["weighting"] == "none")]
+    newness = chosen[chosen["measure"] == "g_rel"].set_index("tuned")
+    rows = table(text, "newness: G_rel of writes")
+    for name, row in rows.items():
+        tuned, _, against = name.partition(" minus ")
+        if against != "both":
+            continue
+        claim = newness.loc[tuned]
+        assert figure(row["difference, 95 % interval"]).holds(claim["mean"]), name
+        assert claim["verdict"] == row["verdict"], name
+
+
+def test_the_sweep_of_smollm2(tmp_path: Path) -> None:
+    needs_real("med", "ctl")
+    text = section("results.md", "Does behaviour need it?")
+    studies = ROOT / "examples" / "studies"
+    out = run(text.replace("cd examples/studies && ", ""), tmp_path / "study", studies)
+    found = pd.read_parquet(out / "verdicts.parquet")
+    tasks = {
+        "skill: medical loss": "medical",
+        "skill: maths loss": "maths",
+        "skill: general loss": "general",
+        "skill: right definition": "definitions",
+        "generation quality": "answers",
+        "instruction following": "obeys",
+    }
+    rows = table(text, "claim")
+    assert tasks.keys() == rows.keys()
+    for name, row in rows.items():
+        claim = found[found["task"] == tasks[name]].iloc[0]
+        assert claim["verdict"] == row["verdict"], name
+        cell = row["gain over base; over what it is smallest"]
+        assert figure(cell).holds(claim["value"]), name
+
+
+def test_the_representations_of_smollm2(tmp_path: Path) -> None:
+    needs_real("med", "ctl")
+    text = section("results.md", "What it does to the representations")
+    out = run(text, tmp_path / "study", REAL)
+    claim = pd.read_parquet(out / "verdicts.parquet").set_index("claim")
+    row = claim.loc["fine-tuning changes a small subspace of the representations"]
+    assert row["verdict"] == "not supported"
+    shown = re.search(r"\((?P<value>[\d.]+) %, (?P<low>[\d.]+) to (?P<high>[\d.]+)\)", text)
+    assert shown, "the page gives the rank's interval"
+    assert float(shown["low"]) / 100 <= row["value"] <= float(shown["high"]) / 100
