@@ -27,7 +27,8 @@ test-deep: all
 # TransformerLens 3.9 in an environment of its own: what touches a hooked model.
 HOST_TESTS := $(wildcard tests/test_models_*.py) tests/test_families.py tests/test_weights_layout.py \
 	tests/test_weights_memory.py $(addprefix tests/test_attribution_,weights.py exact.py gates.py \
-	activations.py nodes.py tokens.py atp.py patching.py)
+	activations.py nodes.py tokens.py atp.py patching.py parts.py circuits.py layer_integrals.py \
+	grafting.py)
 
 test-tl39: .venv-tl39/.installed
 	$(BIN39)/python -m pytest -q -n 2 --dist loadfile -m "not deep and not demo" $(HOST_TESTS)

@@ -153,6 +153,52 @@ def test_exact_patches_are_those_of_the_bridge(family, method):
     assert float((swings - found).abs().max()) <= 1e-4 * float(found.abs().max())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_geometric_parts_and_circuits_are_those_of_the_bridge(family):
+    from tvlens.attribution.circuits import circuit_scores
+    from tvlens.attribution.parts import part_scores
+    from tvlens.attribution.weights import weight_scores
+
+    ours, made = own_pair(family)
+    batch, theirs, found = pairs.batch(), bridges(made), []
+    before = state(ours.base.model)
+    for pair in (ours, theirs):
+        scores = weight_scores(pair, batch, metric(), nodes=3)
+        parts = part_scores(pair, batch, metric(), scores).parts
+        found.append((parts, circuit_scores(pair, batch, metric(), scores)))
+    assert_as_found(before, ours.base.model)
+    (parts, circuits), (wanted, wanted_circuits) = found
+    # a HookedTransformer has a bias everywhere; those that the checkpoint lacks stay 0
+    empty = [name for name in parts.keys() - wanted.keys() if not parts[name].values.any()]
+    assert parts.keys() - set(empty) == wanted.keys()
+    largest = max(float(part.values.abs().max()) for part in wanted.values())
+    for name, part in wanted.items():
+        mine = dict(zip(parts[name].components, parts[name].values, strict=True))
+        for component, values in zip(part.components, part.values, strict=True):
+            assert float((mine[component] - values).abs().max()) <= 1e-4 * largest, component
+    assert circuits.components == wanted_circuits.components
+    scale = float(wanted_circuits.values.abs().max())
+    assert scale > 1e-3
+    assert float((circuits.values - wanted_circuits.values).abs().max()) <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("family", ["qwen3", "neox"])
+def test_integrals_along_a_layer_are_those_of_the_bridge(family):
+    from tvlens.attribution.layer_integrals import layer_integrals
+
+    ours, made = own_pair(family)
+    batch, parts = pairs.batch(), ("z", "q", "post", "mlp_out")
+    found, wanted = (
+        layer_integrals(pair, batch, metric(), parts=parts, nodes=3)
+        for pair in (ours, bridges(made))
+    )
+    assert found.values.keys() == wanted.values.keys()
+    largest = max(float(values.abs().max()) for values in wanted.values.values())
+    assert largest > 1e-2
+    for name, values in wanted.values.items():
+        assert float((found.values[name] - values).abs().max()) <= 1e-4 * largest, name
+
+
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
 @pytest.mark.parametrize("direction", ["tuned_into_base", "base_into_tuned"])
 def test_scores_of_activations_are_those_of_the_bridge(family, direction):
