@@ -67,7 +67,7 @@ def score_shares(
     Raises:
         StudyError: No row is left, or none of its scores points the right way.
     """
-    scores = _mean_scores(table, tuned=tuned, method=method, kinds=kinds)
+    scores = mean_scores(table, tuned=tuned, method=method, kinds=kinds)
     if better == "lower":
         scores = {key: -score for key, score in scores.items()}
     largest = dict.fromkeys(kinds, 0.0)
@@ -84,10 +84,12 @@ def score_shares(
     return {component: share for component, share in found.items() if share is not None}
 
 
-def _mean_scores(
-    table: Table, *, tuned: str, method: str, kinds: Sequence[str]
-) -> dict[Key, float]:
-    """Mean score by part: the row over all prompts where there is one, as neurons have."""
+def mean_scores(table: Table, *, tuned: str, method: str, kinds: Sequence[str]) -> dict[Key, float]:
+    """Mean score by part: the row over all prompts where there is one, as neurons have.
+
+    Raises:
+        StudyError: The rows are of several fine-tunes.
+    """
     frame = whole_rows(table.to_frame())
     keep = (frame["method"] == method) & frame["kind"].isin(list(kinds))
     if tuned:
