@@ -9,8 +9,8 @@ and its tables are read under the name that they have there. What is asked for i
 models are loaded where that can be known without them (``check_request``).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,9 +23,16 @@ from .plan import WHOLE_WAY
 from .store import Study, existing_study
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from tvlens.compose.combining import Merge
     from tvlens.compose.portions import Portion
-    from tvlens.compose.selecting import Findings
+    from tvlens.compose.selecting import Chosen
+    from tvlens.weights.delta import Delta
+    from tvlens.weights.layout import Layout
     from tvlens.weights.matching import Pair
+    from tvlens.weights.provenance import BaseRecord, Input
     from tvlens.weights.slices import Kept
 
 DIRECTION_TYPES: Mapping[str, ColumnType] = {
@@ -71,14 +78,25 @@ class Cut:
     """What of a tuning vector an edit lets in.
 
     Attributes:
-        part: What of each component, None for all.
+        part: What is kept of each component, None for everything.
         portion: What is taken of each change, None for the change itself.
         notes: What a reader should know, in sentences.
     """
 
-    part: "str | Mapping[Component, Kept] | None" = None
+    part: "Mapping[Component, Kept] | None" = None
     portion: "Portion | None" = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+
+    def of(
+        self, component: Component, base: "Float[Tensor, '...']", delta: "Delta"
+    ) -> "Delta | None":
+        """What is let in of one component's change; None where that is nothing."""
+        from tvlens.weights.vector import restricted
+
+        taken = delta if self.portion is None else self.portion.of(component, base, delta)
+        if taken is None or self.part is None:
+            return taken
+        return restricted(taken, self.part[component]) if component in self.part else None
 
 
 def check_request(asked: Request) -> None:
@@ -154,40 +172,91 @@ def cut_of(asked: Request, pair: "Pair", *, canonical: bool = False) -> Cut:
         StudyError: The study is of other models, or lacks a table.
     """
     from tvlens.compose.portions import geometric_parts
-    from tvlens.weights.vector import base_record
+    from tvlens.weights.vector import base_record, inputs_of, kept_by
 
     portion = geometric_parts(asked.parts) if asked.parts else None
+    record = base_record(pair, {})
     if asked.study is None:
-        return Cut(asked.select or None, portion)
+        kept = kept_by(asked.select, record, pair.tuned_name) if asked.select else None
+        return Cut(kept, portion)
     study = existing_study(Path(asked.study))
-    tuned = name_in(study, pair, canonical=canonical)
+    tuned = name_in(study, inputs_of(pair), canonical=canonical)
     if asked.along:
-        return _along(asked.along, study, tuned, pair)
+        return _along(asked.along, study, tuned, pair.layout)
     if not (asked.select or asked.top):
         return Cut(None, portion)
-    from tvlens.compose.selecting import selected
-
-    found = _findings(asked, study, tuned)
-    chosen = selected(asked.select, base_record(pair, {}), found, top=asked.top)
+    chosen = looked_up(study, tuned, record, asked.select, top=asked.top)
     return Cut(chosen.kept, portion, chosen.notes)
 
 
-def name_in(study: Study, pair: "Pair", *, canonical: bool = False) -> str:
-    """What the tables of a study call the fine-tune of a pair.
+def chosen_merge(found: "Merge", asked: Request) -> "Merge":
+    """A merge with only what a study's findings select of each vector.
+
+    The choice becomes factors of 0 and 1, which a merged folder keeps beside its weights, so that
+    it can be checked without the study.
+
+    Raises:
+        SelectionError: It selects nothing, or names what is not there.
+        StudyError: The study is of other models, lacks a table, or the vectors are weighed too.
+    """
+    from tvlens.compose.weighting import kept_shares
+
+    study, terms, notes = existing_study(Path(str(asked.study))), [], []
+    for term in found.terms:
+        if term.shares is not None:
+            raise StudyError("--study chooses what --weigh weighs already.", hint="Leave one out.")
+        tuned = name_in(study, term.vector.inputs)
+        chosen = looked_up(study, tuned, term.vector.base, asked.select, top=asked.top)
+        terms.append(replace(term, shares=kept_shares(chosen.kept)))
+        notes += chosen.notes
+    return replace(found, terms=tuple(terms), part=asked.text, remarks=tuple(notes))
+
+
+def looked_up(
+    study: Study, tuned: str, base: "BaseRecord", select: str, *, top: int | None
+) -> "Chosen":
+    """A selection looked up in the tables of a study.
+
+    Args:
+        study: The study.
+        tuned: What its tables call the fine-tune.
+        base: The base of the vector that is selected from.
+        select: The selection; empty for everything.
+        top: So many of it, by |score|; None for all.
+
+    Raises:
+        SelectionError: It cannot be read, selects nothing, or has nothing to rank.
+        StudyError: The study lacks the table of a column.
+    """
+    from tvlens.compose.selecting import FOUND_IN, findings, parse_found, selected
+
+    columns = parse_found(select, top=top).columns | ({"score"} if top else set())
+    wanted = [table for name, table in FOUND_IN.items() if name in columns]
+    tables = {name: study.table(name) for name in wanted if name in study.tables}
+    return selected(select, base, findings(tuned, **tables), top=top)
+
+
+def name_in(study: Study, inputs: "Sequence[Input]", *, canonical: bool = False) -> str:
+    """What the tables of a study call a fine-tune.
+
+    Args:
+        study: The study.
+        inputs: What the tuning vector was made from, a base and a fine-tune.
+        canonical: Whether the fine-tune is read in the base's coordinates.
 
     Raises:
         StudyError: The study is of other models, or of other coordinates of them.
     """
-    inputs, ours = study.manifest["inputs"], (pair.base.sha256(), pair.tuned.sha256())
+    known, ours = study.manifest["inputs"], [one.sha256() for one in inputs]
     for step in study.plan.steps:
         names = step.base_name, step.tuned_name.removesuffix(WHOLE_WAY)
-        if all(inputs.get(n) == digests for n, digests in zip(names, ours, strict=True)):
+        if [known.get(name) for name in names] == ours:
             break
     else:
         of = ", ".join(f"{s.base} -> {s.tuned}" for s in study.plan.steps)
+        asked = " -> ".join(one.name for one in inputs)
         raise StudyError(
-            f"{study.folder} is no study of {pair.base_name} and {pair.tuned_name}: it is one of "
-            f"{of}.",
+            f"{study.folder} is no study of {asked}: it is one of {of}.",
             hint="Give the study of these two models; their files are compared, not their names.",
         )
     if study.plan.canonical != canonical:
@@ -200,16 +269,7 @@ def name_in(study: Study, pair: "Pair", *, canonical: bool = False) -> str:
     return step.tuned_name
 
 
-def _findings(asked: Request, study: Study, tuned: str) -> "Findings":
-    """The tables that a selection needs, as far as the study has them."""
-    from tvlens.compose.selecting import FOUND_IN, findings, parse_found
-
-    columns = parse_found(asked.select, top=asked.top).columns | ({"score"} if asked.top else set())
-    wanted = (table for name, table in FOUND_IN.items() if name in columns)
-    return findings(tuned, **{name: study.table(name) for name in wanted if name in study.tables})
-
-
-def _along(text: str, study: Study, tuned: str, pair: "Pair") -> Cut:
+def _along(text: str, study: Study, tuned: str, layout: "Layout") -> Cut:
     """The change along directions that a study found."""
     import torch
 
@@ -220,13 +280,12 @@ def _along(text: str, study: Study, tuned: str, pair: "Pair") -> Cut:
     for row in rows:
         vectors.setdefault(_owner(row), []).append(stored[f"{row['vector']}.write"])
     stacked = {owner: torch.stack(own) for owner, own in vectors.items()}
-    notes = [f"{len(rows)} directions of {len(stacked)} matrices, heads and neurons are let in."]
-    if heads := sum(row["part"] == "OV" for row in rows):
-        notes.append(
-            f"{heads} of them are of OV circuits: what W_O changes along them is let in, what W_V "
-            "changes is not."
-        )
-    return Cut(None, Along(stacked, pair.layout, text=f"along {text}"), tuple(notes))
+    circuits = [row["component"] for row in rows if row["part"] == "OV"]
+    notes = () if not circuits else (
+        f"of OV circuits, such as {circuits[0]}, what W_O changes along a direction is let in, and "
+        "nothing of what W_V changes.",
+    )  # fmt: skip
+    return Cut(None, Along(stacked, layout, text=f"along {text}"), notes)
 
 
 def chosen_directions(text: str, table: Table, tuned: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tvlens.errors import StudyError
+from tvlens.errors import SelectionError, StudyError
 from tvlens.tables import Table
 from tvlens.threads import one_thread
 
@@ -266,7 +266,12 @@ class _Run:
         from tvlens.compose.portions import portion
 
         taken = self.swept.cut.portion
-        return vector if taken is None else portion(vector, taken, self.pair.stored_weight)
+        if taken is None:
+            return vector
+        try:
+            return portion(vector, taken, self.pair.stored_weight)
+        except SelectionError:  # the control changed nothing there, and so it moves nothing
+            return vector.select(lambda component: False)
 
     def _ones(self) -> "Doses":
         """All that is moved, let in whole."""
