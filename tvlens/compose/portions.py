@@ -19,7 +19,7 @@ or neuron; of a head's OV circuit what W_O's change writes along it is taken, an
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -41,6 +41,7 @@ WeightOf = Callable[[Component], Float[Tensor, "..."]]
 """The base's stored weight of a component, canonical."""
 
 
+@runtime_checkable
 class Portion(Protocol):
     """What is taken of the changes of a model, one component at a time."""
 
