@@ -151,18 +151,40 @@ def test_of_a_head_and_a_neuron_only_their_rows_are_projected():
     assert len(found) == 2
 
 
+def test_what_a_matrix_and_its_neuron_both_say_is_taken_once():
+    """The neuron's row on the span of both directions, all other rows on the matrix's own."""
+    from tvlens.compose.portions import Along, portion
+
+    pair, vector = vector_of()
+    matrix, neuron = component("matrix", 1, None, "W_out"), component("neuron", 1, 5, "W_out")
+    u = torch.randn(2, 32, generator=torch.Generator().manual_seed(4))
+    taken = Along({neuron: u[1:] + u[:1], matrix: u[:1]}, vector.base.layout)
+    found = portion(vector, taken, pair.stored_weight)[matrix].dense().numpy()
+    d = vector[matrix].dense().double().numpy()
+    frames = [np.linalg.qr(u[:k].double().numpy().T)[0] for k in (1, 2)]
+    wanted = d @ frames[0] @ frames[0].T
+    wanted[5] = d[5] @ frames[1] @ frames[1].T
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+    same = Along({matrix: u[:1], neuron: 2 * u[:1]}, vector.base.layout)
+    once = portion(vector, same, pair.stored_weight)[matrix].dense().numpy()
+    np.testing.assert_allclose(once, d @ frames[0] @ frames[0].T, rtol=0, atol=1e-6)
+
+
 def test_a_direction_that_belongs_to_nothing_is_refused():
     from tvlens.compose.portions import Along
     from tvlens.errors import SelectionError
 
     _, vector = vector_of()
-    for one, width in (
-        (component("matrix", 0, None, "W_O"), 31),
-        (component("matrix", 9, None, "W_O"), 32),
-        (component("norm", 0, None, "ln1.w"), 32),
+    with pytest.raises(SelectionError, match="cannot write along a direction of 31 entries; it"):
+        Along({component("matrix", 0, None, "W_O"): torch.ones(1, 31)}, vector.base.layout)
+    for one, side in (
+        (component("matrix", 9, None, "W_O"), "write"),
+        (component("norm", 0, None, "ln1.w"), "write"),
+        (component("head", 0, 1, "W_Q"), "write"),
+        (component("neuron", 0, 1, "W_out"), "read"),
     ):
-        with pytest.raises(SelectionError, match="cannot write along a direction of"):
-            Along({one: torch.ones(1, width)}, vector.base.layout)
+        with pytest.raises(SelectionError, match=f"does not {side} along directions"):
+            Along({one: torch.ones(1, 32)}, vector.base.layout, side)
 
 
 def skill_of(reading, lens):

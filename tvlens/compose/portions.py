@@ -17,7 +17,7 @@ or neuron; of a head's OV circuit what W_O's change writes along it is taken, an
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -35,8 +35,8 @@ from tvlens.weights.layout import Layout
 from tvlens.weights.slices import Kept, cut_axis, cuts
 from tvlens.weights.vector import TuningVector, restricted
 
-DEPENDENT = 1e-6
-"""A direction that lies so nearly in the span of the others adds float32's rounding alone."""
+DEPENDENT = 1e-5
+"""A unit vector that reaches no further out of the span of others adds float32's rounding alone."""
 WeightOf = Callable[[Component], Float[Tensor, "..."]]
 """The base's stored weight of a component, canonical."""
 
@@ -175,17 +175,19 @@ class Along:
         """Refuse directions that belong to nothing.
 
         Raises:
-            SelectionError: A component is no matrix of the model nor a slice of one, or its
-                vectors have another width.
+            SelectionError: A component is no matrix of the model nor a slice of one whose heads or
+                neurons lie across the directions, or its vectors have another width.
         """
         for component, vectors in self.directions.items():
-            matrix = matrix_of(component)
+            matrix, axis = matrix_of(component), 1 if self.side == "write" else 0
             there = matrix in self.layout.places and has_parts(matrix)
-            width = self.layout.shape(matrix)[1 if self.side == "write" else 0] if there else 0
-            if not there or vectors.shape[-1] != width:
+            if not there or (component != matrix and cut_axis(self.layout, matrix) == axis):
+                raise SelectionError(f"{component} does not {self.side} along directions.")
+            width = self.layout.shape(matrix)[axis]
+            if vectors.shape[-1] != width:
                 raise SelectionError(
                     f"{component} cannot {self.side} along a direction of {vectors.shape[-1]} "
-                    f"entries{f'; it has {width}' if there else ''}."
+                    f"entries; it has {width}."
                 )
 
     @property
@@ -194,25 +196,28 @@ class Along:
         return tuple(self.directions)
 
     def of(self, component: Component, base: Float[Tensor, "..."], delta: Delta) -> Delta | None:
-        """The projected change; of several heads or neurons of one matrix the sum of theirs."""
+        """The projected change; a head's or neuron's rows on the span of the matrix's and its own.
+
+        So what a matrix and a slice of it both say is taken once.
+        """
         mine = [(c, v) for c, v in self.directions.items() if matrix_of(c) == component]
         if not mine or isinstance(delta, Absent):
             return None
-        factors = [self._projected(owner, vectors, delta) for owner, vectors in mine]
+        of_all = _frame([v for c, v in mine if c == component], self.directions[mine[0][0]])
+        factors = [self._projected(delta, of_all)]
+        for owner, vectors in mine:
+            if owner != component:
+                rows = restricted(delta, _slice_of(owner, self.layout))
+                factors.append(self._projected(rows, _frame([vectors], vectors, beside=of_all)))
         left = torch.cat([one.left for one in factors], dim=1).to(delta.dtype)
         right = torch.cat([one.right for one in factors], dim=0).to(delta.dtype)
         return without_zeros(LowRank(left, right))
 
-    def _projected(
-        self, owner: Component, vectors: Float[Tensor, "direction width"], delta: Delta
-    ) -> LowRank:
-        """The rows of one owner on the span of its directions, in factors, float64."""
-        frame = _frame(vectors)
-        whole = restricted(delta, _rows_of(owner, self.layout))
+    def _projected(self, delta: Delta, frame: Float64[Tensor, "width k"]) -> LowRank:
+        """A change on the span of some directions, in factors, float64."""
         if self.side == "write":
-            return LowRank(_times(whole, frame), rearrange(frame, "width k -> k width"))
-        turned = rearrange(_times_from_left(whole, frame), "width k -> k width")
-        return LowRank(frame, turned)
+            return LowRank(_times(delta, frame), rearrange(frame, "width k -> k width"))
+        return LowRank(frame, rearrange(_times_from_left(delta, frame), "width k -> k width"))
 
 
 def matrix_of(component: Component) -> Component:
@@ -220,23 +225,30 @@ def matrix_of(component: Component) -> Component:
     return Component("matrix", component.layer, None, component.part)
 
 
-def _rows_of(owner: Component, layout: Layout) -> Kept:
-    """The rows or columns of a matrix that a head or neuron owns; all of it for a matrix."""
-    if owner.index is None:
-        return Kept()
+def _slice_of(owner: Component, layout: Layout) -> Kept:
+    """The rows or columns of a matrix that a head or neuron owns."""
     matrix = matrix_of(owner)
     cut = next(cut for cut in cuts(layout, matrix) if cut.kind == owner.kind)
     axis = cut_axis(layout, matrix)
     entries = torch.zeros(layout.shape(matrix)[axis], dtype=torch.bool)
-    entries[owner.index * cut.width : (owner.index + 1) * cut.width] = True
+    index = owner.index or 0
+    entries[index * cut.width : (index + 1) * cut.width] = True
     return Kept(axis, entries)
 
 
-def _frame(vectors: Float[Tensor, "direction width"]) -> Float64[Tensor, "width k"]:
-    """An orthonormal basis of the span; directions that others hold add nothing."""
-    _, values, right = torch.linalg.svd(vectors.double(), full_matrices=False)
-    kept = values > DEPENDENT * values[:1].clamp(min=1e-30)
-    return rearrange(right[kept], "k width -> width k")
+def _frame(
+    given: Sequence[Float[Tensor, "direction width"]],
+    like: Float[Tensor, "_ width"],
+    *,
+    beside: Float64[Tensor, "width _"] | None = None,
+) -> Float64[Tensor, "width k"]:
+    """An orthonormal basis of the span of some directions, less the span of ``beside``."""
+    vectors = torch.cat([*given, like[:0]]).double()
+    vectors = torch.nn.functional.normalize(vectors, dim=1)
+    if beside is not None:
+        vectors = vectors - (vectors @ beside) @ beside.mT
+    _, values, right = torch.linalg.svd(vectors, full_matrices=False)
+    return rearrange(right[values > DEPENDENT], "k width -> width k")
 
 
 def _times(delta: Delta, frame: Float64[Tensor, "width k"]) -> Float64[Tensor, "d_in k"]:
