@@ -159,6 +159,20 @@ SWEPT: dict[str, Any] = {
     "rest": "tuned",
     "draws": 1,
 }
+LOOKED_UP: dict[str, Any] = {
+    "stages": ("sweep",),
+    "tasks": "tasks.yaml",
+    "select": 'kind == "neuron" and label == "new_write"',
+    "study": "my study",
+    "top": 20,
+    "kept_parts": "new_write,new_both",
+}
+ALONG: dict[str, Any] = {
+    "stages": ("sweep",),
+    "tasks": "tasks.yaml",
+    "study": "s",
+    "along": 'label == "new_write" and layer >= 4',
+}
 REPRESENTED: dict[str, Any] = {
     "stages": ("represent",),
     "parent": "p",
@@ -167,7 +181,7 @@ REPRESENTED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("options", [SWEPT, REPRESENTED])
+@pytest.mark.parametrize("options", [SWEPT, LOOKED_UP, ALONG, REPRESENTED])
 def test_the_command_of_one_stage_is_read_back_as_that_plan(
     monkeypatch, options: dict[str, Any]
 ) -> None:
