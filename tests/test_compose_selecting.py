@@ -192,6 +192,10 @@ def test_a_resolved_selection_is_a_part_for_vectors_controls_and_merges():
     own = length(parts, doses(model, found.kept))
     assert drawn.count == 2
     assert drawn.scale * length(parts, drawn.doses) == pytest.approx(own, rel=1e-6)
+    selected, by_list = model.vector.select(found.kept), model.vector.select("L0H1.W_O,L0H2.W_Q")
+    assert {*selected} == {*by_list}
+    assert all(torch.equal(selected[one].dense(), by_list[one].dense()) for one in by_list)
+    assert selected.selection is None
     vector = random_vector(model, seed=1, part=found.kept)
     assert vector.norm() == pytest.approx(own, rel=1e-5)
     shares = kept_shares(found.kept)

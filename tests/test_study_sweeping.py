@@ -317,10 +317,30 @@ def test_the_random_vector_of_directions_has_their_rank_and_length(tmp_path):
     pair = tvlens.load_pair(base, tuned)
     one = pairs.component("matrix", 1, None, "W_out")
     cut = Cut(None, Along({one: torch.eye(32)[:2]}, pair.layout))
-    swept = _swept(EditableModel.of_pair(pair), cut, pair)
+    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
     drawn, own = random_vector(swept.moved, seed=3)[one], swept.moved.vector[one]
     assert isinstance(drawn, LowRank)
     assert isinstance(own, LowRank)
     assert drawn.rank == own.rank == 2
     assert drawn.norm() == pytest.approx(own.norm(), rel=1e-6)
-    assert swept.share_of_norm < 0.2
+    assert 0 < swept.share_of_norm < 0.2
+    assert swept.whole is not swept.moved  # other components are drawn from the whole vector
+
+
+@pytest.mark.parametrize(("from_base", "alone"), [(True, True), (False, False)])
+def test_the_whole_vector_is_let_go_where_only_parts_are_moved(from_base, alone):
+    import tvlens
+    from tests import attribution_pairs as pairs
+    from tvlens.compose.edits import EditableModel
+    from tvlens.compose.portions import geometric_parts
+    from tvlens.study.selecting import Cut
+    from tvlens.study.sweeping import _swept
+
+    base, tuned = pairs.hf_model("llama"), pairs.hf_model("llama")
+    pairs.noised(tuned)
+    pair = tvlens.load_pair(base, tuned)
+    cut = Cut(None, geometric_parts("new_write"))
+    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=from_base)
+    assert (swept.whole is swept.moved) == alone
+    assert 0 < swept.share_of_norm < 1
+    assert len(swept.notes) == 2

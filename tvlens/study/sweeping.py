@@ -9,8 +9,8 @@ With tau the tuning vector or a part of it, and the rest out (``base``) or in (`
     NAME         the same with the vector of a control fine-tune of the same base
 
 A part is a selection of entries, the geometric parts of every matrix's change, or what is written
-along directions (``selecting``). The last two are vectors of their own: where the rest is in, they
-stand beside the whole one in memory.
+along directions (``selecting``). The last two are vectors of their own. The whole one is then kept
+beside them only where it is in the model or other components of it are drawn.
 
 From ``tuned`` on, what stands in tau's place is let in by s - 1, so that all curves meet at the
 tuned model at s = 1, and at the base at s = 0 otherwise. The best dose of a task is chosen on the
@@ -117,6 +117,7 @@ def sweep(
     tasks = load_tasks(str(plan.tasks))
     cut = cut_of(request_of(plan), pair)
     model = EditableModel.of_pair(pair, device=device)
+    said = model.warnings
     with one_thread(only_if=model.lens.d_model < WIDE):
         prepared = ready(tasks, model.tokenizer, chat=plan.chat)
         prepared = with_reference(prepared, "base", model.lens)
@@ -126,14 +127,16 @@ def sweep(
             tuned = measured(Variant(pair.tuned_name), lens, prepared)
         say(f"tasks: {pair.base_name}")
         base = measured(Variant(pair.base_name), model.lens, prepared)
-        swept = _swept(model, cut, pair)
+        if cut.portion is not None:
+            say(f"{cut.portion.text}: {pair.tuned_name}")
+        swept = _swept(model, cut, pair, from_base=plan.rest == "base")
+        del model  # and with it the whole vector, where no more than a portion is asked for
         run = _Run(plan, pair, swept, prepared, {0.0: base, 1.0: tuned}, say)
         found = [base, tuned, *run.all()]
     tables, facts = sweep_tables(
         plan, pair, tasks, found, share_of_norm=swept.share_of_norm, known=known
     )
-    warnings = (*swept.notes, *model.warnings, *warnings_of(prepared))
-    return Sweep(tables, {"sweep": facts}, warnings)
+    return Sweep(tables, {"sweep": facts}, (*swept.notes, *said, *warnings_of(prepared)))
 
 
 def _start(plan: StudyPlan) -> float:
@@ -145,15 +148,17 @@ class _Swept:
     """What a sweep moves.
 
     Attributes:
-        whole: The base and its whole tuning vector.
-        moved: The base and what is moved of it: the same, or a portion.
+        whole: The base and its whole tuning vector, or what is moved where no more is asked for.
+        moved: The base and what is moved: the whole vector or a portion of it.
         cut: What was asked for.
+        share_of_norm: Length of what is moved over that of the whole vector.
         notes: What a reader should know of it.
     """
 
     whole: "EditableModel"
     moved: "EditableModel"
     cut: Cut
+    share_of_norm: float
     notes: tuple[str, ...]
 
     @property
@@ -161,24 +166,21 @@ class _Swept:
         """The selection of entries, None for all that is moved."""
         return self.cut.part
 
-    @property
-    def share_of_norm(self) -> float:
-        """Length of what is moved over that of the whole vector."""
-        whole = _length(self.whole, None)
-        return _length(self.moved, self.part) / whole if whole else 0.0
 
+def _swept(model: "EditableModel", cut: Cut, pair: "Pair", *, from_base: bool) -> _Swept:
+    """The model with what is asked for of its vector; ``from_base`` if the rest is out."""
+    from tvlens.compose.portions import Along, GeometricParts, left_out, portion
 
-def _swept(model: "EditableModel", cut: Cut, pair: "Pair") -> _Swept:
-    """The model with what is asked for of its vector."""
-    if cut.portion is None:
-        return _Swept(model, model, cut, cut.notes)
-    from tvlens.compose.portions import GeometricParts, left_out, portion
-
-    notes = cut.notes
+    moved, notes = model, cut.notes
+    if cut.portion is not None:
+        moved = model.with_vector(portion(model.vector, cut.portion, pair.stored_weight))
     if isinstance(cut.portion, GeometricParts):
         notes = (*notes, *left_out(model.vector, cut.portion))
-    moved = model.with_vector(portion(model.vector, cut.portion, pair.stored_weight))
-    return _Swept(model, moved, cut, notes)
+    length = _length(model, None)
+    share = _length(moved, cut.part) / length if length else 0.0
+    # other components in place of those that directions belong to are taken from the whole vector
+    keeps_whole = not from_base or isinstance(cut.portion, Along)
+    return _Swept(model if keeps_whole else moved, moved, cut, share, notes)
 
 
 def _length(model: "EditableModel", part: "Part | None") -> float:
