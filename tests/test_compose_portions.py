@@ -116,7 +116,7 @@ def test_along_directions_is_the_projection_on_their_span_of_factors_too(side):
     generator = torch.Generator().manual_seed(2)
     width = vector[one].shape[1 if side == "write" else 0]
     two = torch.randn(2, width, generator=generator)
-    given = torch.cat([two, two.sum(0, keepdim=True)])
+    given = 1e-7 * torch.cat([two, two.sum(0, keepdim=True)])  # of whatever length
     basis = np.linalg.qr(two.double().numpy().T)[0]
     low = LowRank(torch.randn(24, 3, generator=generator), torch.randn(3, 32, generator=generator))
     for delta in (vector[one], low):
