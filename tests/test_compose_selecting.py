@@ -90,6 +90,7 @@ def chosen(text, **how):
         ('kind == "neuron" and label == "new_write"', "L1N5.W_out,L1N7.W_in"),
         ('label == "new_write" and score > 0.1', "L0.W_O"),
         ("score < 0", "L0.W_Q"),
+        ("score > 0.45 and score < 0.55", "L0.W_O"),
         ('kind == "head" and score < 0', "L0H1"),
         ('kind == "norm" and label != None', "L1.ln2.w"),
     ],

@@ -327,6 +327,30 @@ def test_the_random_vector_of_directions_has_their_rank_and_length(tmp_path):
     assert swept.whole is not swept.moved  # other components are drawn from the whole vector
 
 
+def test_a_control_that_changed_nothing_there_moves_nothing(tmp_path):
+    import torch
+
+    import tvlens
+    from tests import attribution_pairs as pairs
+    from tvlens.compose.edits import EditableModel
+    from tvlens.compose.portions import Along
+    from tvlens.study.selecting import Cut
+    from tvlens.study.sweeping import _Run, _swept
+    from tvlens.weights.vector import tuning_vector
+
+    base, tuned, control = (pairs.hf_model("llama") for _ in range(3))
+    pairs.noised(tuned)
+    with torch.no_grad():
+        control.model.layers[0].mlp.down_proj.weight.mul_(1.1)
+    pair = tvlens.load_pair(base, tuned)
+    one = pairs.component("matrix", 1, None, "W_out")
+    cut = Cut(None, Along({one: torch.eye(32)[:2]}, pair.layout))
+    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
+    run = _Run(plan(tmp_path), pair, swept, [], {}, lambda text: None)
+    assert len(run._portion(tuning_vector(tvlens.load_pair(base, control)))) == 0
+    assert [*run._portion(tuning_vector(pair))] == [one]
+
+
 @pytest.mark.parametrize(("from_base", "alone"), [(True, True), (False, False)])
 def test_the_whole_vector_is_let_go_where_only_parts_are_moved(from_base, alone):
     import tvlens
