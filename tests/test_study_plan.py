@@ -159,6 +159,23 @@ SWEPT: dict[str, Any] = {
     "rest": "tuned",
     "draws": 1,
 }
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [
+        ({}, True),
+        ({"study": "s"}, True),
+        ({"select": "L0H1"}, False),
+        ({"top": 3}, False),
+        ({"kept_parts": "global"}, False),
+        ({"along": "L1.mlp"}, False),
+    ],
+)
+def test_a_sweep_of_a_part_is_none_of_the_whole_vector(given: dict[str, Any], whole: bool) -> None:
+    assert StudyPlan(base="a", tuned=("b",), **given).is_whole is whole
+
+
 LOOKED_UP: dict[str, Any] = {
     "stages": ("sweep",),
     "tasks": "tasks.yaml",

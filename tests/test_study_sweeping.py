@@ -271,6 +271,9 @@ def test_geometric_parts_are_let_in_and_taken_out_as_written_by_hand(tmp_path, r
     assert set(curves["ranked_by"]) == {"tuning", "random", "ctl"}
     assert abs(of["random", dose] - of["tuning", start]) < 0.5 * abs(wanted - of["tuning", start])
     assert 0.1 < curves["share_of_norm"].iloc[0] < 0.9
+    verdicts = study.table("verdicts").to_frame().set_index("claim")
+    skill = verdicts.loc["the domain's skill depends on the tuning vector"]
+    assert (skill["verdict"], skill["why"]) == ("not tested", "a part was swept, or from tuned")
     warnings = " ".join(study.manifest["warnings"])
     assert "18 changed components (embedding, norm) have no geometric parts" in warnings
     assert "this part of the tuning vector gives" in study.manifest["facts"]["med"]["sweep"][

@@ -11,6 +11,11 @@ and what it takes is a tuning vector like any other: on one resident model it is
 taken away (``vector - portion``) or saved. Worked out in float64 and rounded once to the vector's
 dtype. Directions give factors of their number, and of what comes in factors at most as many.
 
+    model, parts = EditableModel.of_pair(pair), geometric_parts("new_write,new_both")
+    new = portion(model.vector, parts, pair.stored_weight)
+    model.with_vector(new).edited(scaled(1.0))                   # the base with these parts
+    model.with_vector(model.vector - new).edited(scaled(1.0))    # the tuned model without them
+
 Only matrices have geometric parts: norms, biases and embeddings are in no portion of them, and
 ``left_out`` says so. A direction belongs to a matrix, or to the rows of W_O or W_out of one head
 or neuron; of a head's OV circuit what W_O's change writes along it is taken, and nothing of W_V's.

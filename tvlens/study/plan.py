@@ -204,6 +204,11 @@ class StudyPlan(BaseModel):
         return scales_in(self.scales)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether a sweep lets in whole tuning vectors, rather than a part of each."""
+        return not (self.select or self.top or self.kept_parts or self.along)
+
+    @property
     def command(self) -> str:
         """The command line that runs this plan again."""
         alone = self.stages[0] if len(self.stages) == 1 else "compare"

@@ -93,8 +93,7 @@ def _facts(
         **_best(plan, task, found),
         **_beside(plan, task, found, start),
     }
-    whole = not (plan.select or plan.top or plan.kept_parts or plan.along)
-    what = "the tuning vector" if whole else "this part of the tuning vector"
+    what = "the tuning vector" if plan.is_whole else "this part of the tuning vector"
     return {**facts, "sentence": _sentence(task, facts, tuned.variant.model, what)}
 
 
