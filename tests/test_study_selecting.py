@@ -127,6 +127,25 @@ def test_along_a_direction_is_the_studys_own_triplet(
     torch.testing.assert_close(by_columns[one].dense(), found[one].dense())
 
 
+@pytest.mark.parametrize(
+    ("row", "owner"),
+    [
+        (("direction", 1, None, "W_out"), ("matrix", 1, None, "W_out")),
+        (("direction", 0, None, "W_O"), ("matrix", 0, None, "W_O")),
+        (("direction", 0, 3, "OV"), ("head", 0, 3, "W_O")),
+        (("neuron", 1, 7, "W_out"), ("neuron", 1, 7, "W_out")),
+    ],
+)
+def test_a_direction_belongs_to_the_matrix_or_the_rows_that_write_it(
+    row: tuple[Any, ...], owner: tuple[Any, ...]
+) -> None:
+    from tvlens.components import Component
+    from tvlens.study.selecting import _owner
+
+    named = dict(zip(("kind", "layer", "index", "part"), row, strict=True))
+    assert _owner(named) == Component(*owner)
+
+
 def test_a_merge_holds_what_was_selected_and_is_verified_without_the_study(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
