@@ -16,6 +16,7 @@ from tvlens.geometry.splits import (
     Split,
     matrix_split,
     neuron_split,
+    parts_of_change,
 )
 
 
@@ -77,6 +78,35 @@ def test_parts_are_the_projections_written_out_and_sum_to_the_score(
         wanted = torch.einsum("bio, io -> b", gradient, torch.from_numpy(matrix))[:, None]
         torch.testing.assert_close(found[name], wanted, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(sum(found.values()), total, rtol=0, atol=1e-9)
+
+
+@given(st.integers(4, 14), st.integers(4, 14), st.integers(0, 500), st.sampled_from(["W_O", "W_Q"]))
+def test_the_parts_themselves_are_the_projections_written_out_and_sum_to_the_change(
+    rows: int, columns: int, seed: int, part: str
+) -> None:
+    base, delta = conditioned(rows, columns, seed), normal(rows, columns, seed=seed + 1)
+    found, oracle = dict(parts_of_change(base, delta, part)), written(base, delta, part)
+    assert set(found) == set(oracle)
+    for name, matrix in oracle.items():
+        np.testing.assert_allclose(found[name].numpy(), matrix, rtol=0, atol=1e-7)
+    torch.testing.assert_close(sum(found.values()), delta, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("part", ["W_O", "W_Q"])
+def test_parts_of_factors_are_those_of_their_product_and_sum_to_it(part: str) -> None:
+    base, left, right = conditioned(12, 10), normal(12, 2, seed=1), normal(2, 10, seed=2)
+    found = dict(parts_of_change(base, Factored(left, right), part))
+    dense = dict(parts_of_change(base, left @ right, part))
+    for name, values in dense.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sum(found.values()), left @ right, rtol=0, atol=1e-13)
+
+
+def test_parts_sum_to_the_change_of_a_base_with_null_directions() -> None:
+    base, delta = normal(12, 3) @ normal(3, 10, seed=1), normal(12, 10, seed=2)
+    for part in ("W_O", "W_Q"):
+        found = dict(parts_of_change(base, delta, part))
+        torch.testing.assert_close(sum(found.values()), delta, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("part", ["W_out", "W_in"])

@@ -159,6 +159,37 @@ SWEPT: dict[str, Any] = {
     "rest": "tuned",
     "draws": 1,
 }
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [
+        ({}, True),
+        ({"study": "s"}, True),
+        ({"select": "L0H1"}, False),
+        ({"top": 3}, False),
+        ({"kept_parts": "global"}, False),
+        ({"along": "L1.mlp"}, False),
+    ],
+)
+def test_a_sweep_of_a_part_is_none_of_the_whole_vector(given: dict[str, Any], whole: bool) -> None:
+    assert StudyPlan(base="a", tuned=("b",), **given).is_whole is whole
+
+
+LOOKED_UP: dict[str, Any] = {
+    "stages": ("sweep",),
+    "tasks": "tasks.yaml",
+    "select": 'kind == "neuron" and label == "new_write"',
+    "study": "my study",
+    "top": 20,
+    "kept_parts": "new_write,new_both",
+}
+ALONG: dict[str, Any] = {
+    "stages": ("sweep",),
+    "tasks": "tasks.yaml",
+    "study": "s",
+    "along": 'label == "new_write" and layer >= 4',
+}
 REPRESENTED: dict[str, Any] = {
     "stages": ("represent",),
     "parent": "p",
@@ -167,7 +198,7 @@ REPRESENTED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("options", [SWEPT, REPRESENTED])
+@pytest.mark.parametrize("options", [SWEPT, LOOKED_UP, ALONG, REPRESENTED])
 def test_the_command_of_one_stage_is_read_back_as_that_plan(
     monkeypatch, options: dict[str, Any]
 ) -> None:

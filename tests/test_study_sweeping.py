@@ -222,3 +222,152 @@ def test_models_side_by_side(tmp_path, monkeypatch, capsys):
     status, _, err = run("evaluate", "demo:base", "demo:base", *asked)
     assert status == 2
     assert "called the same" in err
+
+
+def by_numpy(model: Path, base: Path, names: tuple[str, ...], folder: Path, sign: float) -> float:
+    """The loss of a model plus or minus some parts of med's change, all made in numpy."""
+    import torch
+
+    from tests.test_compose_portions import parts_by_numpy
+    from tests.tiny_checkpoints import copy_with
+    from tvlens.study.evaluating import evaluate
+    from tvlens.weights.matching import load_pair
+
+    pair = load_pair("demo:base", "demo:med")
+    stored = {place.tensor: one for one, place in pair.layout.places.items()}
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            one = stored[name]
+            if one.kind == "matrix":
+                weight, delta = pair.change(one)
+                parts = parts_by_numpy(weight, delta.dense(), one.part)
+                moved = sum(parts[part] for part in names if part in parts)
+                tensors[name] = (tensor.double() + sign * torch.from_numpy(moved).T).float()
+
+    copied = copy_with(model, folder / "edited", edit)
+    table = evaluate([str(base), str(copied)], str(folder / "tasks.yaml"), folder / "e", chat="off")
+    rows = table.to_frame().set_index(["model", "measure"])["value"]
+    return float(rows["edited", "loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rest", "dose", "sign"), [("base", 1.0, 1.0), ("tuned", 0.0, -1.0)])
+def test_geometric_parts_are_let_in_and_taken_out_as_written_by_hand(tmp_path, rest, dose, sign):
+    from tvlens.demo.models import demo_folder
+    from tvlens.study.runner import run_study
+
+    names = ("new_write", "new_both")
+    asked = {"kept_parts": ",".join(names), "rest": rest, "draws": 1, "controls": ("demo:ctl",)}
+    study = run_study(plan(tmp_path, scales="0,0.5,1", **asked), tmp_path / "study")
+    curves = study.table("curves").to_frame()
+    of = curves[curves["task"] == "medical"].set_index(["ranked_by", "scale"])["value"]
+    base, med = (demo_folder(name) for name in ("base", "med"))
+    wanted = by_numpy(base if rest == "base" else med, base, names, tmp_path, sign)
+    assert of["tuning", dose] == pytest.approx(wanted, abs=2e-5)
+    evaluation = study.table("evaluation").to_frame().set_index(["model", "measure"])["value"]
+    start = 0.0 if rest == "base" else 1.0
+    assert of["tuning", start] == evaluation["base" if rest == "base" else "med", "loss"]
+    assert set(curves["ranked_by"]) == {"tuning", "random", "ctl"}
+    assert abs(of["random", dose] - of["tuning", start]) < 0.5 * abs(wanted - of["tuning", start])
+    assert 0.1 < curves["share_of_norm"].iloc[0] < 0.9
+    verdicts = study.table("verdicts").to_frame().set_index("claim")
+    skill = verdicts.loc["the domain's skill depends on the tuning vector"]
+    assert (skill["verdict"], skill["why"]) == ("not tested", "a part was swept, or from tuned")
+    warnings = " ".join(study.manifest["warnings"])
+    assert "18 changed components (embedding, norm) have no geometric parts" in warnings
+    assert "this part of the tuning vector gives" in study.manifest["facts"]["med"]["sweep"][
+        "medical"]["sentence"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_directions_of_a_study_are_swept_beside_random_ones_and_other_components(tmp_path):
+    from tvlens.study.runner import run_study
+
+    asked = StudyPlan(base="demo:base", tuned=("demo:med",), stages=("decompose",))
+    made = run_study(asked, tmp_path / "made")
+    swept = run_study(
+        plan(tmp_path, along='part == "W_out"', study=str(made.folder), draws=1, scales="0,1"),
+        tmp_path / "study",
+    )
+    curves = swept.table("curves").to_frame()
+    assert set(curves["ranked_by"]) == {"tuning", "random", "random_set"}
+    share = curves["share_of_norm"].iloc[0]
+    rows = made.directions.where(part="W_out").to_frame()
+    matrices, neurons = rows[rows["rank"].notna()], rows[rows["rank"].isna()]
+    weights = made.weights.to_frame()
+    whole = weights[weights["kind"].isin(("matrix", "norm", "bias", "embedding"))]
+    tied = whole["delta_norm"].where(whole["kind"] != "embedding", 2**0.5 * whole["delta_norm"])
+    least = (matrices["strength"] ** 2).sum() / (tied**2).sum()
+    most = least + (neurons["strength"] ** 2).sum() / (tied**2).sum()
+    assert least <= share**2 <= most
+
+
+def test_the_random_vector_of_directions_has_their_rank_and_length(tmp_path):
+    import torch
+
+    import tvlens
+    from tests import attribution_pairs as pairs
+    from tvlens.compose.controls import random_vector
+    from tvlens.compose.edits import EditableModel
+    from tvlens.compose.portions import Along
+    from tvlens.study.selecting import Cut
+    from tvlens.study.sweeping import _swept
+    from tvlens.weights.delta import LowRank
+
+    base, tuned = pairs.hf_model("llama"), pairs.hf_model("llama")
+    pairs.noised(tuned)
+    pair = tvlens.load_pair(base, tuned)
+    one = pairs.component("matrix", 1, None, "W_out")
+    cut = Cut(None, Along({one: torch.eye(32)[:2]}, pair.layout))
+    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
+    drawn, own = random_vector(swept.moved, seed=3)[one], swept.moved.vector[one]
+    assert isinstance(drawn, LowRank)
+    assert isinstance(own, LowRank)
+    assert drawn.rank == own.rank == 2
+    assert drawn.norm() == pytest.approx(own.norm(), rel=1e-6)
+    assert 0 < swept.share_of_norm < 0.2
+    assert swept.whole is not swept.moved  # other components are drawn from the whole vector
+
+
+def test_a_control_that_changed_nothing_there_moves_nothing(tmp_path):
+    import torch
+
+    import tvlens
+    from tests import attribution_pairs as pairs
+    from tvlens.compose.edits import EditableModel
+    from tvlens.compose.portions import Along
+    from tvlens.study.selecting import Cut
+    from tvlens.study.sweeping import _Run, _swept
+    from tvlens.weights.vector import tuning_vector
+
+    base, tuned, control = (pairs.hf_model("llama") for _ in range(3))
+    pairs.noised(tuned)
+    with torch.no_grad():
+        control.model.layers[0].mlp.down_proj.weight.mul_(1.1)
+    pair = tvlens.load_pair(base, tuned)
+    one = pairs.component("matrix", 1, None, "W_out")
+    cut = Cut(None, Along({one: torch.eye(32)[:2]}, pair.layout))
+    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
+    run = _Run(plan(tmp_path), pair, swept, [], {}, lambda text: None)
+    assert len(run._portion(tuning_vector(tvlens.load_pair(base, control)))) == 0
+    assert [*run._portion(tuning_vector(pair))] == [one]
+
+
+@pytest.mark.parametrize(("from_base", "alone"), [(True, True), (False, False)])
+def test_the_whole_vector_is_let_go_where_only_parts_are_moved(from_base, alone):
+    import tvlens
+    from tests import attribution_pairs as pairs
+    from tvlens.compose.edits import EditableModel
+    from tvlens.compose.portions import geometric_parts
+    from tvlens.study.selecting import Cut
+    from tvlens.study.sweeping import _swept
+
+    base, tuned = pairs.hf_model("llama"), pairs.hf_model("llama")
+    pairs.noised(tuned)
+    pair = tvlens.load_pair(base, tuned)
+    cut = Cut(None, geometric_parts("new_write"))
+    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=from_base)
+    assert (swept.whole is swept.moved) == alone
+    assert 0 < swept.share_of_norm < 1
+    assert len(swept.notes) == 2

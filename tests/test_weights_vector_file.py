@@ -175,24 +175,20 @@ def test_a_selection_that_fails_leaves_no_file(folders: dict[str, Path], tmp_pat
     assert [*tmp_path.iterdir()] == []
 
 
-def test_an_interrupted_write_keeps_the_old_file(
-    folders: dict[str, Path], saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_keeps_the_old_file(folders: dict[str, Path], saved: Path) -> None:
     from tvlens.weights import vector_file
 
     before = saved.read_bytes()
     calls = []
 
-    def failing(pair, component):
+    def failing(component, weight, delta):
         calls.append(component)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return read(pair, component)
+        return delta
 
-    read = vector_file.read_change
-    monkeypatch.setattr(vector_file, "read_change", failing)
     with pytest.raises(KeyboardInterrupt):
-        vector_file.save_pair_vector(_pair(folders, "one"), saved)
+        vector_file.save_pair_vector(_pair(folders, "one"), saved, select=failing)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 

@@ -9,7 +9,20 @@ import typer
 
 from .application import app
 from .comparing import PARENT, run_stages
-from .options import MODELS, NAMES, PROMPTS, RUN, SEED, SHOWN, Base, Option, Out, Tuned, takes
+from .options import (
+    FOUND,
+    MODELS,
+    NAMES,
+    PROMPTS,
+    RUN,
+    SEED,
+    SHOWN,
+    Base,
+    Option,
+    Out,
+    Tuned,
+    takes,
+)
 from .progress import Progress, log_to_stderr
 
 TASKS = {
@@ -35,6 +48,7 @@ SWEPT = {
         Annotated[str, typer.Option(help="The part: an expression over the key, or L3H7,L5N120.")],
         "",
     ),
+    **FOUND,
     "rest": Option(
         Annotated[Literal["base", "tuned"], typer.Option(help="Whether the rest is out or in.")],
         "base",
@@ -57,6 +71,7 @@ Models = Annotated[list[str], typer.Argument(help="Folders, adapters of the firs
 @takes(TASKS, SWEPT, CONTROL, MODEL_RUN, NAMES, SEED, RUN)
 def sweep(base: Base, tuned: Tuned, out: Out, **given: Any) -> None:
     """Let the tuning vector in by many doses, whole or in part, and measure tasks at each."""
+    given["kept_parts"] = given.pop("parts")
     run_stages(("sweep",), base, tuned, out, given)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .application import app
-from .options import JSON, SEED, Base, Option, takes
+from .options import FOUND, JSON, SEED, Base, Option, takes
 from .progress import Progress
 from .words import is_number, takes_many
 
@@ -29,6 +29,8 @@ MERGE = {
         Annotated[str, typer.Option(help="task, linear, ties, dare, mergekit:ties, ...")], "task"
     ),
     "density": Option(Annotated[float | None, DENSITY], None),
+    "study": FOUND["study"],
+    "top": FOUND["top"],
     "weigh": Option(
         Annotated[
             Path | None,
@@ -70,13 +72,19 @@ def apply(
 ) -> None:
     """Add tuning vectors to a base and write a checkpoint or adapter that transformers loads."""
     from tvlens.compose.combining import merge
+    from tvlens.study.selecting import Request, check_request, chosen_merge
 
     shown = {name: given.pop(name) for name in ("json", "quiet")}
     written = {name: given.pop(name) for name in ("dtype", "as_lora", "force")}
-    study, scales = given.pop("weigh"), given.pop("scale")
-    found = merge(base, vectors, scales=scales or 1.0, **given)
-    if study is not None:
-        found = _weighed(found, study)
+    weigh, scales = given.pop("weigh"), given.pop("scale")
+    asked = Request(given.pop("select"), top=given.pop("top"), study=given.pop("study"))
+    check_request(asked)
+    plain = "" if asked.study else asked.select
+    found = merge(base, vectors, scales=scales or 1.0, select=plain, **given)
+    if weigh is not None:
+        found = _weighed(found, weigh)
+    if asked.study is not None:
+        found = chosen_merge(found, asked)
     for note in found.notes:
         typer.echo(f"warning: {note}", err=True)
     command = shlex.join(["tvlens", *sys.argv[1:]])

@@ -136,6 +136,30 @@ DIVIDED = {
     "circuits": _flag("circuits", "Weight scores of OV and QK of every query head."),
 }
 """Further divisions of the scores of weights."""
+FOUND = {
+    "study": Option(
+        Annotated[
+            str | None,
+            typer.Option(help="A study of these models: --select may use label, score."),
+        ],
+        None,
+    ),
+    "top": Option(
+        Annotated[int | None, typer.Option(min=1, help="So many of what is selected, by |score|.")],
+        None,
+    ),
+    "parts": Option(
+        Annotated[str, typer.Option(help="Geometric parts alone: new_write,new_both,...")], ""
+    ),
+    "along": Option(
+        Annotated[
+            str,
+            typer.Option(help="What is written along the study's directions: L5.W_out.d0,..."),
+        ],
+        "",
+    ),
+}
+"""What of a tuning vector is let in, beside a selection."""
 SEED = {"seed": Option(Annotated[int, typer.Option(help="Seed of every random draw.")], 0)}
 JSON = {"json": _flag("json", "Print a JSON summary.")}
 SHOWN = {

@@ -125,6 +125,8 @@ class Merge:
         density: Share of entries that is kept.
         seed: Of random draws.
         selection: What was selected, empty for everything.
+        part: What a study chose of the vectors, as factors of the terms; for people.
+        remarks: What a reader should know of that choice, in sentences.
     """
 
     base: Pair
@@ -134,6 +136,8 @@ class Merge:
     density: float
     seed: int = 0
     selection: str = ""
+    part: str = ""
+    remarks: tuple[str, ...] = ()
     _cuts: dict[int, Cut] = field(default_factory=dict, repr=False)
 
     @property
@@ -143,12 +147,14 @@ class Merge:
         whole = f"{self.base.base_name} + {self.method.name}({names})"
         if self.method.name == "task":
             whole = _formula(self.base.base_name, self.terms)
-        return f"{whole}, only {self.selection}" if self.selection else whole
+        only = self.selection or self.part
+        return f"{whole}, only {only}" if only else whole
 
     @property
     def notes(self) -> list[str]:
         """What a reader should know of the inputs, in sentences."""
-        return list(dict.fromkeys(note for term in self.terms for note in term.notes))
+        notes = (note for term in self.terms for note in term.notes)
+        return list(dict.fromkeys((*notes, *self.remarks)))
 
     @cached_property
     def stored_names(self) -> dict[str, str]:

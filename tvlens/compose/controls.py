@@ -83,11 +83,19 @@ class RandomSet:
     count: int
 
 
-def random_set(model: EditableModel, part: Part, *, seed: int) -> RandomSet:
+def random_set(
+    model: EditableModel, part: Part, *, seed: int, as_long: float | None = None
+) -> RandomSet:
     """As many others of each kind as ``part`` holds, cut in the same way.
 
     Of a head of which the part holds W_Q alone, another head's W_Q is taken. Where a kind has too
     few others, all of them are taken and the rest comes from the part.
+
+    Args:
+        model: The base and its tuning vector.
+        part: What they stand for.
+        seed: Of the draw.
+        as_long: The length they are scaled to, the part's own by default.
     """
     parts = partition(model.gated)
     mask = model.doses(Edit(0.0, (Term(part, 1.0),)))
@@ -106,6 +114,7 @@ def random_set(model: EditableModel, part: Part, *, seed: int) -> RandomSet:
         taken.update(drawn)
         _let_in(model, parts, drawn, pattern, doses)
     wanted, found = (length(parts, chosen) for chosen in (mask, doses))
+    wanted = wanted if as_long is None else as_long
     scale = min(wanted, LONGEST_SCALE * found) / max(found, 1e-30)
     return RandomSet(doses, scale, len(taken))
 

@@ -15,9 +15,9 @@ the base is the base bit for bit; where all is let in whole, the stored tuned mo
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,8 +37,8 @@ from tvlens.weights.delta import Absent
 from tvlens.weights.slices import Kept, chosen
 from tvlens.weights.vector import TuningVector, tuning_vector
 
-Part = str | tuple[Component, ...]
-"""A selection expression or list of sites, or the components themselves."""
+Part = str | tuple[Component, ...] | Mapping[Component, Kept]
+"""A selection expression or list of sites, the components themselves, or what is kept of each."""
 Doses = dict[Key, Float[Tensor, " index"]]
 """For every tensor the dose of each head or neuron that cuts it, or of the whole tensor."""
 Way = Literal["swap", "gates"]
@@ -156,6 +156,15 @@ class EditableModel:
         """The resident base model."""
         return self.gated.lens
 
+    def with_vector(self, vector: TuningVector) -> "EditableModel":
+        """The same resident model with another vector of its base: a portion, a sum, a random one.
+
+        Raises:
+            HostError: The vector does not fit the model.
+        """
+        gated = GatedModel.of_vector(self.lens, vector)
+        return replace(self, gated=gated, vector=vector, tuned=None)
+
     @contextmanager
     def edited(self, edit: Edit, *, by: Way = "swap") -> Iterator[MakesLogits]:
         """A model that computes what ``edit`` says, for the time of the block.
@@ -199,6 +208,16 @@ class EditableModel:
         Raises:
             SelectionError: It cannot be read, or selects nothing that the vector holds.
         """
+        text, found = self._found(part)
+        if all(isinstance(self.vector.get(c), Absent | None) for c in found):
+            raise SelectionError(
+                f"the selection {text!r} selects nothing that {self.vector.name} changed."
+            )
+        return found
+
+    def _found(self, part: Part) -> tuple[str, dict[Component, Kept]]:
+        if isinstance(part, Mapping):
+            return ", ".join([*map(str, part)][:3]), dict(part)
         if isinstance(part, str):
             selection = parse_selection(part)
         else:
@@ -206,11 +225,7 @@ class EditableModel:
             selection = Selection(", ".join(names[:3]), names, None)
         base = self.vector.base
         found = chosen(selection, base.layout, base=base.name, tuned=self.vector.name)
-        if all(isinstance(self.vector.get(c), Absent | None) for c in found):
-            raise SelectionError(
-                f"the selection {selection.text!r} selects nothing that {self.vector.name} changed."
-            )
-        return found
+        return selection.text, found
 
     def _owner(self, site: Site, tensor: str) -> Component:
         """The component of the vector that a tensor reads: a tied unembedding the embedding's."""

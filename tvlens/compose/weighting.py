@@ -23,7 +23,7 @@ from tvlens.components import DISJOINT_KINDS, Component
 from tvlens.errors import CheckpointError, StudyError
 from tvlens.tables import Table
 from tvlens.weights.layout import Layout
-from tvlens.weights.slices import cut_axis, cuts
+from tvlens.weights.slices import Kept, cut_axis, cuts
 
 Key = tuple[str, int | None, int | None, str | None]
 """Kind, layer, index and part; the part of heads and neurons is None: their scores sum over it."""
@@ -67,7 +67,7 @@ def score_shares(
     Raises:
         StudyError: No row is left, or none of its scores points the right way.
     """
-    scores = _mean_scores(table, tuned=tuned, method=method, kinds=kinds)
+    scores = mean_scores(table, tuned=tuned, method=method, kinds=kinds)
     if better == "lower":
         scores = {key: -score for key, score in scores.items()}
     largest = dict.fromkeys(kinds, 0.0)
@@ -84,10 +84,12 @@ def score_shares(
     return {component: share for component, share in found.items() if share is not None}
 
 
-def _mean_scores(
-    table: Table, *, tuned: str, method: str, kinds: Sequence[str]
-) -> dict[Key, float]:
-    """Mean score by part: the row over all prompts where there is one, as neurons have."""
+def mean_scores(table: Table, *, tuned: str, method: str, kinds: Sequence[str]) -> dict[Key, float]:
+    """Mean score by part: the row over all prompts where there is one, as neurons have.
+
+    Raises:
+        StudyError: The rows are of several fine-tunes.
+    """
     frame = whole_rows(table.to_frame())
     keep = (frame["method"] == method) & frame["kind"].isin(list(kinds))
     if tuned:
@@ -127,6 +129,16 @@ def _share(layout: Layout, component: Component, shares: Mapping[Key, float]) ->
             each = torch.tensor([shares.get(key, 0.0) for key in keys])
             return Share(cut_axis(layout, component), each.repeat_interleave(cut.width))
     return None
+
+
+def kept_shares(kept: Mapping[Component, Kept]) -> dict[Component, Share]:
+    """A selection as factors: 1 for what is kept; what has no factor is left out."""
+    return {
+        component: Share(
+            one.axis, torch.ones(1) if one.entries is None else one.entries.to(torch.float32)
+        )
+        for component, one in kept.items()
+    }
 
 
 def save_shares(folder: Path, shares: Sequence[Mapping[Component, Share] | None]) -> None:

@@ -33,6 +33,7 @@ Signs and units are the score's.
 [1] The closed form of P is Sherman and Morrison's, for (Q' (1 - w w' / |w|^2) Q)^-1.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from tvlens.components import WRITING_PARTS
 
-from .changes import Change, product, transposed, turned
+from .changes import Change, product, transposed, turned, written_rows
 from .matrices import Basis, kept_directions, seen, spectral_basis
 from .neurons import change_of_neurons, ratio, rows_of_neurons, sums_of_rows
 
@@ -225,6 +226,39 @@ def matrix_split(
         "onto_write": product(change, write[..., :k_write]),
     }
     return Split(part, **{name: _held(tensor, base) for name, tensor in exact.items()})
+
+
+def parts_of_change(
+    base: Float[Tensor, "d_in d_out"], change: Change, part: str, *, basis: Basis | None = None
+) -> Iterator[tuple[str, Float64[Tensor, "d_in d_out"]]]:
+    """The parts of one matrix's change themselves, which sum to it; each is made when asked for.
+
+    They are what ``matrix_split`` divides scores by, written out: of ``global`` and ``scale`` the
+    base is U S V', which leaves out directions below ``RANK_TOLERANCE``.
+
+    Args:
+        base: The base weight.
+        change: Its change, factors or dense.
+        part: What it is.
+        basis: The singular directions, if they are known.
+    """
+    basis = spectral_basis(base) if basis is None else basis
+    k_read, k_write = kept_directions(basis, (base.shape[0], base.shape[1]))
+    read, write, channels = basis.read, basis.write, seen(basis, change).channels
+    gains = ratio((channels * basis.values).sum(-1), basis.values.square().sum(-1)).nan_to_num()
+    whole = gains * basis.values
+    yield "global", (read * whole) @ transposed(write)
+    yield "scale", (read * (channels - whole)) @ transposed(write)
+    rest = written_rows(change, 0, base.shape[0]) - (read * channels) @ transposed(write)
+    of_read, onto_write = read[:, :k_read], write[:, :k_write]
+    from_read = of_read @ (transposed(of_read) @ rest)
+    into_write = (rest @ onto_write) @ transposed(onto_write)
+    within = (from_read @ onto_write) @ transposed(onto_write)
+    yield "within", within
+    writes = new_part(part) == "new_write"
+    yield "new_write" if writes else "reroute", from_read - within
+    yield "reroute" if writes else "new_read", into_write - within
+    yield "new_both", rest - from_read - into_write + within
 
 
 def neuron_split(

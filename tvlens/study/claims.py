@@ -126,7 +126,7 @@ def _combined_rows(study: Study) -> Iterator[dict[str, Any]]:
 def _is_whole(study: Study) -> bool:
     """Whether the study has swept whole tuning vectors, from the base on."""
     swept = "evaluation_items" in study.tables
-    return swept and study.plan.rest == "base" and not study.plan.select
+    return swept and study.plan.rest == "base" and study.plan.is_whole
 
 
 def _behaviour_rows(study: Study) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ NOT_OPTIONS = {
 OPTION_NAMES = {
     **{"tuned_names": "tuned-name", "controls": "control", "directions": "direction"},
     **{"estimators": "estimator", "measures": "measure"},
-    **{"grid": "scales"},
+    **{"grid": "scales", "kept_parts": "parts"},
 }
 """Options whose name is not that of their field."""
 WHOLE_WAY = "-from-base"
@@ -80,6 +80,11 @@ class StudyPlan(BaseModel):
         check_prompts: Prompts of the exact sample; None takes 16.
         select: Which components the exact sample is drawn from, and in a sweep the part of the
             tuning vector that is let in (``tvlens.selection``); empty for all.
+        study: In a sweep: the study whose labels, scores and directions ``select``, ``top`` and
+            ``along`` speak of.
+        top: Let in only so many of what is selected, those with the largest |score|.
+        kept_parts: Let in only these geometric parts of each matrix's change; empty for all.
+        along: Let in only what is written along these directions of the study; empty for all.
         check_seconds: Time that the exact checks may take, as far as a plan can tell.
         estimators: How the effects of exchanged activations are estimated; each is checked. With
             others than first order, queries and keys are among the usual activations.
@@ -127,6 +132,10 @@ class StudyPlan(BaseModel):
     check_nodes: int | None = Field(default=None, ge=1)
     check_prompts: int | None = Field(default=None, ge=1)
     select: str = ""
+    study: str | None = None
+    top: int | None = Field(default=None, ge=1)
+    kept_parts: str = ""
+    along: str = ""
     check_seconds: float = Field(default=60.0, gt=0)
     parts: bool = False
     circuits: bool = False
@@ -193,6 +202,11 @@ class StudyPlan(BaseModel):
             StudyError: They cannot be read, or there is none.
         """
         return scales_in(self.scales)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a sweep lets in whole tuning vectors, rather than a part of each."""
+        return not (self.select or self.top or self.kept_parts or self.along)
 
     @property
     def command(self) -> str:

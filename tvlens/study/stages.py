@@ -34,7 +34,7 @@ from .directions import check_replicates, overlap_tables, written_directions
 from .plan import WHOLE_WAY, StudyPlan, name_of
 from .prompted import WIDE, base_on_prompts, chosen_device
 from .representing import check_represent, represent
-from .sweeping import check_sweep, sweep
+from .sweeping import check_sweep, check_swept, sweep
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -519,6 +519,7 @@ def check_pairs(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
     """
     for pair in pairs if plan.canonical else ():
         refuse_canonical(pair)
+    check_swept(plan, pairs)
     for pair in pairs if GATED & set(plan.stages) else ():
         if not pair.layout.listed:
             kind = pair.base.config.get("model_type")

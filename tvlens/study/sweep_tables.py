@@ -93,7 +93,8 @@ def _facts(
         **_best(plan, task, found),
         **_beside(plan, task, found, start),
     }
-    return {**facts, "sentence": _sentence(task, facts, tuned.variant.model)}
+    what = "the tuning vector" if plan.is_whole else "this part of the tuning vector"
+    return {**facts, "sentence": _sentence(task, facts, tuned.variant.model, what)}
 
 
 def _value(one: Measured, task: Task, seed: int) -> float | None:
@@ -172,7 +173,7 @@ def _stands_out(
     return surely and steps[0] > max(steps[1:])
 
 
-def _sentence(task: Task, facts: dict[str, Any], tuned: str) -> str:
+def _sentence(task: Task, facts: dict[str, Any], tuned: str, what: str) -> str:
     unit = f", {facts['unit']}" if facts["unit"] else ""
     parts = [
         f"{task.spec.name} ({facts['metric']}{unit}): {_text(facts['base'])} in the base, "
@@ -187,7 +188,7 @@ def _sentence(task: Task, facts: dict[str, Any], tuned: str) -> str:
     if facts["controls"]:
         listed = "; ".join(_control(name, values) for name, values in facts["controls"].items())
         parts.append(
-            f"At dose {facts['compared_at']:g} the tuning vector gives "
+            f"At dose {facts['compared_at']:g} {what} gives "
             f"{_text(facts['at_that_scale'])}; in its place {listed}."
         )
     if (verdict := facts["more_than_a_push"]) is not None:

@@ -12,7 +12,7 @@ everything but that head. An expression that names two kinds which share a param
 (``matrix`` and ``head``) has no such set and is refused.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,8 +83,17 @@ def cut_axis(layout: Layout, component: Component) -> int:
     return 0 if component.part in WRITING_PARTS else len(layout.shape(component)) - 1
 
 
+Beside = Callable[[Component], Mapping[str, object]]
+"""Further columns of a piece, such as its label in a study."""
+
+
 def chosen(
-    selection: Selection, layout: Layout, *, base: str = "", tuned: str = ""
+    selection: Selection,
+    layout: Layout,
+    *,
+    base: str = "",
+    tuned: str = "",
+    beside: Beside | None = None,
 ) -> dict[Component, Kept]:
     """What ``selection`` keeps of each component; components it keeps nothing of are left out.
 
@@ -93,16 +102,14 @@ def chosen(
         layout: The model's components.
         base: What the column ``base`` holds.
         tuned: What the column ``tuned`` holds.
+        beside: What columns that are not the key's hold.
 
     Raises:
         SelectionError: It selects nothing, names a site that the model lacks, or names kinds
             that overlap.
     """
-    rows = _Rows(layout, selection.columns, {"base": base, "tuned": tuned})
-    _refuse_unknown(selection.names, sites(layout) if selection.names else ())
-    parts = [str(part) for part in selection.literals("part") if part is not None]
-    _refuse_unknown(parts, [*dict.fromkeys(str(c.part) for c in layout.components())])
-    kinds = _kinds_named(selection, rows)
+    rows = _Rows(layout, selection.columns, {"base": base, "tuned": tuned}, beside)
+    kinds = _checked_kinds(selection, rows)
     found: dict[Component, Kept] = {}
     for component in layout.components():
         kept = _kept(selection, rows, component, kinds)
@@ -116,15 +123,51 @@ def chosen(
     return found
 
 
+def pieces(
+    selection: Selection,
+    layout: Layout,
+    *,
+    base: str = "",
+    tuned: str = "",
+    beside: Beside | None = None,
+) -> Iterator[Component]:
+    """The pieces that ``selection`` accepts, in model order; arguments and errors of ``chosen``.
+
+    Of a list, whose names overlap, these are a component and each of its slices that is named.
+    """
+    rows = _Rows(layout, selection.columns, {"base": base, "tuned": tuned}, beside)
+    kinds = _checked_kinds(selection, rows)
+    for component in layout.components():
+        finer = _finer(selection, layout, component, kinds)
+        whole = [component] if selection.tree is None or not finer else []
+        for piece in (*whole, *(p for cut in finer for p in _pieces(component, cut))):
+            if selection.accepts(rows.of(piece)):
+                yield piece
+
+
+def _checked_kinds(selection: Selection, rows: "_Rows") -> frozenset[Kind]:
+    """The kinds that a selection speaks of; what it names must be there."""
+    layout = rows.layout
+    _refuse_unknown(selection.names, sites(layout) if selection.names else ())
+    parts = [str(part) for part in selection.literals("part") if part is not None]
+    _refuse_unknown(parts, [*dict.fromkeys(str(c.part) for c in layout.components())])
+    return _kinds_named(selection, rows)
+
+
+def _finer(
+    selection: Selection, layout: Layout, component: Component, kinds: frozenset[Kind]
+) -> list[Cut]:
+    """The ways in which a selection sees a component cut: a list in all of them."""
+    a_list = selection.tree is None
+    return [cut for cut in cuts(layout, component) if a_list or cut.kind in kinds]
+
+
 def sites(layout: Layout) -> dict[str, set[Kind]]:
     """Every site and every component by the name that tables print, with its kinds."""
     rows, found = _Rows(layout, frozenset({"site", "component"}), {}), {}
     for component in layout.components():
-        pieces = [
-            component,
-            *(p for cut in cuts(layout, component) for p in _pieces(component, cut)),
-        ]
-        for piece in pieces:
+        finer = (p for cut in cuts(layout, component) for p in _pieces(component, cut))
+        for piece in (component, *finer):
             row = rows.of(piece)
             for name in (str(row["site"]), str(row["component"])):
                 found.setdefault(name, set()).add(piece.kind)
@@ -138,6 +181,7 @@ class _Rows:
     layout: Layout
     columns: frozenset[str]
     constants: Mapping[str, str]
+    beside: Beside | None = None
 
     def of(self, component: Component) -> dict[str, object]:
         """The values by column."""
@@ -156,6 +200,8 @@ class _Rows:
             row["site"] = component.site
         if "component" in self.columns:
             row["component"] = str(component)
+        if self.beside is not None:
+            row.update(self.beside(component))
         return row
 
     def _kv_index(self, component: Component) -> int | None:
@@ -221,9 +267,8 @@ def _kept(
     selection: Selection, rows: _Rows, component: Component, kinds: frozenset[Kind]
 ) -> Kept | None:
     """A list keeps the union over all kinds; an expression looks at its one set of pieces."""
-    possible = cuts(rows.layout, component)
     a_list = selection.tree is None
-    finer = [cut for cut in possible if a_list or cut.kind in kinds]
+    finer = _finer(selection, rows.layout, component, kinds)
     if (a_list or not finer) and selection.accepts(rows.of(component)):
         return WHOLE
     if not finer:

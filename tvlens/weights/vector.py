@@ -109,13 +109,16 @@ class TuningVector(Mapping[Component, Delta]):
         """The vector that takes away what this one adds."""
         return self * -1.0
 
-    def select(self, which: str | Callable[[Component], bool]) -> "TuningVector":
+    def select(
+        self, which: str | Callable[[Component], bool] | Mapping[Component, Kept]
+    ) -> "TuningVector":
         """The part of the vector that ``which`` accepts; what it came from stays in its name.
 
         Args:
             which: An expression over the key columns or a list of sites (``tvlens.selection``),
                 which may be finer than matrices: a matrix of which only some heads or neurons
-                are selected is zero elsewhere. Or a predicate over the components held.
+                are selected is zero elsewhere. Or a predicate over the components held, or what
+                is kept of each, as ``slices.chosen`` and ``compose.selecting`` give it.
 
         Raises:
             SelectionError: The expression cannot be read or selects nothing held here.
@@ -123,16 +126,18 @@ class TuningVector(Mapping[Component, Delta]):
         if callable(which):
             deltas = {component: delta for component, delta in self.items() if which(component)}
             return replace(self, name=f"{self.term}[...]", deltas=deltas, selection=None)
-        kept = kept_by(which, self.base, self.name)
+        by_name = isinstance(which, str)
+        kept = kept_by(which, self.base, self.name) if by_name else which
+        text = which if by_name else ", ".join([*map(str, which)][:3])
         deltas = {c: restricted(delta, kept[c]) for c, delta in self.items() if c in kept}
         if not deltas:
             raise SelectionError(
-                f"the selection {which!r} selects nothing that {self.name} holds.",
+                f"the selection {text!r} selects nothing that {self.name} holds.",
                 hint=f"It holds {len(self)} components, such as {next(map(str, self), 'none')}.",
             )
-        both = f"({self.selection}) and ({which})" if self.selection else which
-        selection = None if self.selection is None else both
-        return replace(self, name=f"{self.term}[{which}]", deltas=deltas, selection=selection)
+        both = f"({self.selection}) and ({text})" if self.selection else text
+        selection = None if self.selection is None or not by_name else both
+        return replace(self, name=f"{self.term}[{text}]", deltas=deltas, selection=selection)
 
     def norm(self) -> float:
         """Euclidean length over all entries; a tied embedding counts once."""

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -31,20 +31,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tvlens.components import Component, Kind
-from tvlens.errors import CheckpointError, UnsupportedFormatError
+from tvlens.errors import CheckpointError, SelectionError, UnsupportedFormatError
 
 from .contents import first_non_finite
-from .delta import Absent, Delta, Dense, Dora, LowRank, combined, scaled
+from .delta import Absent, Delta, Dense, Dora, LowRank, combined, scaled, without_zeros
 from .layout import Layout, layout_of
 from .pair import Pair
-from .provenance import BaseRecord, Coordinates, Input
+from .provenance import BaseRecord, Coordinates, Input, digest
 from .vector import (
     StoredDtype,
     TuningVector,
     base_record,
     inputs_of,
     kept_by,
-    read_change,
     restricted,
 )
 
@@ -56,6 +55,8 @@ SETTLED = ("tied", "d_vocab")
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEADER_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 Form = Literal["dense", "low_rank", "dora", "absent"]
+Taken = Callable[[Component, Float[Tensor, "..."], Delta], Delta | None]
+"""What is taken of a component's change, given its base weight; None for nothing."""
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 _AGAIN = "Make it again with `tvlens vector`, or copy it again."
 
@@ -169,7 +170,7 @@ class SavedVector:
         )
         lines = [f"{self.path}: {found['name']} minus {found['base']}, {found['bytes']:,} bytes."]
         lines.append(f"components: {forms}; length {found['norm']:.6g}.")
-        if self.header.selection:
+        if self.header.selection or self.selected_norm < self.whole_norm:
             share = found["share_of_squared_norm"]
             lines.append(f"the selection holds {share:.2%} of the whole vector's squared length.")
         if self.header.dtype != "float32":
@@ -203,7 +204,8 @@ def save_pair_vector(
     pair: Pair,
     path: Path | str,
     *,
-    select: str = "",
+    select: str | Taken = "",
+    name: str = "",
     scale: float = 1.0,
     dtype: StoredDtype = "float32",
     command: str = "",
@@ -213,7 +215,8 @@ def save_pair_vector(
     Args:
         pair: The two models.
         path: The file to write; a file that is there is replaced when the new one is whole.
-        select: Keep only this part; see ``tvlens.selection``.
+        select: Keep only this part; see ``tvlens.selection``. Or what is taken of each change.
+        name: What to call the part where a function gives it.
         scale: Multiply by this number.
         dtype: How numbers are stored.
         command: What to record as the way the file was made.
@@ -225,31 +228,46 @@ def save_pair_vector(
     if not math.isfinite(scale):
         raise CheckpointError(f"a vector can be scaled by a finite number, got {scale!r}.")
     base = base_record(pair, {})
-    kept = kept_by(select, base, pair.tuned_name) if select else None
+    taken = _selected(select, base, pair.tuned_name) if isinstance(select, str) else select
     lengths: dict[str, list[float]] = {"whole": [], "selected": []}
 
     def parts() -> Iterator[Part]:
         for component in pair.components:
-            delta, digest = read_change(pair, component)
+            weight, delta = pair.change(component)
+            delta = without_zeros(delta)
             lengths["whole"].append(delta.norm())
-            if kept is not None and component not in kept:
-                yield Part(component, None, digest)
+            found = taken(component, weight, delta)
+            if found is None:
+                yield Part(component, None, digest(weight))
                 continue
-            delta = restricted(delta, kept[component]) if kept is not None else delta
-            lengths["selected"].append(delta.norm())
-            yield Part(component, scaled(delta, scale), digest)
+            lengths["selected"].append(found.norm())
+            yield Part(component, scaled(found, scale), digest(weight))
+        if not lengths["selected"]:
+            raise SelectionError(f"{pair.tuned_name} has nothing of {name or select}.")
 
     about = {
-        "name": _name(pair.tuned_name, select, scale),
+        "name": _name(pair.tuned_name, select if isinstance(select, str) else name, scale),
         "command": command,
         "scale": scale,
-        "selection": select,
+        "selection": select if isinstance(select, str) else None,
         "inputs": _stored_inputs(inputs_of(pair)),
     }
     header = _written(Path(path), base, about, parts(), dtype)
     return SavedVector(
         Path(path), header, math.hypot(*lengths["whole"]), math.hypot(*lengths["selected"])
     )
+
+
+def _selected(select: str, base: BaseRecord, tuned: str) -> Taken:
+    """What a selection takes of each change."""
+    kept = kept_by(select, base, tuned) if select else None
+
+    def taken(component: Component, weight: Float[Tensor, "..."], delta: Delta) -> Delta | None:
+        if kept is None:
+            return delta
+        return restricted(delta, kept[component]) if component in kept else None
+
+    return taken
 
 
 def load_vector(path: Path | str) -> TuningVector:
