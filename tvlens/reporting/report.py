@@ -14,6 +14,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tvlens.files import write_whole
+
 from .circuitsvis import bundle
 from .combinations import combined_part
 from .datatable import described
@@ -40,12 +42,10 @@ def render_report(folder: Path) -> Path:
     """
     study = StudyFolder.read(Path(folder))
     path = Path(folder) / PAGE
-    partial = path.with_suffix(".html.partial")
     page = page_of(study).encode("utf-8")
     if len(page) > MAX_BYTES:
         page = page_of(study, tooltips=False).encode("utf-8")
-    partial.write_bytes(page)
-    partial.replace(path)
+    write_whole(path, page)
     return path
 
 

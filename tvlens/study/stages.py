@@ -773,7 +773,9 @@ def _one_by_one(
     def of_all(plan: StudyPlan, pairs: "Sequence[Pair]", say: Progress) -> Outputs:
         for pair in pairs:
             say(f"{name}: {pair.tuned_name}")
-            yield pair.tuned_name, stage(plan, pair, say)
+            output = stage(plan, pair, say)
+            plan = plan.with_sample(output.facts)
+            yield pair.tuned_name, output
 
     return of_all
 
