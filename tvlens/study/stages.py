@@ -54,6 +54,13 @@ Progress = Callable[[str], None]
 GATED = {"attribute", "graft", "sweep", "combine", "represent"}
 """Stages that let parts of a tuning vector into the base, and so must know what a tensor does."""
 
+MEASURING: dict[str, Callable[[StudyPlan], None]] = {
+    "sweep": check_sweep,
+    "combine": check_combine,
+    "represent": check_represent,
+}
+"""Stages that measure models on tasks or documents, and what finds what each would refuse."""
+
 PROMPTS_SCHEMA = pa.schema(
     [
         ("prompt", pa.int32()),
@@ -468,9 +475,18 @@ def check_inputs(plan: StudyPlan) -> None:
         _check_attribution(plan, asked, metric)
     for spec in plan.evaluate.values() if "evaluate" in plan.stages else ():
         load_texts(spec)
-    checks = {"sweep": check_sweep, "combine": check_combine, "represent": check_represent}
-    for stage in checks.keys() & set(plan.stages):
-        checks[stage](plan)
+    check_measuring(plan)
+
+
+def check_measuring(plan: StudyPlan) -> None:
+    """Find what the stages would refuse that measure models on tasks or documents.
+
+    Raises:
+        TvlensError: There are no tasks or documents, they cannot be used, or doses do not fit.
+    """
+    for stage in plan.stages:
+        if stage in MEASURING:
+            MEASURING[stage](plan)
 
 
 def _check_weights_side(plan: StudyPlan) -> None:

@@ -65,7 +65,7 @@ def check_sweep(plan: StudyPlan) -> None:
 
     if plan.tasks is None:
         raise StudyError("a sweep needs tasks.", hint="Give a task file with --tasks.")
-    if not set(plan.doses) - {_start(plan)}:
+    if not set(plan.doses) - {start_of(plan)}:
         raise StudyError(f"the scales {plan.scales!r} hold nothing but where the sweep starts.")
     if plan.select:
         parse_selection(plan.select)
@@ -113,7 +113,8 @@ def sweep(
     return Sweep(tables, {"sweep": facts}, (*model.warnings, *warnings_of(prepared)))
 
 
-def _start(plan: StudyPlan) -> float:
+def start_of(plan: StudyPlan) -> float:
+    """The dose at which a sweep starts: the rest out, or in."""
     return 0.0 if plan.rest == "base" else 1.0
 
 
@@ -161,7 +162,7 @@ class _Run:
         from tvlens.compose.edits import scaled
         from tvlens.evaluation.suite import Measured
 
-        edit = scaled(scale, self.part, rest=_start(self.plan))
+        edit = scaled(scale, self.part, rest=start_of(self.plan))
         variant = self._variant(TUNING, None, scale)
         for end, known in self.ends.items():
             if edit.is_whole(end):
@@ -199,7 +200,7 @@ class _Run:
         """What stands in the tuning vector's place, at every dose but the start."""
         from tvlens.compose.edits import Edit, Share, written
 
-        start = _start(self.plan)
+        start = start_of(self.plan)
         ones = self.model.doses(Edit(1.0)) if doses is None else doses
         beneath = [Share(self.model.gated, self.model.doses(Edit(start)))] if start else []
         for scale in self.plan.doses:
