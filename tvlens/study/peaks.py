@@ -152,7 +152,7 @@ def combine_peak(pair: Pair, tasks: Sequence[Ready], *, vectors: int, d_vocab: i
     return sweep_peak(pair, tasks, d_vocab=d_vocab) + (vectors - 1) * model_bytes(pair)
 
 
-def represent_peak(pair: Pair, batch: Batch, *, sums: float, d_vocab: int) -> float:
+def represent_peak(pair: Pair, batch: Batch, *, sums: int, d_vocab: int) -> float:
     """Two bases, vector, stand-in and moved weights; sums and what is made of them; one pass."""
     layout, width = pair.layout, batch.ids.shape[1]
     rows = min(len(batch), max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // max(1, width))))

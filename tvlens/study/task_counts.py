@@ -88,8 +88,8 @@ def sweep_variants(plan: StudyPlan) -> int:
 
 def sweep_runs(plan: StudyPlan) -> int:
     """Models that a sweep runs: both ends once, each variant that is neither of them."""
-    known = 0 if plan.select else len({0.0, 1.0} & {*plan.doses})
-    return 2 + sweep_variants(plan) - known
+    ends = {start_of(plan)} if plan.select else {0.0, 1.0}
+    return 2 + sweep_variants(plan) - len(ends & {*plan.doses})
 
 
 def sweep_rows(plan: StudyPlan, tasks: Sequence[Ready]) -> dict[str, Rows]:
@@ -201,4 +201,7 @@ def combine_runs(pair: Pair, plan: StudyPlan, tasks: Sequence[Ready]) -> tuple[i
     known = [one.task for one in countable(tasks) if one.task.spec.kind == "loss"]
     domains = {place for place, _ in of_domains(known, plan.names)}
     parts = _most_parts(pair, plan) * (count - 1) * len(domains)
-    return len(points) + count, parts + (count - 1) * len(domains)
+    stored = (
+        count if plan.method == "task" and not plan.select and 1.0 in scales_in(plan.grid) else 0
+    )
+    return len(points) + count - stored, parts + (count - 1) * len(domains)
