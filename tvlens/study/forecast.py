@@ -17,6 +17,7 @@ from tvlens.threads import at_once
 from tvlens.weights.matching import Pair
 
 from . import peaks, task_work, work
+from .attributing import words_of
 from .covariances import planned_inputs
 from .plan import StudyPlan
 from .rates import Rates
@@ -35,7 +36,6 @@ from .row_counts import (
     tested_rows,
     weight_rows,
 )
-from .stages import words_of
 from .task_counts import combine_rows, countable, representation_rows, sweep_rows
 
 UNCERTAINTY = 2.0

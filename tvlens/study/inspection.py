@@ -62,7 +62,7 @@ from .forecast import (
 from .plan import StudyPlan
 from .prompted import WIDE, chosen_device
 from .rates import Rates, measured_rates
-from .stages import MEASURING, check_measuring, check_pairs
+from .refusals import MEASURING, check_measuring, check_pairs
 from .task_counts import countable
 from .task_work import tokens_read
 from .work import entries, stored_bytes

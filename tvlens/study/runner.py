@@ -21,8 +21,9 @@ from tvlens.tables import Table, concatenated
 from tvlens.weights.matching import load_pair
 from tvlens.weights.sources.memory import MemorySource
 
-from . import stages
+from . import refusals, stages
 from .claims import verdicts_table
+from .outputs import StageOutput
 from .plan import PLANNED, WHOLE_WAY, StudyPlan
 from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json, write_tensors
 
@@ -67,10 +68,10 @@ def run_study(
     """
     say = progress if progress is not None else (lambda text: None)
     say("reading and matching the checkpoints")
-    stages.check_inputs(plan)
+    refusals.check_inputs(plan)
     pairs = _pairs(plan, folder)
-    stages.check_pairs(plan, pairs)
-    stages.check_vocabularies(plan, pairs)
+    refusals.check_pairs(plan, pairs)
+    refusals.check_vocabularies(plan, pairs)
     prepared_folder(folder, _inputs(pairs), force=force)
     plan = _resumed(plan, folder) if resume else plan
     run = _Run(plan, folder, pairs, say, resume)
@@ -184,7 +185,7 @@ class _Run:
             self._save(name, made)
         self.write_manifest()
 
-    def _save(self, stage: str, outputs: "Sequence[stages.StageOutput]") -> None:
+    def _save(self, stage: str, outputs: "Sequence[StageOutput]") -> None:
         """Write what a stage made for all pairs, each table and file whole or not at all."""
         made: dict[str, list[Table]] = {}
         vectors: dict[str, "dict[str, Tensor]"] = {}
