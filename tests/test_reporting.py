@@ -671,7 +671,7 @@ def test_models_that_were_measured_alone_are_no_fine_tune_without_sections(tmp_p
 
     evaluation_table().save(tmp_path)
     page = render_report(tmp_path)
-    assert _headings(page) == ["The answer", "On held-out data", "Reproduce"]
+    assert _headings(page) == ["On held-out data", "Reproduce"]
     assert "→ tuned" not in parsed(page).words
 
 
@@ -693,7 +693,9 @@ def test_any_single_table_makes_a_page(tmp_path, kept):
         *(prompts_table, findings_table, evaluation_table),
     )
     page = render_report(write_study(tmp_path / "s", (makers[kept](),)))
-    assert "The answer" in parsed(page).words
+    words = parsed(page).words
+    assert "Made by tvlens from the tables of this study alone" in words
+    assert ("The answer" in words) == (kept not in (4, 5))  # prompts, findings answer nothing
 
 
 def test_identical_models_are_said_to_be_identical(tmp_path):
