@@ -51,9 +51,10 @@ def written(*, prompts: int = 5, chunk: int = 2) -> PositionFile:
     return file
 
 
-def test_a_file_written_in_chunks_is_read_whole_by_safetensors() -> None:
+def test_a_file_written_in_chunks_is_read_whole_by_safetensors(tmp_path: Path) -> None:
     file = written()
-    found = load_file(file.path)
+    file.copy_to(tmp_path / "copied")
+    found = load_file(tmp_path / "copied")
     assert {name: t.dtype for name, t in found.items()} == dict.fromkeys(found, torch.float32)
     for cut, scores in planted(5).items():
         assert torch.equal(found[cut.part], scores)
@@ -69,12 +70,11 @@ def test_a_file_that_is_not_whole_is_not_entered() -> None:
         file.entry(run)
 
 
-def test_the_scratch_of_a_file_goes_with_it() -> None:
+def test_a_file_that_is_being_written_has_no_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     file = written()
-    path = file.path
-    assert path.is_file()
-    del file
-    assert not path.exists()
+    assert file.rows == 5
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_scores_are_read_back_by_kind_and_prompt(tmp_path: Path) -> None:
@@ -118,7 +118,9 @@ def test_what_is_meant_must_be_one_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("direction", ["tuned_into_base", "clean_into_corrupt", "zero_ablation"])
-def test_scores_by_position_sum_exactly_to_the_tables_in_chunks_as_at_once(direction: str) -> None:
+def test_scores_by_position_sum_exactly_to_the_tables_in_chunks_as_at_once(
+    direction: str, tmp_path: Path
+) -> None:
     from .test_attribution_nodes import batch
 
     hooked, rows = pairs.hooked_pair("llama"), batch()
@@ -127,7 +129,8 @@ def test_scores_by_position_sum_exactly_to_the_tables_in_chunks_as_at_once(direc
     file = PositionFile(len(rows))
     found = activation_scores(asked, rows, parts=parts, keep=file.add, rows_at_once=2)
     assert found.positions is None
-    kept = load_file(file.path)
+    file.copy_to(tmp_path / "copied")
+    kept = load_file(tmp_path / "copied")
     table = found.table(neurons=None).to_frame().dropna(subset=["prompt"])
     scores = {(r.component, r.prompt): r.score for r in table.itertuples()}
     plain = activation_scores(asked, rows, parts=parts, rows_at_once=2)

@@ -14,6 +14,7 @@ RINGS = {
     "tables": 0,
     "threads": 0,
     "memory": 0,
+    "files": 0,
     "demo": 0,
     "weights": 1,
     "geometry": 2,

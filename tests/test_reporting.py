@@ -625,6 +625,62 @@ def test_missing_files_leave_the_command_that_makes_them(tmp_path):
     assert "tvlens decompose BASE TUNED --out DIR" in words
     assert "tvlens attribute BASE TUNED --prompts FILE --out DIR" in words
     assert "tvlens evaluate BASE TUNED --tasks FILE --out DIR" in words
+    assert words.count("Not in this study") == 1
+    assert "tvlens combine" not in words  # there is one fine-tune at most
+
+
+def _headings(page: Path) -> list[str]:
+    import re
+
+    return re.findall(r"<h[23][^>]*>(.*?)</h[23]>", page.read_text("utf-8"))
+
+
+def test_a_study_of_one_stage_has_the_sections_of_that_stage_and_one_line_on_the_others(tmp_path):
+    from tvlens.reporting.report import render_report
+    from tvlens.tables import Table
+
+    folder = write_study(tmp_path / "s", (weights_table(),))
+    page = render_report(folder)
+    assert _headings(page) == [
+        "The answer", "What was compared", "med", "Where the weights changed", "Reproduce",
+    ]  # fmt: skip
+    words = parsed(page).words
+    assert words.count("Not in this study") == 1
+    line = words[words.index("Not in this study") :]
+    for parts, command in {
+        "MLP against attention, labels, new directions by name, the paper's readings": "decompose",
+        "what matters, how far the estimates can be trusted, prompts token by token": "attribute",
+        "the smallest set that carries it": "graft",
+        "by dose": "sweep",
+        "what it does to the representations": "represent",
+        "held-out data": "evaluate",
+    }.items():
+        assert f"{parts}: tvlens {command} " in line
+    assert "where the weights changed" not in line
+    assert "Make it with" not in words
+    curves = {"curve": ["sweep"], "tuned": ["med"], "task": ["t"], "scale": [1.0], "value": [1.0]}
+    data = pa.table(
+        {**curves, "ranked_by": ["tuning"], "split": ["all"], "metric": ["loss"], "n": [3]}
+    )
+    Table("curves", data).save(folder)
+    assert "by dose: tvlens sweep" not in parsed(render_report(folder)).words
+
+
+def test_models_that_were_measured_alone_are_no_fine_tune_without_sections(tmp_path):
+    from tvlens.reporting.report import render_report
+
+    evaluation_table().save(tmp_path)
+    page = render_report(tmp_path)
+    assert _headings(page) == ["On held-out data", "Reproduce"]
+    assert "→ tuned" not in parsed(page).words
+
+
+def test_of_several_fine_tunes_the_command_that_combines_them_is_named(tmp_path):
+    from tvlens.reporting.report import render_report
+
+    (tmp_path / "study.yaml").write_text("base: b\ntuned: [one, two]\ntasks: t.yaml\n")
+    words = parsed(render_report(tmp_path)).words
+    assert "tuning vectors combined: tvlens combine b one two --tasks t.yaml --out DIR" in words
 
 
 @pytest.mark.slow
@@ -637,7 +693,9 @@ def test_any_single_table_makes_a_page(tmp_path, kept):
         *(prompts_table, findings_table, evaluation_table),
     )
     page = render_report(write_study(tmp_path / "s", (makers[kept](),)))
-    assert "The answer" in parsed(page).words
+    words = parsed(page).words
+    assert "Made by tvlens from the tables of this study alone" in words
+    assert ("The answer" in words) == (kept not in (4, 5))  # prompts, findings answer nothing
 
 
 def test_identical_models_are_said_to_be_identical(tmp_path):

@@ -192,7 +192,7 @@ def test_a_finished_study_is_kept_and_another_plan_is_not_mixed_in(
 
 
 def test_inspect_plans_the_rows_and_the_bytes_that_were_written(study: Study, root: Path) -> None:
-    from tests.test_study_inspection import RATES
+    from tests.planned_tables import RATES
     from tvlens.study.inspection import inspection
 
     options = study.plan.model_dump(exclude={"base", "tuned", "tuned_names", "check_nodes"})
@@ -288,7 +288,7 @@ def test_a_plan_without_positions_takes_the_old_ones_away(selected_study: Study)
 
 
 def test_the_exact_sample_is_drawn_from_what_is_selected(selected_study: Study, root: Path) -> None:
-    from tests.test_study_inspection import RATES
+    from tests.planned_tables import RATES
     from tvlens.study.inspection import inspection
 
     rows = selected_study.attribution.to_frame()

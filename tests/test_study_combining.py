@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.planned_tables import assert_rows
 from tvlens.errors import PromptError, SelectionError, StudyError
 from tvlens.study.plan import StudyPlan
 
@@ -735,3 +736,45 @@ def test_the_report_draws_the_grid_and_says_what_it_shows(combined):
     assert "Does prediction rank with what is measured?" in page
     facts = combined.manifest["facts"]["math"]["combine"]
     assert any(text.startswith("Adding math to med") for text in facts["sentences"])
+
+
+def test_the_rows_of_a_combination_are_those_that_were_planned(combined):
+    decided = {"disturbance", "interference", "interference_ranks"}
+    found = assert_rows(combined, "combine", bounded=decided)["tables"]
+    made = combined.table("disturbance").to_frame()
+    assert found["disturbance"]["at_least"] == (made["level"] == "whole").sum()
+    for name in decided:  # both fine-tunes of the demo changed every matrix
+        assert found[name]["at_most"] == len(combined.table(name)), name
+
+
+def test_every_model_that_a_combination_runs_was_planned(tmp_path):
+    from tvlens.evaluation.suite import ready
+    from tvlens.evaluation.tasks import load_tasks
+    from tvlens.models.pair import tokenizer_in
+    from tvlens.study.stages import STAGES
+    from tvlens.study.task_counts import combine_runs
+    from tvlens.weights.matching import load_pair
+
+    few = tmp_path / "few.yaml"
+    few.write_text("- {name: medical, kind: loss, file: 'demo:med', limit: 2, domain: med}\n")
+    asked = plan(tmp_path, tasks=str(few), grid="0.5,1", places="layer")
+    pairs = [load_pair("demo:base", spec, names=("base", spec[5:])) for spec in asked.tuned]
+    lines = []
+    list(STAGES["combine"](asked, pairs, lines.append))
+    tasks = ready(load_tasks(few), tokenizer_in([pairs[0].base.folder]))
+    models = [line for line in lines if line.startswith("tasks: ")]
+    layers, before = 8, 1
+    assert combine_runs(pairs[0], asked, tasks) == (len(models), layers + before)
+    assert any("8 parts of math" in line for line in lines)
+
+
+def test_points_and_falls_of_three_vectors_are_counted_as_they_are_measured():
+    from tvlens.study.combination_points import Point, StandIn
+    from tvlens.study.disturbances import added_at
+    from tvlens.study.task_counts import combined_points
+
+    asked = StudyPlan(base="b", tuned=("one", "two", "three"), grid="0,1", draws=2, controls=("c",))
+    assert len(combined_points(asked)) == 8 + 3 * 3 * 4
+    assert added_at(Point((1.0, 1.0, 0.0)), 0) == [1]
+    assert added_at(Point((0.0, 1.0, 1.0)), 0) == []
+    assert added_at(Point((1.0, 1.0, 1.0), StandIn(2, "random", 0)), 0) == [2]

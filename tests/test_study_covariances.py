@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_left_out_and_said(pair, monkeypatch) -> None:
 
 def test_a_file_or_a_function_that_is_not_there_is_refused_before_anything_runs(tmp_path) -> None:
     from tvlens.errors import CheckpointError, ExtensionError, StudyError
-    from tvlens.study.stages import check_inputs
+    from tvlens.study.refusals import check_inputs
 
     with pytest.raises(StudyError, match=r"no file 'on'.*auto, off, or a file"):
         check_inputs(plan(covariances="on"))

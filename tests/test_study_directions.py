@@ -174,7 +174,8 @@ def test_a_study_of_an_older_version_names_the_command_and_one_without_direction
     for name in ("directions", "readings", "overlap"):
         (old / f"{name}.parquet").unlink()
     words = parsed(render_report(old)).words
-    assert words.count("Not in this study. Make it with tvlens decompose") >= 2
+    assert words.count("new directions by name, the paper's readings: tvlens decompose") == 1
+    assert "New directions by name" not in words
     assert "against each other" not in words
     empty = Table("directions", study.directions.data.slice(0, 0))
     empty.save(old)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.large_checkpoints import hollow_llama
+from tests.planned_tables import RATES
 from tests.tiny_checkpoints import (
     add_noise,
     copy_with,
@@ -35,9 +36,6 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "neox": tiny_neox,
     "qwen3": tiny_qwen3,
 }
-RATES = dict.fromkeys(
-    ("hash", "entry", "product", "eigen", "row", "label", "call", "forward"), 1e-9
-)
 DIVIDED = {"parts": True, "circuits": True}
 WEIGHT_KINDS = ("matrix", "norm", "bias", "embedding", "head", "kv_head", "neuron")
 
@@ -87,10 +85,10 @@ def attributed(pair, prompts) -> dict[str, pd.DataFrame]:
     """The real tables of attribution, with an exact sample of 17 components."""
     from tvlens.models.metrics import SHIPPED
     from tvlens.models.pair import HookedPair
-    from tvlens.study import stages
+    from tvlens.study.attributing import _attributed
 
     asked, batch = prompts
-    made = stages._attributed(
+    made = _attributed(
         _plan(check_exact=17, check_prompts=3, **DIVIDED),
         HookedPair(pair),
         asked,
@@ -213,7 +211,7 @@ def test_all_parts_in_all_directions_have_the_rows_that_were_planned(pair, promp
     from tvlens.attribution.nodes import all_parts
     from tvlens.models.metrics import SHIPPED
     from tvlens.models.pair import HookedPair
-    from tvlens.study import stages
+    from tvlens.study.attributing import _attributed
     from tvlens.study.row_counts import attribution_tables, estimate_rows, position_shapes
 
     asked, batch = prompts
@@ -222,7 +220,7 @@ def test_all_parts_in_all_directions_have_the_rows_that_were_planned(pair, promp
     plan = _plan(
         nodes=words[0], directions=words[1], position=True, check_exact=17, check_prompts=3
     )
-    made = stages._attributed(plan, hooked, asked, batch, SHIPPED["logprob"], lambda text: None)
+    made = _attributed(plan, hooked, asked, batch, SHIPPED["logprob"], lambda text: None)
     tables = {table.name: table.to_frame() for table in made.tables}
     counted = _asked(words=_words("all", *words[1]), longest=13, position=True)
     estimates = tables["attribution"][tables["attribution"]["estimator"] != "exact"]
@@ -873,12 +871,12 @@ def test_the_rates_are_those_of_the_operations_that_are_counted(pair) -> None:
 def test_the_tables_of_several_estimators_have_the_rows_that_were_planned(pair, prompts) -> None:
     from tvlens.models.metrics import SHIPPED
     from tvlens.models.pair import HookedPair
-    from tvlens.study import stages
+    from tvlens.study.attributing import _attributed
     from tvlens.study.row_counts import attribution_tables, estimate_rows
 
     asked, batch = prompts
     both = ("first_order", "atp_star")
-    made = stages._attributed(
+    made = _attributed(
         _plan(check_exact=17, check_prompts=3, estimators=both),
         HookedPair(pair),
         asked,

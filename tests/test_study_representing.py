@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.planned_tables import planned
 from tests.test_weights_vocabulary import WORDS, word_tokenizer
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_llama
 from tvlens.errors import PromptError, StudyError
@@ -275,3 +276,21 @@ def test_the_interval_of_a_median_covers_it_about_as_often_as_it_says():
         found = median(rng.normal(1.0, 2.0, 30), seed=draw)
         hits += found.low <= 1.0 <= found.high
     assert 0.88 <= hits / 200 <= 0.995
+
+
+def test_the_rows_of_every_fine_tune_are_those_that_were_planned(study):
+    rows = [
+        planned(study, last=place)["stages"]["represent"]["tables"]["representations"]
+        for place in (0, 1)
+    ]
+    frame = study.representations.to_frame()
+    made = frame[frame["tuned"] == "narrow"]["part"].value_counts().to_dict()
+    assert [one["by"] for one in rows] == [made, made]
+    assert sum(one["rows"] for one in rows) == len(frame)
+
+
+def test_the_documents_that_are_read_are_counted(study):
+    known = planned(study)["texts"]
+    first = stream(study.representations.to_frame(), "cka").iloc[0]
+    assert known["documents"] == first["n_documents"]
+    assert known["tokens"] == first["n_tokens"] + first["n_documents"]  # the first ones apart

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.planned_tables import assert_rows
 from tvlens.errors import PromptError, SelectionError, StudyError
 from tvlens.study.plan import StudyPlan, scales_in
 
@@ -371,3 +372,36 @@ def test_the_whole_vector_is_let_go_where_only_parts_are_moved(from_base, alone)
     assert (swept.whole is swept.moved) == alone
     assert 0 < swept.share_of_norm < 1
     assert len(swept.notes) == 2
+
+
+def test_the_rows_of_a_sweep_are_those_that_were_planned(swept):
+    found = assert_rows(swept, "sweep", bounded={"evaluation", "evaluation_items"})
+    assert found["tables"]["curves"] == {"rows": 3 * (3 + 2 * 2 + 2)}  # tasks x models
+    models = 3 + 2 * 2 + 2 + 2
+    # loss 3, distances 4, a text 3 measures always and 5 where it has words or a reference
+    assert found["tables"]["evaluation"]["at_least"] >= models * (3 + 4 + 3)
+
+
+def test_the_rows_of_a_sweep_of_a_part_count_random_sets_too(part):
+    found = assert_rows(part, "sweep", bounded={"evaluation", "evaluation_items"})
+    assert found["tables"]["curves"] == {"rows": 3 * (3 + 2 + 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"draws": 1, "scales": "0,1,2"},
+        {"draws": 1, "scales": "0,1", "select": "layer == 0", "rest": "tuned"},
+        {"draws": 1, "scales": "0,1", "kept_parts": "new_write"},
+    ],
+)
+def test_every_model_that_a_sweep_runs_was_planned(tmp_path, asked):
+    from tvlens.study.stages import STAGES
+    from tvlens.study.task_counts import sweep_runs
+    from tvlens.weights.matching import load_pair
+
+    lines = []
+    pair = load_pair("demo:base", "demo:med", names=("base", "med"))
+    list(STAGES["sweep"](plan(tmp_path, **asked), [pair], lines.append))
+    assert sweep_runs(plan(tmp_path, **asked)) == sum(line.startswith("tasks:") for line in lines)

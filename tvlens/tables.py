@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import StudyError
+from .files import whole_file
 
 KEY_FIELDS: tuple[pa.Field, ...] = (
     pa.field("component", pa.string(), nullable=False),
@@ -93,9 +94,8 @@ class Table:
     def save(self, folder: Path) -> Path:
         """Write ``folder/name.parquet`` whole or not at all; the same rows give the same bytes."""
         path = folder / f"{self.name}.parquet"
-        partial = path.with_suffix(".parquet.partial")
-        pq.write_table(self.data, partial, compression="zstd")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            pq.write_table(self.data, partial, compression="zstd")
         return path
 
     def __len__(self) -> int:

@@ -16,14 +16,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from tvlens.errors import StudyError
+from tvlens.files import PARTIAL
 
 from .tables import Cut, MethodRun
 
@@ -33,11 +35,15 @@ MAIN_PARTS = {"head": "z", "neuron": "post"}
 MAIN_DIRECTION = "tuned_into_base"
 _SAME = ("base", "tuned", "method", "direction", "at", "metric", "unit")
 _ALIGNED = 8
+_COPIED = 1 << 22
+"""Bytes that are copied at once."""
 
 
 @dataclass
 class PositionFile:
-    """A file of scores by position that is being written, in a scratch folder of its own.
+    """A file of scores by position that is being written, without a name.
+
+    Nothing of it stays on the disk, however the process ends.
 
     Attributes:
         prompts: How many prompts it will hold.
@@ -50,15 +56,8 @@ class PositionFile:
     rows: int = 0
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
-    _scratch: tempfile.TemporaryDirectory = field(  # goes when this does, or when Python ends
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="tvlens-positions-")
-    )
+    _scratch: IO[bytes] = field(default_factory=partial(tempfile.TemporaryFile, buffering=0))
     _start: int = 0
-
-    @property
-    def path(self) -> Path:
-        """Where it is until a study takes it."""
-        return Path(self._scratch.name) / "positions.safetensors"
 
     def add(self, scores: Mapping[Cut, Float[Tensor, "batch pos layer index"]]) -> None:
         """Append the next prompts' scores; the first call fixes the shapes.
@@ -74,7 +73,7 @@ class PositionFile:
         count = len(next(iter(arrays.values())))
         offset = self._start
         for part, shape in self.shapes.items():
-            whole = np.memmap(self.path, "<f4", "r+", offset, shape)
+            whole = np.memmap(self._scratch, "<f4", "r+", offset, shape)
             whole[self.rows : self.rows + count] = arrays[part]
             whole.flush()
             offset += whole.nbytes
@@ -109,9 +108,14 @@ class PositionFile:
         text = json.dumps(header).encode("ascii")
         text += b" " * (-len(text) % _ALIGNED)
         self._start = 8 + len(text)
-        with self.path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(self._start + end)
+        self._scratch.write(len(text).to_bytes(8, "little") + text)
+        self._scratch.truncate(self._start + end)
+
+    def copy_to(self, path: Path) -> None:
+        """Write what there is so far into a file that has a name."""
+        self._scratch.seek(0)
+        with path.open("wb") as file:
+            shutil.copyfileobj(self._scratch, file, _COPIED)
 
 
 class PositionSeries(NamedTuple):
@@ -122,25 +126,22 @@ class PositionSeries(NamedTuple):
 
 
 def write_positions(study: Path, made: Sequence[PositionSeries]) -> None:
-    """Put files into the study folder ``study``, whole or not at all; none remove what was there.
-
-    The files are taken from where they were written.
-    """
-    folder, partial = study / FOLDER, study / f"{FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    """Put files into the study folder ``study``, whole or not at all; no files remove its own."""
+    folder, unfinished = study / FOLDER, study / (FOLDER + PARTIAL)
+    shutil.rmtree(unfinished, ignore_errors=True)
     if made:
-        partial.mkdir()
+        unfinished.mkdir()
         series = []
         for number, (file, entry) in enumerate(made, 1):
             name = f"{number}.safetensors"
-            shutil.move(file.path, partial / name)
+            file.copy_to(unfinished / name)
             series.append({"file": name, **entry})
         content = {"format": 1, "series": series}
-        (partial / INDEX).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        (unfinished / INDEX).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     if folder.is_dir():
         shutil.rmtree(folder)
     if made:
-        partial.replace(folder)
+        unfinished.replace(folder)
 
 
 @dataclass(frozen=True, eq=False)

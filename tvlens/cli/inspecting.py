@@ -6,11 +6,15 @@ from typing import Annotated, Any
 import typer
 
 from .application import app
+from .combining import GRID
+from .measuring import SWEPT
 from .options import (
     ACTIVATIONS,
     CHECKS,
     DIVIDED,
     JSON,
+    MODELS,
+    NAMES,
     PROMPTS,
     Base,
     Option,
@@ -26,19 +30,45 @@ PARENTS = {
     ),
     "graft": Option(Annotated[bool, typer.Option("--graft", help="Plan a graft too.")], False),
 }
+MEASURED = {
+    "tasks": Option(
+        Annotated[
+            str | None,
+            typer.Option(help="Plan a sweep on this task file; of several fine-tunes combine too."),
+        ],
+        None,
+    ),
+    "texts": Option(
+        Annotated[
+            str | None, typer.Option(help="Plan a comparison of representations on documents.")
+        ],
+        None,
+    ),
+    "scales": SWEPT["scales"],
+    "grid": Option(Annotated[str, typer.Option(help="Doses of each combined vector.")], "0,0.5,1"),
+    "draws": SWEPT["draws"],
+    "places": GRID["places"],
+    "control": MODELS["control"],
+}
+"""What models are measured on, and how many."""
 
 
 @app.command(cls=takes_many("--parents"))
-@takes(PROMPTS, ACTIVATIONS, PARENTS, CHECKS, DIVIDED, JSON)
+@takes(PROMPTS, ACTIVATIONS, PARENTS, MEASURED, CHECKS, DIVIDED, NAMES, JSON)
 def inspect(base: Base, tuned: Tuned, **given: Any) -> None:
     """What a comparison would do, from headers alone: tensors, rows, bytes, seconds, memory."""
     from tvlens.study.inspection import inspection, parent_ranking
 
     json, parents, graft = (given.pop(name) for name in ("json", "parents", "graft"))
-    stages = ("decompose", "attribute", *(("graft",) if graft else ()))
+    names, tasks = given.pop("tuned_name") or [], given["tasks"]
+    asked = {"graft": graft, "sweep": tasks, "represent": given["texts"]}
+    stages = ["decompose", "attribute", *(name for name, wanted in asked.items() if wanted)]
     inspected: list[dict[str, Any]] = []
-    for spec in tuned:
-        found = inspection(base, spec, stages=stages, **plan_fields(given))
+    for place, spec in enumerate(tuned):
+        how: dict[str, Any] = {"stages": stages, "tuned_names": names[place : place + 1]}
+        if tasks and place and place == len(tuned) - 1:
+            how = {"stages": [*stages, "combine"], "tuned_names": names, "beside": tuned[:-1]}
+        found = inspection(base, spec, **how, **plan_fields(given))
         ranking = parent_ranking(spec, [base, *parents]) if parents else None
         inspected.append(found if ranking is None else {**found, "parents": ranking})
     if json:

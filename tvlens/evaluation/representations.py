@@ -123,7 +123,13 @@ def bytes_needed(model: LensModel, sites: Sequence[Site]) -> int:
 
 
 def _site_bytes(model: LensModel, site: Site) -> int:
-    count, width = (model.n_heads, model.d_head) if site.part == "z" else (1, model.d_model)
+    if site.part == "z":
+        return site_bytes(model.n_heads, model.d_head)
+    return site_bytes(1, model.d_model)
+
+
+def site_bytes(count: int, width: int) -> int:
+    """Memory of the sums of one activation of so many heads and dimensions each."""
     return 8 * 2 * 3 * count * width**2
 
 

@@ -64,9 +64,7 @@ def size(study: StudyFolder, tuned: str) -> list[Statement]:
     question = "How big is the change?"
     weights = study.table("weights", tuned)
     if weights.empty:
-        return [
-            Statement(question, f"Not measured. Make it with: {_how(study, 'weights')}", "missing")
-        ]
+        return _without(study, question, "Not measured", "weights")
     delta, base, ratio = relative_size(weights)
     pieces = disjoint(weights)
     untouched = int((pieces["delta_norm"] == 0).sum())
@@ -105,9 +103,7 @@ def kinds(study: StudyFolder, tuned: str) -> list[Statement]:
     question = "New, or more of the same?"
     labels = study.table("labels", tuned)
     if labels.empty:
-        return [
-            Statement(question, f"Not labelled. Make it with: {_how(study, 'labels')}", "missing")
-        ]
+        return _without(study, question, "Not labelled", "labels")
     sentences = []
     for things, rows in labelled_groups(labels):
         counts = rows["label"].value_counts()
@@ -147,11 +143,7 @@ def matters(study: StudyFolder, tuned: str) -> list[Statement]:
     question = "What matters most?"
     rows = of_method(study.table("attribution", tuned), ESTIMATE)
     if rows.empty:
-        return [
-            Statement(
-                question, f"Not traced. Make it with: {_how(study, 'attribution')}", "missing"
-            )
-        ]
+        return _without(study, question, "Not traced", "attribution")
     means = disjoint(mean_scores(rows))
     means = means[means["score"].notna()]
     if means.empty:
@@ -248,9 +240,7 @@ def agreement(study: StudyFolder, tuned: str) -> list[Statement]:
     question = "Do estimates agree with exact patching?"
     fidelity = study.table("fidelity", tuned)
     if fidelity.empty:
-        return [
-            Statement(question, f"Not checked. Make it with: {_how(study, 'fidelity')}", "missing")
-        ]
+        return _without(study, question, "Not checked", "fidelity")
     decided = checks(fidelity)
     passed = decided[decided["verdict"] == "passed"]
     failed = decided[decided["verdict"] == "withheld"]
@@ -341,5 +331,8 @@ def _prompt_count(rows: pd.DataFrame) -> str:
     return f"{count:,}" if count else number(rows["n"].max())
 
 
-def _how(study: StudyFolder, name: str) -> str:
-    return study.missing(name) or "no rows for this model"
+def _without(study: StudyFolder, question: str, word: str, name: str) -> list[Statement]:
+    """That a model has no rows in a table; nothing where the study has no such table."""
+    if study.missing(name):
+        return []
+    return [Statement(question, f"{word}: no rows for this model", "missing")]

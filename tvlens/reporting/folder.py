@@ -142,7 +142,18 @@ _MADE_BY = {
     "shares": "attribute",
     "curves": "graft",
     "grafts": "graft",
+    "sweep": "sweep",
+    "representations": "represent",
+    "combinations": "combine",
+    "evaluation": "evaluate",
 }
+"""The command that makes a table, or the rows of a stage in a table of several."""
+_NEEDS = {
+    **dict.fromkeys(("attribute", "graft"), "prompts"),
+    **dict.fromkeys(("sweep", "combine", "evaluate"), "tasks"),
+    "represent": "texts",
+}
+"""The file that a command needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,17 +224,25 @@ class StudyFolder:
         return f"{report.get('base_name', 'base')} → {tuned}"
 
     def missing(self, name: str) -> str:
-        """The command that would make a file that is not there, empty where it is."""
-        there = bool(self.load_reports) if name == "load_report" else name in self.tables
-        if there:
+        """The command that would make what is not there, empty where it is or could not be."""
+        tuned = self._tuned_specs()
+        if self._holds(name) or (name == "combinations" and len(tuned) < 2):
             return ""
-        models = shlex.join([str(self.plan.get("base", "BASE")), *self._tuned_specs()])
-        if name == "evaluation":
-            return f"tvlens evaluate {models} --tasks FILE --out DIR"
-        prompts = shlex.quote(str(self.plan.get("prompts") or "FILE"))
-        asked = f" --prompts {prompts}" if _MADE_BY[name] in ("attribute", "graft") else ""
+        command, models = _MADE_BY[name], shlex.join([str(self.plan.get("base", "BASE")), *tuned])
+        needs = _NEEDS.get(command)
+        asked = "" if needs is None else f" --{needs} {self._given(needs)}"
         divided = " --parts" if name == "shares" else ""
-        return f"tvlens {_MADE_BY[name]} {models}{asked}{divided} --out DIR"
+        return f"tvlens {command} {models}{asked}{divided} --out DIR"
+
+    def _holds(self, name: str) -> bool:
+        if name == "load_report":
+            return bool(self.load_reports)
+        if name == "sweep":
+            return bool(self.table("curves")["curve"].eq("sweep").any())
+        return name in self.tables
+
+    def _given(self, option: str) -> str:
+        return shlex.quote(str(self.plan.get(option) or "FILE"))
 
     def _tuned_specs(self) -> list[str]:
         given = self.plan.get("tuned") or "TUNED"

@@ -39,8 +39,8 @@ def inspection_view(found: Mapping[str, Any]) -> RenderableType:
 
 
 def _warnings(found: Mapping[str, Any]) -> list[str]:
-    prompts = found["prompts"] or {}
-    return [*found["warnings"], *prompts.get("warnings", ())]
+    asked = [found[name] or {} for name in ("prompts", "tasks")]
+    return [*found["warnings"], *(text for one in asked for text in one.get("warnings", ()))]
 
 
 def _refusals(found: Mapping[str, Any]) -> Iterator[str]:
@@ -73,6 +73,10 @@ def _fact_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "config", _listed(found["config_differences"], "no difference that matters")
     if found["prompts"] is not None:
         yield "prompts", _prompts(found["prompts"])
+    if (tasks := found["tasks"]) is not None:
+        yield "tasks", f"{tasks['tasks']:,}: {tasks['items']:,} items, {tasks['tokens']:,} tokens"
+    if (texts := found["texts"]) is not None:
+        yield "texts", f"{texts['name']}: {texts['documents']:,}, {texts['tokens']:,} tokens"
 
 
 def _listed(sentences: list[str], none: str) -> str:

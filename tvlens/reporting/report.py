@@ -14,6 +14,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tvlens.files import write_whole
+
+from .absent import absent
 from .circuitsvis import bundle
 from .combinations import combined_part
 from .datatable import described
@@ -40,12 +43,10 @@ def render_report(folder: Path) -> Path:
     """
     study = StudyFolder.read(Path(folder))
     path = Path(folder) / PAGE
-    partial = path.with_suffix(".html.partial")
     page = page_of(study).encode("utf-8")
     if len(page) > MAX_BYTES:
         page = page_of(study, tooltips=False).encode("utf-8")
-    partial.write_bytes(page)
-    partial.replace(path)
+    write_whole(path, page)
     return path
 
 
@@ -61,7 +62,7 @@ def page_of(study: StudyFolder, *, tooltips: bool = True) -> str:
         _environment()
         .get_template("page.html.jinja")
         .render(
-            title=f"{_base_name(study)} → {', '.join(names)}",
+            title=_title(study, names),
             names=names,
             models=models,
             policy=content_security_policy(scripts),
@@ -75,7 +76,7 @@ def page_of(study: StudyFolder, *, tooltips: bool = True) -> str:
             combined=combined_part(study, tooltips=tooltips),
             evaluation=evaluation_table(evaluation),
             verdicts=verdicts_table(study.table("verdicts")),
-            missing={name: study.missing(name) for name in ("load_report", "evaluation")},
+            absent=absent(study),
             reproduce=_reproduce(study),
             warnings=_warnings(study),
         )
@@ -110,6 +111,13 @@ def _environment() -> jinja2.Environment:
 
 def _read(name: str) -> str:
     return (Path(__file__).parent / name).read_text("utf-8")
+
+
+def _title(study: StudyFolder, names: list[str]) -> str:
+    """Base and fine-tunes; of a folder that only measured models these."""
+    if study.plan or not set(study.tables) <= {"evaluation"}:
+        return f"{_base_name(study)} → {', '.join(names)}"
+    return ", ".join(study.table("evaluation")["model"].unique()) or "Nothing yet"
 
 
 def _base_name(study: StudyFolder) -> str:

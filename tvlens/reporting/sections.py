@@ -90,6 +90,12 @@ class ModelPart:
     missing: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> bool:
+        """Whether the study holds anything about this model alone."""
+        made = [name for name, command in self.missing.items() if not command]
+        return bool(made or self.sweeps or self.represented)
+
 
 def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = True) -> ModelPart:
     """Everything about one tuned model; ``place`` numbers its ids."""

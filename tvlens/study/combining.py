@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tvlens.evaluation.suite import Measured, Ready
     from tvlens.evaluation.tasks import Task
     from tvlens.models.lens import LensModel
+    from tvlens.models.pair import CommonTokens
     from tvlens.models.reading import MakesLogits
     from tvlens.weights.matching import Pair
     from tvlens.weights.vector import TuningVector
@@ -412,16 +413,10 @@ def _editable(pairs: "Sequence[Pair]", device: str) -> "tuple[EditableModel, ...
 
     from tvlens.attribution.gates import GatedModel
     from tvlens.compose.edits import EditableModel
-    from tvlens.models.pair import common_tokens_of, tuned_lens
+    from tvlens.models.pair import tuned_lens
     from tvlens.weights.vector import tuning_vector
 
-    common = [common_tokens_of(pair) for pair in pairs]
-    if len({tokens.size for tokens in common}) > 1:
-        sizes = {p.tuned_name: t.size for p, t in zip(pairs, common, strict=True)}
-        raise IncomparableModelsError(
-            f"vectors of different vocabularies cannot be added on one base: {sizes} rows.",
-            hint="Combine fine-tunes that kept the base's tokens.",
-        )
+    common = one_vocabulary(pairs)
     models = [EditableModel.of_pair(pairs[0], device=device)]
     lens, how = models[0].lens, {"device": device, "dtype": torch.float32}
     lens.unknown = {token: text for tokens in common for token, text in tokens.unknown.items()}
@@ -430,6 +425,24 @@ def _editable(pairs: "Sequence[Pair]", device: str) -> "tuple[EditableModel, ...
         gated, stored = GatedModel.of_vector(lens, vector), partial(tuned_lens, pair, tokens, **how)
         models.append(EditableModel(gated, vector, stored, tokens.tokenizer(pair), tokens.warnings))
     return tuple(models)
+
+
+def one_vocabulary(pairs: "Sequence[Pair]") -> "list[CommonTokens]":
+    """The tokens that each pair of one base has in common: equally many rows in all.
+
+    Raises:
+        IncomparableModelsError: The fine-tunes do not share the base's vocabulary.
+    """
+    from tvlens.models.pair import common_tokens_of
+
+    common = [common_tokens_of(pair) for pair in pairs]
+    if len({tokens.size for tokens in common}) > 1:
+        sizes = {p.tuned_name: t.size for p, t in zip(pairs, common, strict=True)}
+        raise IncomparableModelsError(
+            f"vectors of different vocabularies cannot be added on one base: {sizes} rows.",
+            hint="Combine fine-tunes that kept the base's tokens.",
+        )
+    return common
 
 
 def _with_tuned(tasks: "Sequence[Ready]", models: "dict[str, EditableModel]") -> "list[Ready]":

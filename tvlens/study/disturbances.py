@@ -126,7 +126,7 @@ def _of_base(table: Table, name: str) -> Table:
     return Table(table.name, data, table.order)
 
 
-def _of_domains(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[tuple[int, Task]]:
+def of_domains(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[tuple[int, Task]]:
     """Tasks with a good direction, with the place of the fine-tune whose domain they are of."""
     for task in tasks:
         if task.spec.domain in names and good(task.spec.primary):
@@ -141,20 +141,24 @@ def whole_rows(found: Found, tasks: Sequence[Task], samples: Samples) -> Iterato
         tasks: The tasks.
         samples: The draws.
     """
-    for place, task in _of_domains(tasks, found.names):
+    for place, task in of_domains(tasks, found.names):
         if not len(samples.of(found.base, task, task.spec.primary).items):
             continue
         for point in found.points:
-            for added in point.acting:
-                if added == place or not point.scales[place] or _spoilt(point, added):
-                    continue
+            for added in added_at(point, place):
                 row = _fall(found, samples, task, point, added)
                 yield {"level": "whole", "base": found.base_name, "tuned": task.spec.domain, **row}
 
 
-def _spoilt(point: Point, added: int) -> bool:
-    """Whether something stands in for another vector than the one that is added."""
-    return point.stand_in is not None and point.stand_in.which != added
+def added_at(point: Point, place: int) -> list[int]:
+    """The vectors whose addition to that at ``place`` is measured at a point.
+
+    Not where something stands in for another vector than the one that is added.
+    """
+    if not point.scales[place]:
+        return []
+    stand = point.stand_in
+    return [a for a in point.acting if a != place and (stand is None or stand.which == a)]
 
 
 def _fall(found: Found, samples: Samples, task: Task, point: Point, added: int) -> dict[str, Any]:
@@ -272,7 +276,7 @@ class _Parts:
         losses = [t for t in self.tasks if t.spec.kind == "loss"]
         names = self.run.names
         for place, name in enumerate(names):
-            own = [task for at, task in _of_domains(losses, names) if at == place]
+            own = [task for at, task in of_domains(losses, names) if at == place]
             for added in range(len(names)) if own else ():
                 if added != place:
                     yield from self._with_parts(name, place, added, own)

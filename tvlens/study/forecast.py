@@ -8,13 +8,16 @@ from typing import Any
 
 from tvlens.attribution.sampling import CHECKED_PROMPTS, LEAST, Cost, affordable
 from tvlens.attribution.weights import NODE_COUNTS
+from tvlens.evaluation.representations import MEMORY
+from tvlens.evaluation.suite import Ready
 from tvlens.models.metrics import Metric
 from tvlens.models.prompts import Batch
 from tvlens.selection import parse_selection
 from tvlens.threads import at_once
 from tvlens.weights.matching import Pair
 
-from . import peaks, work
+from . import peaks, task_work, work
+from .attributing import words_of
 from .covariances import planned_inputs
 from .plan import StudyPlan
 from .rates import Rates
@@ -33,7 +36,7 @@ from .row_counts import (
     tested_rows,
     weight_rows,
 )
-from .stages import words_of
+from .task_counts import combine_rows, countable, representation_rows, sweep_rows
 
 UNCERTAINTY = 2.0
 """Expected seconds are right within this factor, on a core that nothing else uses."""
@@ -287,6 +290,56 @@ def evaluation_side(
     peak = peaks.evaluate_peak(pair, batches, d_vocab=d_vocab)
     read = len(models) * work.stored_bytes(pair)[0]
     return {"evaluate": _forecast(read, done, peak, rows, rates=rates)}
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What models are measured on, as they would read it.
+
+    Attributes:
+        tasks: Those of a sweep or a combination, tokenised.
+        texts: The documents that representations are compared on.
+        d_vocab: Rows of the embedding that all models have.
+    """
+
+    tasks: Sequence[Ready]
+    texts: Batch | None
+    d_vocab: int
+
+
+def measuring_side(
+    pair: Pair, plan: StudyPlan, asked: Measuring, rates: Rates
+) -> dict[str, Forecast]:
+    """Sweep, combination and comparison of representations, as far as they are asked for.
+
+    Args:
+        pair: Base and fine-tune; of a combination the last one.
+        plan: What is asked, with all fine-tunes where they are combined.
+        asked: What the models are measured on.
+        rates: Seconds a unit of each operation.
+    """
+    found, files = {}, sum(work.stored_bytes(pair))
+    tasks, same = countable(asked.tasks), {"d_vocab": asked.d_vocab}
+    if "sweep" in plan.stages:
+        tables = sweep_rows(plan, tasks)
+        done = task_work.sweep_work(pair, plan, tasks, tables["evaluation_items"], **same)
+        peak = peaks.sweep_peak(pair, tasks, **same)
+        read = (2 + len(plan.controls)) * files
+        found["sweep"] = _forecast(read, done, peak, tables, rates=rates)
+    if "represent" in plan.stages and asked.texts is not None:
+        rows = representation_rows(pair, plan)
+        done = task_work.represent_work(pair, plan, asked.texts, rows, **same)
+        sums = min(task_work.sums_bytes(pair), MEMORY)
+        peak = peaks.represent_peak(pair, asked.texts, sums=sums, **same)
+        read = (2 + len(plan.controls)) * files + work.stored_bytes(pair)[0]
+        found["represent"] = _forecast(read, done, peak, {"representations": rows}, rates=rates)
+    if "combine" in plan.stages:
+        tables, count = combine_rows(pair, plan, tasks), len(plan.tuned)
+        done = task_work.combine_work(pair, plan, tasks, tables["combination_items"], **same)
+        peak = peaks.combine_peak(pair, tasks, vectors=count, **same)
+        read = (2 * count + len(plan.controls)) * files
+        found["combine"] = _forecast(read, done, peak, tables, rates=rates)
+    return found
 
 
 def total_seconds(stages: Sequence[Forecast]) -> Seconds:

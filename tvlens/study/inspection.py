@@ -14,8 +14,10 @@ inspected as fast as the demo. The shape of what ``inspection`` gives is stable:
     bytes               {base, tuned, total} of the tensors as stored
     prompts             {name, prompts, tokens, longest, scored, corrupt, chat, metric, unit,
                         warnings}, or {name, prompts, problem}: why they cannot be run
+    tasks               {tasks, items, tokens, warnings} of the tasks, None without
+    texts               {name, documents, tokens} of the documents, None without
     stages              by name (match, decompose, classify, directions, covariances, attribute,
-                        graft, evaluate):
+                        graft, evaluate, sweep, represent, combine):
         bytes_read          all passes over the files together
         seconds             {expected, low, high}
         peak_memory_bytes   of the whole process
@@ -33,50 +35,69 @@ integral may need, and a slow disk.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvlens.errors import TvlensError
+from tvlens.evaluation.suite import ready, warnings_of
+from tvlens.evaluation.tasks import load_tasks
 from tvlens.models.metrics import SHIPPED, resolve_metric
 from tvlens.models.pair import common_tokens_of, tokenizer_in
-from tvlens.models.prompts import PromptSet, load_prompts, load_texts, tokenised
+from tvlens.models.prompts import Batch, PromptSet, load_prompts, load_texts, tokenised
 from tvlens.weights.lineage import Likeness, likeness, told_apart
 from tvlens.weights.matching import Pair, load_pair
 from tvlens.weights.sources.opening import open_source
 
+from .combining import one_vocabulary
 from .forecast import (
     Forecast,
+    Measuring,
     Prompted,
     asked_of,
     attribution_side,
     evaluation_side,
+    measuring_side,
     total_seconds,
     weights_side,
 )
-from .plan import StudyPlan, name_of
+from .plan import StudyPlan
 from .prompted import WIDE, chosen_device
 from .rates import Rates, measured_rates
-from .stages import check_pairs
+from .refusals import MEASURING, check_measuring, check_pairs
+from .task_counts import countable
+from .task_work import tokens_read
 from .work import entries, stored_bytes
 
+PROMPTED = {"attribute", "graft", "evaluate"}
+"""Stages that run the models on the prompts, and on held-out texts of domains."""
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp", "d_vocab")
 
 
 def inspection(
-    base: str, tuned: str, *, rates: Rates | None = None, **options: Any
+    base: str,
+    tuned: str,
+    *,
+    beside: Sequence[str] = (),
+    rates: Rates | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """What ``tvlens compare`` of the two would read, compare, take and write; see the module.
 
     Args:
         base: Specification of the base.
         tuned: Specification of the fine-tune or adapter.
+        beside: Fine-tunes of the same base that ``tuned`` is combined with, in the stage
+            ``combine``; ``tuned_names`` then names them all, ``tuned`` last.
         rates: Seconds a unit of each operation; measured here where None.
         options: Options of the study, as in ``StudyPlan``: ``prompts``, ``metric``, ``stages``...
 
     Raises:
-        TvlensError: The two cannot be compared, or prompts or metric cannot be used.
+        TvlensError: The two cannot be compared, or prompts, metric, tasks or documents cannot be
+            used.
     """
-    plan = StudyPlan(base=base, tuned=(tuned,), **options)
-    pair = load_pair(base, tuned, names=("base", name_of(tuned)), scan=False, peek=True)
+    together = StudyPlan(base=base, tuned=(*beside, tuned), **options)
+    plan = together.model_copy(update={"tuned": (tuned,), "tuned_names": together.names[-1:]})
+    check_measuring(together)
+    pair = load_pair(base, tuned, names=("base", plan.names[0]), scan=False, peek=True)
     asked = _asked_prompts(plan)
     rates = rates or measured_rates(chosen_device(plan), wide=pair.layout.d_model >= WIDE)
     stages: dict[str, Forecast] = weights_side(pair, plan, rates)
@@ -85,9 +106,13 @@ def inspection(
     if asked is not None:
         prompts, found, refused = _prompted_stages(pair, plan, asked, rates)
         stages |= found
+    measured = _measured_stages(pair, together, rates)
+    stages, refused = {**stages, **measured.stages}, {**refused, **measured.refused}
     return {
         **_described(pair),
         "prompts": prompts,
+        "tasks": measured.tasks,
+        "texts": measured.texts,
         "stages": {
             **{name: stage.to_dict() for name, stage in stages.items()},
             **{name: {"cannot_run": sentence} for name, sentence in refused.items()},
@@ -98,7 +123,7 @@ def inspection(
 
 def _asked_prompts(plan: StudyPlan) -> PromptSet | None:
     """The prompts of the stages that run models, None where there is no such stage."""
-    if not {"attribute", "graft", "evaluate"} & set(plan.stages):
+    if PROMPTED.isdisjoint(plan.stages):
         return None
     asked = load_prompts(plan.prompts, skip_bad_lines=plan.skip_bad_lines)
     resolve_metric(plan.metric, asked)
@@ -109,7 +134,7 @@ def _prompted_stages(
     pair: Pair, plan: StudyPlan, asked: PromptSet, rates: Rates
 ) -> tuple[dict[str, Any], dict[str, Forecast], dict[str, str]]:
     """The prompts as they would be read, the stages that run on them, and those that cannot."""
-    wanted = [name for name in plan.stages if name != "decompose"]
+    wanted = [name for name in plan.stages if name in PROMPTED]
     known: dict[str, Any] = {"name": asked.name, "prompts": len(asked)}
     try:
         check_pairs(plan, [pair])
@@ -126,6 +151,67 @@ def _prompted_stages(
     if "attribute" in plan.stages:
         warnings += asked_of(plan, batch, prompted.metric).left_out(pair.layout)
     return {**known, **_counted(prompted), "warnings": warnings}, found, {}
+
+
+class _Measured(NamedTuple):
+    """What is known of tasks and documents, the stages that run on them, and those that cannot."""
+
+    tasks: dict[str, Any] | None
+    texts: dict[str, Any] | None
+    stages: dict[str, Forecast]
+    refused: dict[str, str]
+
+
+def _measured_stages(pair: Pair, plan: StudyPlan, rates: Rates) -> _Measured:
+    """The stages that measure models on tasks and documents, of all fine-tunes of ``plan``."""
+    wanted = [name for name in plan.stages if name in MEASURING]
+    if not wanted:
+        return _Measured(None, None, {}, {})
+    names = ["base", *plan.names]
+    try:
+        others = [
+            load_pair(plan.base, spec, names=("base", name), scan=False, peek=True)
+            for spec, name in zip(plan.tuned[:-1], names[1:], strict=False)
+        ]
+        check_pairs(plan, [*others, pair])
+        common = one_vocabulary([*others, pair])[-1]
+        tokenizer = tokenizer_in(common.folders)
+        asked = Measuring(
+            ready(load_tasks(plan.tasks), tokenizer, chat=plan.chat) if plan.tasks else [],
+            _documents(plan, tokenizer),
+            common.size,
+        )
+    except TvlensError as error:
+        return _Measured(None, None, {}, dict.fromkeys(wanted, str(error)))
+    found = measuring_side(pair, plan, asked, rates)
+    return _Measured(_counted_tasks(asked), _counted_texts(plan, asked.texts), found, {})
+
+
+def _documents(plan: StudyPlan, tokenizer: Any) -> Batch | None:
+    if plan.texts is None:
+        return None
+    texts = load_texts(plan.texts, skip_bad_lines=plan.skip_bad_lines)
+    return tokenised(texts, tokenizer, chat=plan.chat)
+
+
+def _counted_tasks(asked: Measuring) -> dict[str, Any] | None:
+    if not asked.tasks:
+        return None
+    known = countable(asked.tasks)
+    left = [one.task.spec.name for one in asked.tasks if one not in known]
+    sentence = "is run by lm-eval, which alone knows its documents: no time or row counts it."
+    return {
+        "tasks": len(asked.tasks),
+        "items": sum(len(one.task.items) for one in known),
+        "tokens": sum(map(tokens_read, known)),
+        "warnings": [*warnings_of(asked.tasks), *(f"{name} {sentence}" for name in left)],
+    }
+
+
+def _counted_texts(plan: StudyPlan, batch: Batch | None) -> dict[str, Any] | None:
+    if batch is None:
+        return None
+    return {"name": plan.texts, "documents": len(batch), "tokens": int(batch.lengths.sum())}
 
 
 def _left_out(asked: PromptSet) -> list[str]:

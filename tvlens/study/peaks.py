@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from tvlens.attribution.weights import chunks
 from tvlens.components import Component
+from tvlens.evaluation.likelihood import ReadyDistances
+from tvlens.evaluation.representations import ROWS_AT_ONCE, TOKENS_AT_ONCE
+from tvlens.evaluation.suite import Ready
 from tvlens.geometry.measures import HEAD_PARTS
 from tvlens.models.covariances import Input, bytes_needed
 from tvlens.models.metrics import Metric
@@ -38,6 +41,8 @@ PASSED_ON = 12
 """Activations as wide as the residual stream that a block keeps for the backward pass."""
 PATTERNS, PATTERN_CHANGES = 3, 3
 """Patterns that a block keeps for the backward pass, and those under other queries and keys."""
+OF_THE_SUMS = 1.7
+"""The sums over activations, with the moments of one and both sets of its tokens."""
 LOGITS = 4
 """Copies of the logits that a metric and its gradient hold."""
 
@@ -135,6 +140,36 @@ def evaluate_peak(pair: Pair, texts: Sequence[Batch], *, d_vocab: int) -> float:
     """One model, and the logits of 16 texts."""
     wide = max((batch.ids.shape[1] * min(16, len(batch)) for batch in texts), default=0)
     return INTERPRETER + HOST + model_bytes(pair) + 4.0 * LOGITS * wide * d_vocab
+
+
+def sweep_peak(pair: Pair, tasks: Sequence[Ready], *, d_vocab: int) -> float:
+    """The base and the vector; what stands in its place, and the weights that it moved."""
+    return INTERPRETER + HOST + 4 * model_bytes(pair) + _reading(tasks, d_vocab)
+
+
+def combine_peak(pair: Pair, tasks: Sequence[Ready], *, vectors: int, d_vocab: int) -> float:
+    """The same with every vector."""
+    return sweep_peak(pair, tasks, d_vocab=d_vocab) + (vectors - 1) * model_bytes(pair)
+
+
+def represent_peak(pair: Pair, batch: Batch, *, sums: int, d_vocab: int) -> float:
+    """Two bases, vector, stand-in and moved weights; sums and what is made of them; one pass."""
+    layout, width = pair.layout, batch.ids.shape[1]
+    rows = min(len(batch), max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // max(1, width))))
+    kept = 3 * layout.n_layers * layout.d_model + layout.n_layers * layout.n_heads * layout.d_head
+    passed = 4.0 * rows * width * (kept + LOGITS * layout.d_mlp)
+    return INTERPRETER + HOST + 5 * model_bytes(pair) + OF_THE_SUMS * sums + passed
+
+
+def _reading(tasks: Sequence[Ready], d_vocab: int) -> float:
+    """Logits of the largest batch, and those of other models that distances are from."""
+    wide, held = 0, 0
+    for one in tasks:
+        parts = getattr(one, "parts", ())
+        wide = max([wide, *(int(part.n_scored.sum()) + len(part) for part in parts)])
+        if isinstance(one, ReadyDistances):
+            held += 2 * sum(int(part.n_scored.sum()) + len(part) for part in parts)
+    return 4.0 * d_vocab * (LOGITS * wide + held)
 
 
 def _graph(

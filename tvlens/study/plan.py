@@ -2,13 +2,15 @@
 
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tvlens.errors import StudyError
+from tvlens.files import write_whole
 
 Stage = Literal["decompose", "attribute", "graft", "evaluate", "sweep", "combine", "represent"]
 Estimator = Literal["first_order", "qk_fix", "atp_star"]
@@ -28,6 +30,12 @@ OPTION_NAMES = {
     **{"grid": "scales", "kept_parts": "parts"},
 }
 """Options whose name is not that of their field."""
+PLANNED = {
+    "check_exact": "check_count",
+    "check_nodes": "check_nodes",
+    "check_prompts": "check_prompts",
+}
+"""Options that a plan by time fills in, and the fact that holds each."""
 WHOLE_WAY = "-from-base"
 """What the name of a fine-tune ends in where tables hold its way from the base past the parent."""
 
@@ -220,10 +228,16 @@ class StudyPlan(BaseModel):
                 words += _written(OPTION_NAMES.get(name, name.replace("_", "-")), value)
         return shlex.join([*words, "--seed", str(self.seed), "--out", "DIR"])
 
+    def with_sample(self, facts: Mapping[str, Any]) -> "StudyPlan":
+        """The plan with the exact sample that was planned by time, so that a rerun repeats it."""
+        if self.check_exact is not None or "check_count" not in facts:
+            return self
+        return self.model_copy(update={option: facts[fact] for option, fact in PLANNED.items()})
+
     def save(self, folder: Path) -> Path:
-        """Write ``study.yaml``."""
+        """Write ``study.yaml``, whole or not at all."""
         path = folder / "study.yaml"
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), "utf-8")
+        write_whole(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
         return path
 
     @classmethod

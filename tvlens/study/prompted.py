@@ -62,3 +62,8 @@ def device_of(asked: str) -> str:
         return asked
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator is not None else "cpu"
+
+
+def of_split(asked: "PromptSet", batch: "Batch", split: str) -> list[int]:
+    """The rows of a batch whose prompts are of a split."""
+    return [row for row, number in enumerate(batch.numbers) if asked[number].split == split]

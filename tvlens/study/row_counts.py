@@ -89,6 +89,11 @@ class Rows:
         by = {**self.by, **other.by}
         return Rows(self.at_least + other.at_least, self.at_most + other.at_most, by)
 
+    def times(self, count: int) -> "Rows":
+        """The rows of ``count`` parts alike."""
+        by = {name: count * rows for name, rows in self.by.items()}
+        return Rows(count * self.at_least, count * self.at_most, by)
+
     def to_dict(self) -> dict[str, Any]:
         """``rows`` where they are known, else ``at_least`` and ``at_most``; and ``by``."""
         if self.known:

@@ -21,9 +21,10 @@ from tvlens.tables import Table, concatenated
 from tvlens.weights.matching import load_pair
 from tvlens.weights.sources.memory import MemorySource
 
-from . import stages
+from . import refusals, stages
 from .claims import verdicts_table
-from .plan import WHOLE_WAY, StudyPlan
+from .outputs import StageOutput
+from .plan import PLANNED, WHOLE_WAY, StudyPlan
 from .store import MANIFEST, ORDERS, Study, prepared_folder, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -34,12 +35,6 @@ if TYPE_CHECKING:
     from tvlens.weights.sources.folder import Source
 
 Progress = Callable[[str], None]
-PLANNED = {
-    "check_exact": "check_count",
-    "check_nodes": "check_nodes",
-    "check_prompts": "check_prompts",
-}
-"""Options that a plan by time fills in, and the fact that holds each."""
 SHARED = {
     "curves": ("curve", "sweep", "sweep"),
     "evaluation": ("split", "held_out", "evaluate"),
@@ -73,15 +68,15 @@ def run_study(
     """
     say = progress if progress is not None else (lambda text: None)
     say("reading and matching the checkpoints")
-    stages.check_inputs(plan)
+    refusals.check_inputs(plan)
     pairs = _pairs(plan, folder)
-    stages.check_pairs(plan, pairs)
-    stages.check_vocabularies(plan, pairs)
+    refusals.check_pairs(plan, pairs)
+    refusals.check_vocabularies(plan, pairs)
     prepared_folder(folder, _inputs(pairs), force=force)
-    _check_resume(plan, folder, resume=resume)
-    plan.save(folder)
+    plan = _resumed(plan, folder) if resume else plan
     run = _Run(plan, folder, pairs, say, resume)
     run.write_manifest()
+    plan.save(folder)
     write_json(folder / "load_report.json", load_reports(pairs))
     for name in plan.stages:
         run.stage(name)
@@ -164,9 +159,14 @@ class _Run:
     ) -> None:
         self.plan, self.folder, self.pairs = plan, folder, pairs
         self.say, self.resume = say, resume
-        self.measured: dict[str, dict[str, float]] = _earlier(folder, "stages")
         self.facts: dict[str, Any] = _earlier(folder, "facts")
-        self.warnings: list[str] = [w for pair in pairs for w in pair.load_report.warnings]
+        self.measured: dict[str, dict[str, float]] = self._kept("stages")
+        self.warnings: dict[str, list[str]] = self._kept("warnings_of_stages")
+
+    def _kept(self, key: str) -> dict[str, Any]:
+        """What the manifest says of stages that will not run again."""
+        anew = () if self.resume else self.plan.stages
+        return {name: v for name, v in _earlier(self.folder, key).items() if name not in anew}
 
     def stage(self, name: str) -> None:
         """Run one stage for every pair and save its tables."""
@@ -174,9 +174,9 @@ class _Run:
             self.say(f"{name}: kept")
             return
         with self.timed(name):
-            made = []
+            made, self.warnings[name] = [], []
             for tuned_name, output in stages.STAGES[name](self.plan, self.pairs, self.say):
-                self.warnings += output.warnings
+                self.warnings[name] += output.warnings
                 self.facts.setdefault(tuned_name, {}).update(output.facts)
                 self._fix_sample(output.facts)
                 made.append(output)
@@ -185,7 +185,7 @@ class _Run:
             self._save(name, made)
         self.write_manifest()
 
-    def _save(self, stage: str, outputs: "Sequence[stages.StageOutput]") -> None:
+    def _save(self, stage: str, outputs: "Sequence[StageOutput]") -> None:
         """Write what a stage made for all pairs, each table and file whole or not at all."""
         made: dict[str, list[Table]] = {}
         vectors: dict[str, "dict[str, Tensor]"] = {}
@@ -282,11 +282,11 @@ class _Run:
         return self.plan.canonical and any(any(counts.values()) for counts in found)
 
     def _fix_sample(self, facts: Mapping[str, Any]) -> None:
-        """Keep the exact sample that was planned by time, so that a rerun repeats it."""
-        if "check_count" in facts and self.plan.check_exact is None:
-            planned = {option: facts[fact] for option, fact in PLANNED.items()}
-            self.plan = self.plan.model_copy(update=planned)
-            self.plan.save(self.folder)
+        """Write down the exact sample that was planned by time."""
+        fixed = self.plan.with_sample(facts)
+        if fixed is not self.plan:
+            self.plan = fixed
+            fixed.save(self.folder)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -301,6 +301,8 @@ class _Run:
 
     def write_manifest(self) -> None:
         """Write versions, inputs and what is known so far."""
+        said = [w for pair in self.pairs for w in pair.load_report.warnings]
+        said += [w for warnings in self.warnings.values() for w in warnings]
         content = {
             "format": 1,
             "versions": {"python": platform.python_version(), **_versions()},
@@ -311,7 +313,8 @@ class _Run:
             "dtype": self.plan.dtype,
             "device": self.plan.device,
             "stages": self.measured,
-            "warnings": list(dict.fromkeys(self.warnings)),
+            "warnings": list(dict.fromkeys(said)),
+            "warnings_of_stages": self.warnings,
             "facts": self.facts,
         }
         write_json(self.folder / MANIFEST, content)
@@ -388,18 +391,23 @@ def _inputs(pairs: "list[Pair]") -> dict[str, Any]:
     return inputs
 
 
-def _check_resume(plan: StudyPlan, folder: Path, *, resume: bool) -> None:
+def _resumed(plan: StudyPlan, folder: Path) -> StudyPlan:
+    """The plan of the study that is there: the one asked for, with its sample if that is fixed.
+
+    Raises:
+        StudyError: The study that is there has other options.
+    """
     path = folder / "study.yaml"
-    if not (resume and path.is_file()):
-        return
+    if not path.is_file():
+        return plan
     earlier = StudyPlan.load(path)
-    if plan.check_exact is None:
-        earlier = earlier.model_copy(update=dict.fromkeys(PLANNED))
-    if earlier != plan:
+    unfixed = dict.fromkeys(PLANNED) if plan.check_exact is None else {}
+    if earlier.model_copy(update=unfixed) != plan:
         raise StudyError(
             f"{folder} was made with other options, so its tables cannot be kept.",
             hint="Use the options of its study.yaml, or --force to start again.",
         )
+    return earlier
 
 
 def _earlier(folder: Path, key: str) -> dict[str, Any]:

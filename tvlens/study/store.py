@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tvlens.errors import StudyError
+from tvlens.files import PARTIAL, write_whole
 from tvlens.tables import Table
 
 from .plan import StudyPlan
@@ -73,15 +74,20 @@ TABLES = (
     "verdicts",
 )
 STUDY_FILES = (
-    "study.yaml",
     MANIFEST,
+    "study.yaml",
     "load_report.json",
     "report.html",
     "directions.safetensors",
     "anchor.safetensors",
     *(f"{name}.parquet" for name in TABLES),
 )
-"""What a study writes beside ``positions/``, and so all that ``--force`` may remove."""
+"""What a study writes beside ``positions/``, and so all that ``--force`` may remove.
+
+The manifest first: without it what is left is no study, so that nothing of it is taken for one.
+"""
+PARTIALS = tuple(name + PARTIAL for name in (*STUDY_FILES, "positions"))
+"""What a study that was killed may have left beside them."""
 
 
 @dataclass(frozen=True)
@@ -288,18 +294,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write ``tensors`` whole or not at all."""
     from safetensors.torch import save
 
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(save(dict(tensors), metadata={"format": "pt"}))
-    partial.replace(path)
+    write_whole(path, save(dict(tensors), metadata={"format": "pt"}))
 
 
 def existing_study(folder: Path) -> Study:
@@ -336,18 +338,14 @@ def prepared_folder(folder: Path, inputs: Mapping[str, Any], *, force: bool) -> 
             f"{folder} holds the study of another pair.",
             hint="Give another --out, or --force to replace it.",
         )
-    others = [p for p in folder.iterdir() if p.name != MANIFEST]
-    if not manifest.is_file() and others and not _only_refused(folder) and not force:
+    others = {path.name for path in folder.iterdir()} - {*PARTIALS, "load_report.json"}
+    if not manifest.is_file() and others and not force:
         raise StudyError(
             f"{folder} is not empty and holds no study.",
             hint="Give another --out, or --force to write into it.",
         )
     if force:
-        for name in STUDY_FILES:
+        for name in (*STUDY_FILES, *PARTIALS[:-1]):
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "positions", ignore_errors=True)
-
-
-def _only_refused(folder: Path) -> bool:
-    report = folder / "load_report.json"
-    return report.is_file() and len(list(folder.iterdir())) == 1
+        for name in ("positions", PARTIALS[-1]):
+            shutil.rmtree(folder / name, ignore_errors=True)

@@ -70,7 +70,7 @@ def check_sweep(plan: StudyPlan) -> None:
 
     if plan.tasks is None:
         raise StudyError("a sweep needs tasks.", hint="Give a task file with --tasks.")
-    if not set(plan.doses) - {_start(plan)}:
+    if not set(plan.doses) - {start_of(plan)}:
         raise StudyError(f"the scales {plan.scales!r} hold nothing but where the sweep starts.")
     check_request(request_of(plan))
     load_tasks(plan.tasks)
@@ -139,7 +139,8 @@ def sweep(
     return Sweep(tables, {"sweep": facts}, (*swept.notes, *said, *warnings_of(prepared)))
 
 
-def _start(plan: StudyPlan) -> float:
+def start_of(plan: StudyPlan) -> float:
+    """The dose at which a sweep starts: the rest out, or in."""
     return 0.0 if plan.rest == "base" else 1.0
 
 
@@ -218,7 +219,7 @@ class _Run:
         from tvlens.compose.edits import scaled
         from tvlens.evaluation.suite import Measured
 
-        swept, start = self.swept, _start(self.plan)
+        swept, start = self.swept, start_of(self.plan)
         variant = self._variant(TUNING, None, scale)
         if swept.cut.portion is not None and scale != start:
             return self._moved(variant, swept.moved.gated, self._ones(), scale)
@@ -286,7 +287,7 @@ class _Run:
     ) -> "Iterator[Measured]":
         """What stands in the tuning vector's place, at every dose but the start."""
         for scale in self.plan.doses:
-            if scale != _start(self.plan):
+            if scale != start_of(self.plan):
                 yield self._moved(self._variant(name, draw, scale), gated, ones, scale)
 
     def _moved(
@@ -295,7 +296,7 @@ class _Run:
         """What is let in by ``scale``, upon the base or, less one, upon the tuned model."""
         from tvlens.compose.edits import Share, written
 
-        moved = {key: (scale - _start(self.plan)) * dose for key, dose in ones.items()}
+        moved = {key: (scale - start_of(self.plan)) * dose for key, dose in ones.items()}
         shares = [*self._beneath(), Share(gated, moved)]
         return self._measured(variant, written(self.swept.whole.lens, shares))
 
@@ -303,7 +304,7 @@ class _Run:
         """The whole vector where the rest is in."""
         from tvlens.compose.edits import Edit, Share
 
-        start, whole = _start(self.plan), self.swept.whole
+        start, whole = start_of(self.plan), self.swept.whole
         return [Share(whole.gated, whole.doses(Edit(start)))] if start else []
 
     def _measured(

@@ -186,7 +186,7 @@ def _against_inputs(pair: Pair, block: Sequence[Component], inputs: Sequence[Inp
         if component.part in ("W_Q", "W_V"):
             products += 6 * d_in**2 * pair.layout.d_head * pair.layout.n_heads
         if component.part in ("W_gate", "W_in"):
-            products, eigen = products + 2 * d_in**2 * d_out, eigen + _eigen(d_in)
+            products, eigen = products + 2 * d_in**2 * d_out, eigen + eigen_units(d_in)
     return {"product": products, "eigen": eigen, "call": CALLS_OF_A_TEST * len(known)}
 
 
@@ -206,10 +206,10 @@ def directions_work(pair: Pair) -> Work:
 def _directed(short: int, long: int) -> Work:
     """Directions of a matrix and of its change, and one onto the other."""
     products = 10 * short**2 * long + 6 * short**3
-    return {"product": products, "eigen": _eigen(short, whole=2.0), "entry": 3 * short * long}
+    return {"product": products, "eigen": eigen_units(short, whole=2.0), "entry": 3 * short * long}
 
 
-def _eigen(size: int, *, values_only: float = 0.0, whole: float = 1.0) -> float:
+def eigen_units(size: int, *, values_only: float = 0.0, whole: float = 1.0) -> float:
     """Eigenvalue problems of one size: ``whole`` with vectors and ``values_only`` without."""
     return (whole + VALUES_ONLY * values_only) * size**3 * (1 + 200 / max(1, size))
 
@@ -217,7 +217,12 @@ def _eigen(size: int, *, values_only: float = 0.0, whole: float = 1.0) -> float:
 def _measured(short: int, long: int) -> Work:
     """All spectral measures of a matrix: three Grams, their products with V, two spectra."""
     products = 6 * short**2 * long + 4 * short**3
-    return {"product": products, "eigen": _eigen(short, values_only=1.0)}
+    return {"product": products, "eigen": eigen_units(short, values_only=1.0)}
+
+
+def measured_matrix(pair: Pair, component: Component) -> Work:
+    """All spectral measures of the change of one matrix."""
+    return _measured(*_sides(pair, component))
 
 
 def _sides(pair: Pair, component: Component) -> tuple[int, int]:
@@ -245,7 +250,7 @@ def _decomposed(pair: Pair, component: Component) -> Work:
     if component.kind == "embedding":
         short, long = _sides(pair, component)
         products = 4 * short**2 * long + 6 * short**3
-        spectra = _eigen(short, values_only=1.0)
+        spectra = eigen_units(short, values_only=1.0)
         return {"product": products, "eigen": spectra, "entry": (READING + 1) * size}
     return {"entry": (READING + 1) * size}
 
@@ -266,7 +271,7 @@ def _classified_block(pair: Pair, block: Sequence[Component]) -> Work:
     if circuits:
         heads, width, d_model = layout.n_heads, layout.d_head, layout.d_model
         swapped = (2 * heads**2 * width * d_model * (2 + width)) + heads * _spikes(width, d_model)
-        spectra = 2 * heads * _eigen(min(width, d_model), values_only=1.0)
+        spectra = 2 * heads * eigen_units(min(width, d_model), values_only=1.0)
         works.append(times(len(circuits), {"product": swapped, "eigen": spectra}))
     calls = CALLS_OF_A_TEST * len(parts) + CALLS_OF_A_BLOCK * bool(parts)
     return added(*works, {"call": calls})
@@ -285,15 +290,16 @@ def _evidence(pair: Pair, component: Component) -> Work:
         return read
     short, long = _sides(pair, component)
     if component.kind == "embedding":
-        products = {"product": 3 * short**2 * long, "eigen": _eigen(short, whole=2.0)}
+        products = {"product": 3 * short**2 * long, "eigen": eigen_units(short, whole=2.0)}
         return added(read, products, {"entry": 3 * size})
-    whole = {"product": 12 * short**2 * long, "eigen": _eigen(short, whole=2.0, values_only=1.0)}
+    spectra = eigen_units(short, whole=2.0, values_only=1.0)
+    whole = {"product": 12 * short**2 * long, "eigen": spectra}
     if component.part not in NEURON_PARTS:
         return added(read, whole, {"entry": 3 * size})
     return added(
         read,
         whole,
-        {"product": 12 * short**2 * long, "eigen": _eigen(short, values_only=1.0)},
+        {"product": 12 * short**2 * long, "eigen": eigen_units(short, values_only=1.0)},
         {"entry": 5 * size},
     )
 
