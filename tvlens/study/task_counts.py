@@ -82,10 +82,10 @@ def total(rows: Sequence[Rows]) -> Rows:
 def sweep_variants(plan: StudyPlan) -> int:
     """Doses of the tuning vector, and of all that stands in its place but where a sweep starts."""
     moved = len({*plan.doses} - {start_of(plan)})
-    return len(plan.doses) + moved * stand_ins(plan)
+    return len(plan.doses) + moved * sweep_stand_ins(plan)
 
 
-def stand_ins(plan: StudyPlan) -> int:
+def sweep_stand_ins(plan: StudyPlan) -> int:
     """What stands in a tuning vector's place: random vectors, other components, controls."""
     has_others = bool(plan.select or plan.top or plan.along)
     return plan.draws * (1 + has_others) + len(plan.controls)

@@ -35,8 +35,8 @@ from .task_counts import (
     countable,
     representation_sizes,
     represented_models,
-    stand_ins,
     sweep_runs,
+    sweep_stand_ins,
     sweep_variants,
 )
 from .work import Work, added, times
@@ -109,7 +109,7 @@ def sweep_work(
     """
     runs, models = sweep_runs(plan), sweep_variants(plan) + 2
     one = task_work(pair, tasks, d_vocab=d_vocab)
-    stands = stand_ins(plan)
+    stands = sweep_stand_ins(plan)
     values = [(len(t.task.items), len(MEASURED[t.task.spec.kind])) for t in countable(tasks)]
     draws = added(*(times(3 * models * count, _bootstrap(items)) for items, count in values))
     return added(
