@@ -24,7 +24,13 @@ from tests.gguf_files import (
 )
 from tests.tiny_checkpoints import FAMILIES as MAKERS
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter
-from tvlens.errors import CheckpointError, StudyError, TvlensError, UnsupportedFormatError
+from tvlens.errors import (
+    CheckpointError,
+    HostError,
+    StudyError,
+    TvlensError,
+    UnsupportedFormatError,
+)
 
 ROUNDED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -191,13 +197,13 @@ def test_rounding_alone_gets_no_label_and_a_head_with_a_gain_gets_one(root: Path
         if tuned != path:
             assert touched.empty
             continue
-        assert (
-            {"L0H1.W_O"} <= set(touched["component"]) <= {"L0H1.W_O", "L0.W_O", "L0H1.OV", "L0G0"}
-        )
-        head = frame[frame["component"] == "L0H1.W_O"].iloc[0]
-        assert head["gain"] == pytest.approx(0.05, abs=0.003)
-        assert head["snr"] > 20
-        assert set(labels.loc[labels["component"] == "L0H1.W_O", "label"]) == {"amplified"}
+        assert set(touched["component"]) == {"L0.W_O", "L0H1.OV"}
+        assert set(touched["label"]) == {"amplified"}
+        heads = frame[(frame["layer"] == 0) & (frame["kind"] == "head") & (frame["part"] == "W_O")]
+        gains, snrs = (list(heads[column]) for column in ("gain", "snr"))
+        assert gains == pytest.approx([0, 0.05, 0, 0], abs=0.002)
+        assert snrs[1] > 20
+        assert max(snrs[:1] + snrs[2:]) < 1.5
 
 
 def test_tokens_in_the_file_match_rows_by_string(root: Path) -> None:
@@ -307,17 +313,18 @@ def test_coordinates_of_blocks_are_not_looked_for(root: Path) -> None:
 
 
 def test_a_hooked_model_and_a_written_checkpoint_are_refused(root: Path, tmp_path: Path) -> None:
-    from tvlens.compose.export import _on_disk
+    from tvlens.compose.combining import merge
+    from tvlens.models import HookedPair
     from tvlens.models.lens import LensModel
+    from tvlens.weights.matching import load_pair
 
-    path = _file(root, "llama", "q8_0")
-    with pytest.raises(TvlensError, match="does not run it"):
+    folder, path = _made(root, "llama"), _file(root, "llama", "q8_0")
+    with pytest.raises(HostError, match="does not run it"):
         LensModel.load(path)
-    from types import SimpleNamespace
-
-    merge: Any = SimpleNamespace(base=SimpleNamespace(base=_source(path)))
-    with pytest.raises(StudyError, match="Dequantise it into a folder"):
-        _on_disk(merge)
+    with pytest.raises(HostError, match="does not run it"):
+        HookedPair(load_pair(folder, path, scan=False))
+    with pytest.raises(StudyError, match="is a GGUF file, and a checkpoint keeps"):
+        merge(path, [folder]).save(tmp_path / "merged")
 
 
 def _renumbered(kind: int) -> Callable[[bytes], bytes]:

@@ -8,7 +8,6 @@ when it loads such a file, and its tables are used here, one tensor at a time.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +111,7 @@ def names_of(path: Path, header: Header) -> Names:
         raise
     except NotImplementedError as error:
         raise _unknown(path, architecture) from error
-    except (
-        Exception
-    ) as error:  # settings out of a damaged file make a model's config raise anything
+    except Exception as error:  # a config made of a damaged file's settings raises anything
         if isinstance(error, ValueError) and "not supported" in str(error):
             raise _unknown(path, architecture) from error
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
@@ -125,7 +122,7 @@ def names_of(path: Path, header: Header) -> Names:
 
 
 def _refuse_others(path: Path, header: Header, architecture: str) -> None:
-    """Files that hold a part of a model, or experts."""
+    """Files that hold a part of a model, experts, or more blocks than tensors."""
     if header.settings.get("split.count", 1) not in (0, 1):
         raise UnsupportedFormatError(
             f"{path} is one part of several.",
@@ -136,9 +133,6 @@ def _refuse_others(path: Path, header: Header, architecture: str) -> None:
             f"{path} holds a mixture of experts, which tvlens does not read from GGUF.",
             hint=_CONVERT,
         )
-
-
-def _names(path: Path, header: Header, architecture: str) -> Names:
     layers = header.settings.get(f"{architecture}.block_count")
     if type(layers) is not int or not 0 < layers <= len(header.tensors):  # each has a tensor
         raise CheckpointError(
@@ -146,13 +140,17 @@ def _names(path: Path, header: Header, architecture: str) -> Names:
             f"{len(header.tensors)} tensors.",
             hint="Copy the file again.",
         )
-    gguf = import_module("transformers.modeling_gguf_pytorch_utils")
+
+
+def _names(path: Path, header: Header, architecture: str) -> Names:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
     parsed = gguf.load_gguf_checkpoint(str(path), return_tensors=False)
     given = parsed["config"]
-    auto = import_module("transformers.models.auto")
-    config = auto.AutoConfig.for_model(**given)
+    config = AutoConfig.for_model(**given)
     with torch.device("meta"):
-        model = auto.AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
     processor = gguf.TENSOR_PROCESSORS.get(architecture, gguf.TensorProcessor)(config=given)
     known = gguf.get_gguf_hf_weights_map(model, processor)
     return Names(
