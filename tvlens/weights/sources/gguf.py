@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int, UInt8
 from torch import Tensor
 
 from tvlens.errors import CheckpointError, UnsupportedFormatError
@@ -65,9 +65,9 @@ class GgufSource(Source):
             CheckpointError: There is no such tensor, or the file cannot be read.
         """
         shape = self._info(name).shape
-        if not self._is_as_stored(name):
+        if (order := self._order(name)) is None:
             return self.read(name)[start:stop]
-        rows = values(self._rows(name, start, stop), self.stored[name].kind)
+        rows = values(self._bytes(name)[order[start:stop]], self.stored[name].kind)
         return torch.from_numpy(rows).reshape(-1, *shape[1:])
 
     def has_steps(self, name: str) -> bool:
@@ -82,8 +82,8 @@ class GgufSource(Source):
             CheckpointError: There is no such tensor, or the file cannot be read.
         """
         shape, kind = self._info(name).shape, self.stored[name].kind
-        if self._is_as_stored(name):
-            rows = self._rows(name, start, stop)
+        if (order := self._order(name)) is not None:
+            rows = self._bytes(name)[order[start:stop]]
             steps = np.abs(neighbours(rows, kind) - values(rows, kind))
             return torch.from_numpy(steps).reshape(-1, *shape[1:])
         steps = np.abs(self._whole(name, neighbours) - self._whole(name, values))
@@ -97,7 +97,7 @@ class GgufSource(Source):
     def _whole(self, name: str, reading: Reading) -> Float32[np.ndarray, "..."]:
         """A tensor as the model has it."""
         stored, original = self.stored[name], self.named[name]
-        found = reading(self._rows(name, 0, math.prod(stored.shape[:-1])), stored.kind)
+        found = reading(self._bytes(name), stored.kind)
         found = self.reads.restored(found.reshape(stored.shape), original)
         if found.size != math.prod(self.tensors[name].shape):
             raise CheckpointError(
@@ -107,28 +107,21 @@ class GgufSource(Source):
             )
         return np.ascontiguousarray(found, dtype=np.float32)
 
-    def _rows(self, name: str, start: int, stop: int) -> Rows:
-        """The bytes of rows of a tensor, still in the file; every axis but the last makes rows."""
+    def _bytes(self, name: str) -> Rows:
+        """The rows of a tensor, still in the file; every axis but the last makes rows."""
         stored = self.stored[name]
         count = math.prod(stored.shape[:-1])
-        start, stop, _ = slice(start, stop).indices(count)
-        width = stored.size // count
-        shape = (max(0, stop - start), width)
-        if not shape[0]:
-            return np.empty(shape, dtype=np.uint8)
+        shape = (count, stored.size // count)
         try:
-            return np.memmap(
-                self.folder, np.uint8, "r", offset=stored.offset + start * width, shape=shape
-            )
+            return np.memmap(self.folder, np.uint8, "r", offset=stored.offset, shape=shape)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.folder} cannot be read any more: {error}.", hint="Did it change?"
             ) from error
 
-    def _is_as_stored(self, name: str) -> bool:
-        """Whether rows of the file are rows of the tensor, so that they can be read alone."""
-        shape = self.stored[name].shape
-        return len(shape) == 2 and self.reads.is_as_stored(self.named[name], shape)
+    def _order(self, name: str) -> Int[np.ndarray, " row"] | None:
+        """The rows of the file that rows of a tensor are, None where it must be read whole."""
+        return self.reads.row_order(self.named[name], self.stored[name].shape)
 
 
 def gguf_in(folder: Path) -> Path | None:
@@ -179,9 +172,8 @@ def open_gguf(path: Path, name: str) -> GgufSource:
 def _info(path: Path, reads: Names, original: str, blocks: StoredBlocks) -> TensorInfo:
     """What tables say of a tensor; the model's shape where the tensor is stored in another one."""
     shape = reads.shapes.get(reads.names.get(original, ""), blocks.shape)
-    other = reads.is_as_stored(original, blocks.shape) or math.prod(shape) != math.prod(
-        blocks.shape
-    )
+    by_row = reads.row_order(original, blocks.shape) is not None
+    other = by_row or math.prod(shape) != math.prod(blocks.shape)
     kind = FLOATS.get(blocks.kind, blocks.kind)
     return TensorInfo(kind, blocks.shape if other else shape, path.name, blocks.size)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from einops import repeat
+from jaxtyping import Float32, Int, Num
 
 from tvlens.errors import CheckpointError, TvlensError, UnsupportedFormatError
 
@@ -70,23 +71,25 @@ class Names:
             )
         return next(iter(aside.values())).numpy()
 
-    def is_as_stored(self, original: str, shape: tuple[int, ...]) -> bool:
-        """Whether the file holds a tensor as the model has it, row by row and value by value."""
-        probe = self._probe(shape)
-        return original not in self.names or self._tried(probe, original) is probe
+    def row_order(self, original: str, shape: tuple[int, ...]) -> Int[np.ndarray, " row"] | None:
+        """Which row of the file is each row of a matrix, None where more than rows has changed."""
+        if len(shape) != 2:
+            return None
+        order = np.arange(shape[0])
+        if original not in self.names:
+            return order
+        found = self._tried(repeat(order, "row -> row column", column=2), original)
+        if found is None or found.shape != (len(order), 2) or (found[:, 0] != found[:, 1]).any():
+            return None
+        return found[:, 0] if np.array_equal(np.sort(found[:, 0]), order) else None
 
     def is_shifted(self, original: str, shape: tuple[int, ...]) -> bool:
         """Whether the file holds a tensor with a constant added."""
-        found = self._tried(self._probe(shape), original) if original in self.names else None
+        zeros = np.zeros((shape[0], *(1 for _ in shape[1:])))
+        found = self._tried(zeros, original) if original in self.names else None
         return found is not None and bool(np.any(found))
 
-    def _probe(self, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-        """Zeros in place of a tensor, of as many rows and no more than that."""
-        return np.zeros((shape[0], *(1 for _ in shape[1:])), dtype=np.float32)
-
-    def _tried(
-        self, probe: Float32[np.ndarray, "..."], original: str
-    ) -> Float32[np.ndarray, "..."] | None:
+    def _tried(self, probe: Num[np.ndarray, "..."], original: str) -> Num[np.ndarray, "..."] | None:
         """What becomes of a probe, None where a processor asks for a tensor's full shape."""
         try:
             return self.processor.process(
