@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.gguf_files import write_gguf
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_gpt2, tiny_llama
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 12, "vocab_size": 16}
+BLOCKS = {**TINY, "hidden_size": 32, "intermediate_size": 32}
+"""Rows of whole blocks of 32."""
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL_GPT2 = {"n_layer": 1, "n_embd": 8, "n_head": 2, "n_inner": 12, "vocab_size": 16}
 NUMBERS: list[Any] = [
@@ -33,7 +36,7 @@ NESTED: list[Any] = [[], {}, [1], [[]], {"a": {}}, [2**62, 2], [-1, 4], ["x"], {
 
 
 def templates(root: Path) -> dict[str, Path]:
-    """Good folders by name; ``base`` and ``gpt2`` are the bases of the others."""
+    """Good folders by name; ``base``, ``gpt2`` and ``wide`` are the bases of the others."""
     base = tiny_llama(root / "base", **TINY, **HEADS)
     gpt2 = tiny_gpt2(root / "gpt2", **SMALL_GPT2)
     made = {"base": base, "gpt2": gpt2}
@@ -49,6 +52,9 @@ def templates(root: Path) -> dict[str, Path]:
     made["dora"] = tiny_adapter(base, root / "dora", use_dora=True, trainable_token_indices=[1, 3])
     made["gpt2 lora"] = tiny_adapter(gpt2, root / "gpt2 lora", lora_bias=True, bias="all")
     made["lora bin"] = _one_bin(made["lora"], root / "lora bin")
+    made["wide"] = tiny_llama(root / "wide", **BLOCKS, **HEADS)
+    tokens = [f"word{i}" for i in range(16)]
+    made["gguf"] = write_gguf(made["wide"], root / "gguf" / "a.gguf", "q4_0", tokens=tokens).parent
     for folder in made.values():
         for name in ("generation_config.json", "README.md"):
             (folder / name).unlink(missing_ok=True)
@@ -154,6 +160,24 @@ def _pickle(path: Path, rng: random.Random) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.9)
 
 
+def _settings(path: Path, rng: random.Random) -> None:
+    """Other numbers in the header of a GGUF file: settings, types, shapes, offsets."""
+    raw = bytearray(path.read_bytes())
+    keys = [b"general.architecture", b"llama.", b"head_count", b"block_count", b"_length",
+            b"tokenizer.ggml.tokens", b"token_type", b"rope.", b"blk.0.", b"output", b"token_embd",
+            b".weight"]  # fmt: skip
+    key = rng.choice(keys)
+    places = [i for i in range(len(raw)) if raw.startswith(key, i)]
+    if not places:
+        return _bytes(path, rng)
+    place = rng.choice(places) + rng.randrange(len(key) + 24)
+    number = int(rng.choice(NUMBERS[:10])) % 2**64
+    form, bits = rng.choice([("<B", 8), ("<I", 32), ("<Q", 64)])
+    patch = struct.pack(form, number % 2**bits)
+    raw[place : place + len(patch)] = patch
+    path.write_bytes(raw)
+
+
 def _bytes(path: Path, rng: random.Random) -> None:
     """Truncated, flipped, cut, doubled or foreign bytes."""
     raw = bytearray(path.read_bytes())
@@ -212,6 +236,7 @@ _KINDS: dict[str, list[Callable[[Path, random.Random], None]]] = {
     ".json": [_json_values, _json_values, _json_text],
     ".safetensors": [_header],
     ".bin": [_pickle],
+    ".gguf": [_settings],
 }
 
 

@@ -18,6 +18,7 @@ import pytest
 from tests.broken_checkpoints import break_folder, templates
 from tvlens.errors import TvlensError
 
+BASES = {"gpt2 lora": "gpt2", "gguf": "wide"}
 INPUTS, MEBIBYTE = 20_000, 1 << 20
 MOST_MEMORY = 300 * MEBIBYTE
 """More than a run began with; a header may claim 2**62 bytes."""
@@ -39,7 +40,7 @@ def _read_everything(good: dict[str, Path], name: str, folder: Path) -> None:
     for stored in source.tensors:
         source.read(stored)
     source.sha256()
-    base = good["gpt2" if name == "gpt2 lora" else "base"]
+    base = good[BASES.get(name, "base")]
     pair = load_pair(folder, good["single"]) if name == "base" else load_pair(base, folder)
     for component in pair.components:
         pair.read(component).dense_delta()
@@ -54,7 +55,7 @@ def _fuzz(good: dict[str, Path], root: Path, inputs: int, seed: int) -> Counter[
     memory = _peak()
     for number in range(inputs):
         rng = random.Random(f"{seed} {number}")
-        name = rng.choice(sorted(set(good) - {"gpt2"}))
+        name = rng.choice(sorted(set(good) - {*BASES.values()}))
         damage = break_folder(good[name], root / "broken", rng)
         before = _state(root / "broken")
         case = f"seed {seed}, input {number}: {name}: {damage}"

@@ -30,8 +30,8 @@ class Option(NamedTuple):
     default: Any
 
 
-Base = Annotated[str, typer.Argument(help="Folder, org/model, org/model@revision, or demo:base.")]
-Tuned = Annotated[list[str], typer.Argument(help="Fine-tunes: folders, adapters, hub ids.")]
+Base = Annotated[str, typer.Argument(help="Folder, .gguf, org/model[@revision], or demo:base.")]
+Tuned = Annotated[list[str], typer.Argument(help="Fine-tunes: folders, adapters, .gguf, hub ids.")]
 Out = Annotated[Path, typer.Option("--out", help="Study folder to write.")]
 
 

@@ -22,6 +22,7 @@ import torch
 from tvlens.errors import CheckpointError, StudyError
 from tvlens.weights.sources.files import ADAPTER_CONFIG, model_files
 from tvlens.weights.sources.folder import STORAGE, Source
+from tvlens.weights.sources.gguf import GgufSource
 from tvlens.weights.sources.json_file import read_json
 from tvlens.weights.sources.memory import MemorySource
 
@@ -177,6 +178,12 @@ def _on_disk(merge: Merge) -> Source:
         raise StudyError(
             f"{source.name} is in memory, and a checkpoint keeps its base's files.",
             hint="Save it with save_pretrained() and give the folder.",
+        )
+    if isinstance(source, GgufSource):
+        raise StudyError(
+            f"{source.name} is a GGUF file, and a checkpoint keeps the files and dtypes of its "
+            "base.",
+            hint="Dequantise it into a folder with transformers and give that.",
         )
     return source
 

@@ -382,9 +382,24 @@ def _quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def refuse_gguf(path: Path) -> None:
+    """Refuse to run a GGUF file, whose weights alone are read.
+
+    Raises:
+        HostError: ``path`` is one.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        raise HostError(
+            f"{path} is a GGUF file: tvlens reads its weights and does not run it.",
+            hint="`tvlens decompose` needs no hooked model; to run it, dequantise it into a folder "
+            "with transformers.",
+        )
+
+
 def _huggingface_model(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    refuse_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError(f"expected a checkpoint folder, got {str(folder)!r}.")
     try:

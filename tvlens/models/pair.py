@@ -13,7 +13,7 @@ from tvlens.errors import CheckpointError, HostError, IncomparableModelsError
 from tvlens.weights.sources.folder import read_json
 from tvlens.weights.vocabulary import RowMatch, Tokens, matched_rows, named, token_strings
 
-from .lens import LensModel
+from .lens import LensModel, refuse_gguf
 from .metrics import Metric
 from .prompts import Batch
 from .reading import Reading
@@ -149,6 +149,8 @@ def _folders(pair: Any) -> tuple[Path, Path, Path | None, tuple[str, str]]:
         names = (pair.base_name, pair.tuned_name)
     else:
         raise HostError(f"expected a Pair or two folders, got {type(pair).__name__}.")
+    for path in (base, tuned):
+        refuse_gguf(path)
     return (base, base, tuned, names) if adapter else (base, tuned, None, names)
 
 

@@ -21,7 +21,7 @@ from tvlens.evaluation.suite import (
     with_reference,
 )
 from tvlens.evaluation.tasks import load_tasks
-from tvlens.models.lens import LensModel
+from tvlens.models.lens import LensModel, refuse_gguf
 from tvlens.models.pair import tokenizer_in
 from tvlens.models.prompts import Chat
 from tvlens.tables import Table
@@ -73,6 +73,8 @@ def evaluate(
     called = _names(models, names)
     found = load_tasks(tasks)
     sources = [open_source(spec) for spec in models]
+    for source in sources:
+        refuse_gguf(source.folder)
     inputs = {name: source.sha256() for name, source in zip(called, sources, strict=True)}
     prepared_folder(out, inputs, force=force)
     results, warnings = _measured(sources, called, found, chat=chat, device=device, say=say)

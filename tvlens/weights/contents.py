@@ -1,7 +1,7 @@
 """One pass over the contents: is every number finite, and how much is equal."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -85,19 +85,23 @@ def equal_fraction_of_rows(
     """Share of equal entries in the matched rows of two embeddings, compared in float32."""
     equal, total = 0, 0
     for start, stop in row_ranges((len(rows), *base[0].tensors[base[1]].shape[1:])):
-        first = chosen_rows(*base, rows.base[start:stop]).float()
-        second = chosen_rows(*tuned, rows.tuned[start:stop]).float()
+        first = chosen_rows(base[0].read_rows, base[1], rows.base[start:stop]).float()
+        second = chosen_rows(tuned[0].read_rows, tuned[1], rows.tuned[start:stop]).float()
         equal += int((first == second).sum())
         total += first.numel()
     return equal / total if total else 1.0
 
 
-def chosen_rows(source: Source, name: str, rows: Int[Tensor, " row"]) -> Shaped[Tensor, "row ..."]:
+def chosen_rows(
+    read_rows: Callable[[str, int, int], Shaped[Tensor, "row ..."]],
+    name: str,
+    rows: Int[Tensor, " row"],
+) -> Shaped[Tensor, "row ..."]:
     """Rows of a stored tensor in the given order; what lies between them is read and dropped."""
     if not len(rows):
-        return source.read_rows(name, 0, 0)
+        return read_rows(name, 0, 0)
     first, last = int(rows.min()), int(rows.max())
-    read = source.read_rows(name, first, last + 1)
+    read = read_rows(name, first, last + 1)
     return read if len(read) == len(rows) and bool((rows.diff() == 1).all()) else read[rows - first]
 
 

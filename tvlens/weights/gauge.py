@@ -41,7 +41,7 @@ from .contents import row_ranges
 from .moves import AXES, Moves
 from .pair import Pair
 from .pairing import Sizes
-from .precision import PRECISIONS, coarsest_dtype, rounding_energy
+from .precision import PRECISIONS, coarsest_dtype, is_block_type, rounding_energy
 from .report import SameFunction
 from .slices import NEURON_PARTS
 
@@ -150,7 +150,7 @@ def canonical(pair: Pair) -> Pair:
     change of its base, so it has the base's coordinates already and is returned as it is.
 
     Raises:
-        UnsupportedFormatError: The family has no table.
+        UnsupportedFormatError: The family has no table, or a model is block-quantised.
     """
     refuse_canonical(pair)
     if pair.adapter is not None:
@@ -168,8 +168,14 @@ def refuse_canonical(pair: Pair) -> None:
     """Raise where a pair cannot be read in the base's coordinates.
 
     Raises:
-        UnsupportedFormatError: The family has no table.
+        UnsupportedFormatError: The family has no table, or a model is block-quantised.
     """
+    if pair.adapter is None and _has_blocks(pair):
+        raise UnsupportedFormatError(
+            f"{pair.base_name} or {pair.tuned_name} is block-quantised, and its rounding would be "
+            "taken for other coordinates by --canonical.",
+            hint="Leave --canonical out.",
+        )
     if not pair.layout.listed:
         raise UnsupportedFormatError(
             f"tvlens has no table for the family of {pair.base_name}, so it does not know its "
@@ -245,8 +251,14 @@ def _obstacle(pair: Pair) -> str:
         f"config.json differs in {', '.join(function)}": bool(function),
         "the vocabularies differ": not pair.rows.whole,
         "tensors are in one of the two alone": bool(unmatched),
+        "the rounding of quantised blocks hides it": _has_blocks(pair),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _has_blocks(pair: Pair) -> bool:
+    sources = (pair.base, pair.tuned)
+    return any(is_block_type(info.dtype) for s in sources for info in s.tensors.values())
 
 
 def _equal_tensors(pair: Pair) -> set[str]:

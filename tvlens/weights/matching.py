@@ -25,7 +25,7 @@ from .inmemory import refuse_other_beneath, warn_of_memory
 from .layout import Layout, has_table, layout_of, unlisted_layout
 from .lineage import likeness
 from .pair import Pair, Weight
-from .precision import PRECISIONS
+from .precision import PRECISIONS, is_block_type
 from .report import Status, with_report
 from .sources.folder import Source
 from .sources.opening import open_source
@@ -244,7 +244,8 @@ def _named(source: Source, layout: Layout) -> dict[str, str]:
                 f"{source.name} stores {name} twice, as {names[name]!r} and as {stored!r}.",
                 hint="Save the model again with save_pretrained().",
             )
-        if name in known and info.dtype not in PRECISIONS:
+        readable = info.dtype in PRECISIONS or is_block_type(info.dtype)
+        if name in known and not readable:
             raise UnsupportedFormatError(
                 f"{source.name} stores {stored} as {info.dtype}, expected one of "
                 f"{', '.join(PRECISIONS)}.",
@@ -302,7 +303,7 @@ def _settle_vocabulary(draft: Draft) -> None:
 
 def _rows(draft: Draft, sizes: tuple[int, int]) -> RowMatch:
     base, tuned = draft.base, draft.tuned
-    tokens = token_strings(base.folder), token_strings(tuned.folder)
+    tokens = _tokens(base), _tokens(tuned)
     if tokens[0] is None or tokens[1] is None:
         if sizes[0] != sizes[1]:
             raise IncomparableModelsError(
@@ -318,6 +319,10 @@ def _rows(draft: Draft, sizes: tuple[int, int]) -> RowMatch:
             hint="A tuning vector needs rows that stand for the same tokens.",
         )
     return rows
+
+
+def _tokens(source: Source) -> dict[int, str] | None:
+    return token_strings(source.folder) if source.tokens is None else source.tokens
 
 
 def _vocabulary_warnings(draft: Draft, rows: RowMatch) -> Iterator[str]:

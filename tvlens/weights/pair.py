@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tvlens.components import Component
@@ -233,7 +233,7 @@ class Pair:
     def _stored(self, source: Source, name: str, place: Place) -> Float[Tensor, "..."]:
         if place.part in VOCABULARY_PARTS:
             rows = self.rows.base if source is self.base else self.rows.tuned
-            values = chosen_rows(source, name, rows).float()
+            values = chosen_rows(source.read_rows, name, rows).float()
         else:
             rows, values = None, source.read(name).float()
         scanned = self.load_report.identical is not None
@@ -343,6 +343,22 @@ class Pair:
             self._stored_name(self.base_tensors, place),
             self._stored_name(self.tuned_tensors, place),
         )
+        energy = self._float_floor(place, names, base, tuned, change)
+        sides = (self.base, self.rows.base), (self.tuned, self.rows.tuned)
+        for (source, rows), name in zip(sides, names, strict=True):
+            if (steps := self._steps(source, name, place, rows)) is not None:
+                energy = energy + uniform_energy(steps)
+        return energy
+
+    def _float_floor(
+        self,
+        place: Place,
+        names: tuple[str, str],
+        base: Float[Tensor, "..."],
+        tuned: Float[Tensor, "..."],
+        change: Float[Tensor, "..."] | None,
+    ) -> Float[Tensor, "..."]:
+        """The rounding energy of the dtypes and storage notes of two stored tensors."""
         sources = (self.base, self.tuned)
         dtypes = [
             stored_dtype(source.tensors[name].dtype, source.rounding)
@@ -357,6 +373,17 @@ class Pair:
         rows = step.reshape(-1, *[1] * (len(shape) - 1)) if step.dim() else step
         steps = self.layout.canonical(torch.broadcast_to(rows, shape), place)
         return uniform_energy(steps) + rounding_energy(base, coarsest_dtype(dtypes[0]))
+
+    def _steps(
+        self, source: Source, name: str, place: Place, rows: Int[Tensor, " row"]
+    ) -> Float[Tensor, "..."] | None:
+        """Steps of a tensor's entries, canonical orientation; None where its dtype says it all."""
+        if not source.has_steps(name):
+            return None
+        if place.part not in VOCABULARY_PARTS:
+            rows = torch.arange(source.tensors[name].shape[0])
+        steps = chosen_rows(source.read_steps, name, rows)
+        return self.layout.canonical(steps.reshape(self.layout.stored_shapes[place.tensor]), place)
 
 
 def _effective(stored: Float[Tensor, "..."], place: Place) -> Float[Tensor, "..."]:

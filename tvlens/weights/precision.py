@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tvlens.errors import CheckpointError
 
+from .sources.gguf_blocks import LOWEST_BITS
+
 
 class Precision(NamedTuple):
     """A binary floating-point format.
@@ -113,8 +115,17 @@ def uniform_energy(step: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return (step.double().square() / 12).clamp(min=SMALLEST_ENERGY).float()
 
 
+def is_block_type(dtype: str) -> bool:
+    """Whether a tensor is stored in blocks, each with a step of its own."""
+    return dtype in LOWEST_BITS
+
+
 def stored_dtype(dtype: str, rounding: Mapping[str, Any] | None) -> str:
-    """The dtype that weights were really rounded to: a storage note says more than the file."""
+    """The dtype that weights were really rounded to: a storage note says more than the file.
+
+    Blocks are read as float32; their own rounding is that of their steps.
+    """
+    dtype = ARITHMETIC if is_block_type(dtype) else dtype
     noted = (rounding or {}).get("dtype")
     return coarsest_dtype(dtype, noted) if noted in PRECISIONS else dtype
 

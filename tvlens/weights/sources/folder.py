@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Shaped
+from jaxtyping import Float32, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -34,11 +34,13 @@ class TensorInfo(NamedTuple):
         dtype: ``float32``, ``bfloat16``, ... or the header's own word for what is no float.
         shape: Stored shape.
         file: File name inside the folder.
+        size: Bytes in the file where its blocks set them, None where the dtype does.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    size: int | None = None
 
     @property
     def pickled(self) -> bool:
@@ -48,6 +50,8 @@ class TensorInfo(NamedTuple):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the tensor in its file: the number at the end of a dtype's name is its bits."""
+        if self.size is not None:
+            return self.size
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
 
@@ -66,6 +70,7 @@ class Source:
         rounding: How the weights were rounded before they were stored, from
             tvlens_storage.json; None where the file is absent.
         notes: Sentences on what the folder holds besides and is not read.
+        tokens: Token strings by number where the weight file itself has a tokenizer.
     """
 
     name: str
@@ -76,6 +81,7 @@ class Source:
     revision: str | None = None
     rounding: dict[str, Any] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    tokens: dict[int, str] | None = field(default=None, repr=False)
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _opened: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -121,6 +127,18 @@ class Source:
             return self._file(info.file).get_slice(name)[start:stop]
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.folder / info.file, error) from error
+
+    def has_steps(self, name: str) -> bool:
+        """Whether a tensor was rounded otherwise than its dtype says, as blocks are."""
+        return False
+
+    def read_steps(self, name: str, start: int, stop: int) -> Float32[Tensor, "..."]:
+        """How far apart the values lie that rows can hold, in weight units.
+
+        Raises:
+            CheckpointError: The tensor has no steps but those of its dtype.
+        """
+        raise CheckpointError(f"{name} of {self.name} is {self._info(name).dtype}, not blocks.")
 
     def sha256(self) -> dict[str, str]:
         """The digest of each weight file and config."""

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from tvlens.errors import CheckpointError, UnsupportedFormatError
+from tvlens.errors import CheckpointError
 
+from .files import ADAPTER_CONFIG, has_model
 from .folder import Source, open_folder
+from .gguf import SUFFIX, gguf_in, open_gguf
 from .hub import snapshot
 from .memory import open_model
 
@@ -16,8 +18,9 @@ def open_source(spec: Any) -> Source:
     """The checkpoint or adapter that ``spec`` names; reads headers only.
 
     Args:
-        spec: A folder, ``org/model[@revision][#subfolder]``, ``demo:base|med|math|ctl``, or a
-            model in memory (see ``memory``); a source is given back as it is.
+        spec: A folder, a GGUF file, ``org/model[@revision][#subfolder]``,
+            ``demo:base|med|math|ctl``, or a model in memory (see ``memory``); a source is given
+            back as it is.
 
     Raises:
         CheckpointError: It does not exist or cannot be read.
@@ -42,11 +45,26 @@ def _opened(spec: str | Path) -> Source:
         return open_folder(_demo(text), text)
     path = Path(spec).expanduser()
     if path.is_file():
-        raise _a_file(path)
+        return _of_file(path)
     if path.is_dir() or isinstance(spec, Path) or _is_path(text):
-        return open_folder(path, path.resolve().name)
+        return _of_folder(path)
     found = snapshot(text)
     return open_folder(found.folder, text, revision=found.revision)
+
+
+def _of_file(path: Path) -> Source:
+    if path.suffix != SUFFIX:
+        raise CheckpointError(f"{path} is a file.", hint="Give the folder that holds it.")
+    return open_gguf(path, path.stem)
+
+
+def _of_folder(path: Path) -> Source:
+    """A folder's model or adapter; a GGUF file counts where there is nothing else."""
+    name = path.resolve().name
+    other = has_model(path) or (path / ADAPTER_CONFIG).is_file()
+    if not other and (found := gguf_in(path)) is not None:
+        return open_gguf(found, name)
+    return open_folder(path, name)
 
 
 def _demo(spec: str) -> Path:
@@ -61,12 +79,3 @@ def _demo(spec: str) -> Path:
 def _is_path(text: str) -> bool:
     repository = text.split("#")[0].split("@")[0]
     return text.startswith((".", "/", "~")) or repository.count("/") != 1
-
-
-def _a_file(path: Path) -> CheckpointError:
-    if path.suffix == ".gguf":
-        return UnsupportedFormatError(
-            f"{path} is a GGUF file, which tvlens does not read yet.",
-            hint="Dequantise it with transformers and save_pretrained().",
-        )
-    return CheckpointError(f"{path} is a file.", hint="Give the folder that holds it.")
