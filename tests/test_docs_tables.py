@@ -82,6 +82,27 @@ def needs_real(*names: str) -> None:
     assert not missing, f"make {missing[0]} with examples/real_models first"
 
 
+def assert_combination(text: str, first: str, found: pd.DataFrame) -> None:
+    """The losses of a grid are in the intervals of a table."""
+    plain = found[found["by"].isna() & (found["split"] == "all") & (found["measure"] == "loss")]
+    values = plain.set_index(["model", "task"])["value"]
+    for model, row in table(text, first).items():
+        for task in ("medical", "maths", "general"):
+            assert figure(row[task]).holds(values[model, task]), (model, task)
+
+
+def assert_judged(
+    text: str, first: str, judged: dict[str, tuple[str, str]], verdicts: pd.DataFrame
+) -> None:
+    """Verdicts are those of a table, gains in its intervals."""
+    rows = table(text, first)
+    assert rows.keys() == judged.keys()
+    for name, row in rows.items():
+        claim = verdicts.loc[judged[name]]
+        assert claim["verdict"] == row["verdict"], name
+        assert figure(row["gain over the base"]).holds(claim["value"]), name
+
+
 def test_figures_are_read_as_pages_write_them() -> None:
     assert figure("**2.70** [2.42, 3.02]") == (2.70, 2.42, 3.02)
     assert figure("+1.68 (1.43 to 1.93); ctl +0.53 (0.39 to 0.69)") == (1.68, 1.43, 1.93)
@@ -93,12 +114,8 @@ def test_the_combination_of_the_shipped_models(tmp_path: Path) -> None:
     page = "combining.md"
     top = (ROOT / "docs" / page).read_text(encoding="utf-8")
     out = run(top, tmp_path / "study")
-    found = pd.read_parquet(out / "combinations.parquet")
-    plain = found[found["by"].isna() & (found["split"] == "all") & (found["measure"] == "loss")]
-    values = plain.set_index(["model", "task"])["value"]
-    for model, row in table(section(page, "The grid"), "model").items():
-        for task in ("medical", "maths", "general"):
-            assert figure(row[task]).holds(values[model, task]), (model, task)
+    grid = section(page, "The grid")
+    assert_combination(grid, "model", pd.read_parquet(out / "combinations.parquet"))
     verdicts = pd.read_parquet(out / "verdicts.parquet").set_index(["task", "measure"])
     judged = {
         "general, loss": ("general", "loss"),
@@ -107,12 +124,7 @@ def test_the_combination_of_the_shipped_models(tmp_path: Path) -> None:
         "mean over both domains, choices": ("mean over domains", "choice_logprob"),
     }
     heading = '"Combining improves generalisation", judged'
-    rows = table(section(page, heading), "judged on")
-    assert rows.keys() == judged.keys()
-    for name, row in rows.items():
-        claim = verdicts.loc[judged[name]]
-        assert claim["verdict"] == row["verdict"], name
-        assert figure(row["gain over the base"]).holds(claim["value"]), name
+    assert_judged(section(page, heading), "judged on", judged, verdicts)
 
 
 def test_the_contrasts_of_smollm2(tmp_path: Path) -> None:
@@ -165,3 +177,17 @@ def test_the_representations_of_smollm2(tmp_path: Path) -> None:
     shown = re.search(r"\((?P<value>[\d.]+) %, (?P<low>[\d.]+) to (?P<high>[\d.]+)\)", text)
     assert shown, "the page gives the rank's interval"
     assert float(shown["low"]) / 100 <= row["value"] <= float(shown["high"]) / 100
+
+
+def test_the_combination_of_smollm2(tmp_path: Path) -> None:
+    needs_real("med", "math", "ctl")
+    text = section("combining.md", "The same on SmolLM2-135M")
+    studies = ROOT / "examples" / "studies"
+    out = run(text.replace("cd examples/studies && ", ""), tmp_path / "study", studies)
+    assert_combination(text, "SmolLM2", pd.read_parquet(out / "combinations.parquet"))
+    verdicts = pd.read_parquet(out / "verdicts.parquet").set_index(["task", "measure"])
+    judged = {
+        "general, loss": ("general", "loss"),
+        "mean over both domains, loss": ("mean over domains", "loss"),
+    }
+    assert_judged(text, "SmolLM2, judged on", judged, verdicts)
