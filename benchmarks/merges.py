@@ -7,7 +7,7 @@ mergekit runs as its users run it, in an environment of its own, as a process of
 of it is in this repository. ``golden`` writes the checkpoints of ``tests/golden_models.py``, merges
 them, and keeps the sha256 of each merged tensor's bytes. ``speed`` times the same TIES merge on
 both sides, whole processes from the folders to the written folder, best of ``--repeats``, and the
-most anonymous memory of each.
+most anonymous memory of each; then how many merged entries differ, and how many of these are ties.
 """
 
 import argparse
@@ -148,6 +148,38 @@ def golden(python: str) -> None:
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def tensors_in(folder: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint by name."""
+    from safetensors.torch import load_file
+
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def unequal(base: Path, tuned: list[Path], outs: tuple[Path, Path], density: float) -> str:
+    """How many merged entries differ, and how many of these a change ties with the last one kept.
+
+    Of changes that are equally large at the cut mergekit keeps those that torch's sort, which is
+    not stable, puts first; tvlens keeps the first in storage order.
+    """
+    one, other = (tensors_in(out) for out in outs)
+    before, after = tensors_in(base), [tensors_in(folder) for folder in tuned]
+    entries = differing = tied = 0
+    for name, merged in one.items():
+        apart = merged != other[name]
+        entries, differing = entries + merged.numel(), differing + int(apart.sum())
+        at_cut = apart & False
+        for model in after:
+            change = (model[name].float() - before[name].float()).abs()
+            kept = max(1, int(density * change.numel()))
+            at_cut |= change == change.flatten().kthvalue(change.numel() - kept + 1).values
+        tied += int((apart & at_cut).sum())
+    return f"{differing} of {entries:,} merged entries differ, {tied} of them tied at a cut"
+
+
 def speed(arguments: argparse.Namespace) -> None:
     """Both sides of one TIES merge in mergekit's semantics, written as float32 or as stored."""
     rows: dict[str, list[dict[str, float]]] = {"mergekit": [], "tvlens": []}
@@ -164,8 +196,8 @@ def speed(arguments: argparse.Namespace) -> None:
             command += ["--out", str(Path(root) / f"tvlens-{turn}"), "--method", "mergekit:ties"]
             command += ["--density", "0.2", "--dtype", "float32", "--quiet"]
             rows["tvlens"].append(watched(command, arguments.threads))
-            same = hashes(out) == hashes(Path(root) / f"tvlens-{turn}")
-            print(f"turn {turn}: equal bytes of every tensor: {same}")
+        last = Path(root) / f"mergekit-{turn}", Path(root) / f"tvlens-{turn}"
+        print(unequal(Path(arguments.base), [Path(a) for a in arguments.tuned], last, 0.2))
     for side, turns in rows.items():
         print(side, *(f"{name}={min(t[name] for t in turns):.2f}" for name in turns[0]))
 

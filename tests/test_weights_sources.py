@@ -403,3 +403,13 @@ def test_a_hub_subfolder_may_not_leave_the_repository() -> None:
 
     with pytest.raises(CheckpointError, match="leaves the repository"):
         open_source("org/model#../../x")
+
+
+def test_all_rows_of_a_tensor_are_the_mapped_file_and_some_are_a_copy(folder: Path) -> None:
+    from tvlens.weights.sources.opening import open_source
+
+    source = open_source(str(folder))
+    name = next(name for name, info in source.tensors.items() if len(info.shape) == 2)
+    whole, rows = source.read(name), source.tensors[name].shape[0]
+    assert source.read_rows(name, 0, rows).data_ptr() == whole.data_ptr()
+    assert torch.equal(source.read_rows(name, 1, rows), whole[1:])

@@ -476,7 +476,7 @@ def _store(
 
 
 def _refuse_overflow(name: str, new: Float[Tensor, " entry"]) -> None:
-    if not bool(torch.isfinite(new).all()):
+    if not all(bool(torch.isfinite(new[span]).all()) for span in _spans(len(new))):
         raise CheckpointError(
             f"{name} overflows {str(new.dtype).removeprefix('torch.')} when the vectors are added.",
             hint="Scale them down, or give --dtype float32.",

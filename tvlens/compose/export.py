@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tvlens.errors import CheckpointError, StudyError
+from tvlens.memory import release_freed
 from tvlens.weights.sources.files import ADAPTER_CONFIG, model_files
 from tvlens.weights.sources.folder import STORAGE, Source
 from tvlens.weights.sources.gguf import GgufSource
@@ -42,6 +43,8 @@ COMPANIONS = (
 )
 """What is copied from beside the weights."""
 TEMPLATES = "additional_chat_templates"
+LARGE = 2**25
+"""Bytes of a tensor from which glibc takes memory of its own for it, beside what it keeps."""
 NOT_COPIED = (
     *("*.index.json", STORAGE, ADAPTER_CONFIG, MANIFEST),
     *("trainer_state.json", "*_results.json"),
@@ -281,6 +284,8 @@ class _Writer:
         return Content(name, code, info.shape, size, lambda: self._chunks(name, old))
 
     def _chunks(self, name: str, old: Entry | None) -> Iterator[Any]:
+        if old is not None and old.size > LARGE:
+            release_freed()  # what smaller tensors left behind would come on top of the largest
         new = self.merge.rounded(name, self.dtype)
         if new is not None:
             if new.rounding.entries or name == self.merge.untied_name:

@@ -19,7 +19,9 @@ float32 throughout. Its methods carry its own names:
     mergekit:task_arithmetic   ``task``, rounded at each step
     mergekit:ties              trims each checkpoint tensor for itself; a zero sum counts as
                                positive; divides by the sum of the agreeing *scales*, so equal
-                               scales cancel; keeps everything unless a density is given
+                               scales cancel; keeps everything unless a density is given. Of
+                               entries as large as the last one kept, mergekit keeps those that an
+                               unstable sort puts first, tvlens the first in storage order
     mergekit:dare_linear       divides by what keeps the tensor's sum of magnitudes, not by density
     mergekit:dare_ties         the same drop, then the election of mergekit:ties, not divided
 
@@ -41,8 +43,8 @@ from torch import Tensor
 Trim = Literal["", "vector", "tensor", "random"]
 Rescale = Literal["", "density", "magnitude"]
 Divide = Literal["", "scales", "agreeing", "agreeing scales"]
-ENTRIES_AT_ONCE = 1 << 20
-"""Entries that are merged in one step: 8 MiB a vector in float64."""
+ENTRIES_AT_ONCE = 1 << 18
+"""Entries that are merged in one step: 2 MiB a vector in float64, of which a dozen are alive."""
 NO_MAGNITUDE = 1e-7
 """mergekit leaves tensors whose magnitudes sum to less as they are."""
 

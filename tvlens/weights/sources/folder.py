@@ -115,12 +115,14 @@ class Source:
             raise _unreadable(self.folder / info.file, error) from error
 
     def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "..."]:
-        """Rows ``start`` to ``stop`` of one tensor in its stored dtype.
+        """Rows ``start`` to ``stop`` of one tensor in its stored dtype; all of them are not copied.
 
         Raises:
             CheckpointError: There is no such tensor, or its file cannot be read.
         """
         info = self._info(name)
+        if (start, stop) == (0, info.shape[0]):
+            return self.read(name)
         if info.pickled:
             return self._mapped(info.file, name)[start:stop].contiguous().clone()
         try:
