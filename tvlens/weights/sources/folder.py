@@ -106,13 +106,7 @@ class Source:
         Raises:
             CheckpointError: There is no such tensor, or its file cannot be read.
         """
-        info = self._info(name)
-        if info.pickled:
-            return self._mapped(info.file, name).contiguous().clone()
-        try:
-            return self._file(info.file).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(self.folder / info.file, error) from error
+        return self._whole(name, self._info(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "..."]:
         """Rows ``start`` to ``stop`` of one tensor in its stored dtype; all of them are not copied.
@@ -122,11 +116,19 @@ class Source:
         """
         info = self._info(name)
         if (start, stop) == (0, info.shape[0]):
-            return self.read(name)
+            return self._whole(name, info)
         if info.pickled:
             return self._mapped(info.file, name)[start:stop].contiguous().clone()
         try:
             return self._file(info.file).get_slice(name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self.folder / info.file, error) from error
+
+    def _whole(self, name: str, info: TensorInfo) -> Shaped[Tensor, "..."]:
+        if info.pickled:
+            return self._mapped(info.file, name).contiguous().clone()
+        try:
+            return self._file(info.file).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.folder / info.file, error) from error
 
