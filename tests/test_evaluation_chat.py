@@ -9,6 +9,8 @@ from tvlens.errors import PromptError
 from tvlens.evaluation.suite import ready
 from tvlens.evaluation.tasks import load_tasks
 
+pytestmark = pytest.mark.slow
+
 TURNS = "{% for m in messages %}<user>{{ m['content'] }}<end>{% endfor %}"
 ASKS = "{% if add_generation_prompt %}The assistant is{% endif %}"
 TEMPLATES = {"with bos": "{{ bos_token }}" + TURNS + ASKS, "without bos": TURNS + ASKS}

@@ -32,6 +32,8 @@ from tvlens.errors import (
     UnsupportedFormatError,
 )
 
+pytestmark = pytest.mark.slow
+
 ROUNDED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 Q_PROJ, O_PROJ = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
