@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.large_checkpoints import hollow_llama
+from tests.memory_watch import WATCH
 from tests.planned_tables import RATES
 from tests.tiny_checkpoints import (
     add_noise,
@@ -528,20 +529,11 @@ def test_expected_seconds_are_near_the_truth_on_the_demo() -> None:
 
 # --- memory -------------------------------------------------------------------------------------
 
-PEAK = """
-import re, sys, threading, time, torch
-torch.set_num_threads(1)
+PEAK = f"""{WATCH}
 from tvlens.geometry.classify import classify
 from tvlens.geometry.decompose import decompose
 from tvlens.study.inspection import inspection
 from tvlens.weights.matching import load_pair
-most = 0
-def watch():
-    global most
-    while True:
-        now = re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]
-        most = max(most, 1024 * int(now))
-        time.sleep(0.002)
 pair = load_pair(*sys.argv[1:], scan=False)
 threading.Thread(target=watch, daemon=True).start()
 table = decompose(pair)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.memory_watch import WATCH
 from tests.planned_tables import RATES
 from tests.test_weights_vocabulary import WORDS, word_tokenizer
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_llama
@@ -89,19 +90,10 @@ def test_expected_seconds_are_near_the_truth_on_the_demo(tmp_path: Path, stage: 
     assert 0.25 < expected / taken < 4
 
 
-PEAK = """
-import json, re, sys, threading, time, torch
-torch.set_num_threads(1)
+PEAK = f"""{WATCH}
 from tvlens.study.plan import StudyPlan
 from tvlens.study.stages import STAGES
 from tvlens.weights.matching import load_pair
-most = 0
-def watch():
-    global most
-    while True:
-        now = re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]
-        most = max(most, 1024 * int(now))
-        time.sleep(0.002)
 asked = json.loads(sys.argv[1])
 plan = StudyPlan(**asked)
 pairs = [load_pair(plan.base, s, names=("base", n), scan=False)
