@@ -15,7 +15,7 @@ is unaligned with the base. The headline is therefore a contrast of MLP and atte
 (``contrasts``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -231,10 +231,16 @@ def _decided_by(row: Row) -> str:
     return ROUNDING_FLOOR if near else str(row["decided_by"])
 
 
-def _records(frame: pd.DataFrame, names: Sequence[str]) -> list[Row]:
+def _records(frame: pd.DataFrame, names: Sequence[str]) -> Iterator[Row]:
     """Some columns as one record a row: ``to_dict("records")``, many times faster."""
     columns = [frame[name].tolist() for name in names]
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    return (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+
+
+def _named(row: Row) -> tuple[str, str, str]:
+    """Label, reason and what decided of one record."""
+    row["label"] = _label(row)
+    return row["label"], _reason(row), _decided_by(row)
 
 
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
@@ -252,12 +258,8 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     for part, counted in zip(PARTS, np.where(significant, shares, 0.0), strict=True):
         out[f"counted_{part}"] = counted
     rows = _records(out, [*REASON_COLUMNS, *(f"counted_{part}" for part in PARTS)])
-    for row in rows:
-        row["label"] = _label(row)
-        row["label_reason"] = _reason(row)
-        row["decided_by"] = _decided_by(row)
-    named = ("label", "label_reason", "decided_by")
-    return out.assign(**{name: [row[name] for row in rows] for name in named})
+    calls, names = list(map(_named, rows)), ("label", "label_reason", "decided_by")
+    return out.assign(**{name: [call[i] for call in calls] for i, name in enumerate(names)})
 
 
 def adjusted_tests(tests: pd.DataFrame, below: pd.Series) -> pd.DataFrame:

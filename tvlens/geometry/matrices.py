@@ -50,6 +50,7 @@ from .changes import (
     transposed,
     turned,
 )
+from .eigen import eigenpairs
 
 K_FRACTION = 0.25
 """Share of a side's dimensions called existing in e_*: a convention, the same for every matrix."""
@@ -164,8 +165,8 @@ def directions_of_gram(
     products: Float64[Tensor, "*component short short"],
 ) -> tuple[Float64[Tensor, "*component direction"], Float64[Tensor, "*component short direction"]]:
     """Singular values and directions, largest first, of what has this Gram matrix; null is zero."""
-    energies, vectors = torch.linalg.eigh(products)
-    values, short = energies.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
+    energies, short = eigenpairs(products)
+    values = energies.clamp(min=0).sqrt()
     values = torch.where(values > RANK_TOLERANCE * values[..., :1], values, 0)
     kept = rearrange(values > 0, "... direction -> ... 1 direction")
     return values, torch.where(kept, short, 0)
@@ -348,8 +349,8 @@ def row_space(
     base_gram: Float64[Tensor, "d_model d_model"], delta_gram: Float64[Tensor, "d_model d_model"]
 ) -> RowSpace:
     """Alignment and spectra on the d_model side of a tall matrix, from Grams alone."""
-    energies, vectors = torch.linalg.eigh(base_gram)
-    energies, vectors = energies.clamp(min=0).flip(-1), vectors.flip(-1)
+    energies, vectors = eigenpairs(base_gram)
+    energies = energies.clamp(min=0)
     kept = energies > RANK_TOLERANCE**2 * energies[0]
     rank = kept.double().sum()
     along = (vectors * (delta_gram @ vectors)).sum(0) * kept

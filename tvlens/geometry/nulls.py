@@ -22,7 +22,17 @@ from jaxtyping import Bool, Float, Float64, Int
 from scipy import stats
 from torch import Tensor
 
-from .changes import Change, Factored, energy, gram, product, slabs, transposed, written_rows
+from .changes import (
+    Change,
+    Factored,
+    energy,
+    gram,
+    own_products,
+    product,
+    slabs,
+    transposed,
+    written_rows,
+)
 from .heads import Factor, change_of_heads
 from .offsets import over_offsets
 
@@ -253,7 +263,10 @@ class Peers:
 
 
 def peers_of(base: Float[Tensor, "neuron d_model"]) -> Peers:
-    """Mean and covariance of the directions of all rows; a row of zeros has the direction zero."""
+    """Mean and covariance of the directions of all rows; a row of zeros has the direction zero.
+
+    The covariance is summed from products in float32, as whatever uses it multiplies.
+    """
     count, d_model = base.shape
     inverse, centre = base.new_zeros((count, 1)).double(), base.new_zeros(d_model).double()
     for start, stop in slabs(base.shape):
@@ -263,7 +276,8 @@ def peers_of(base: Float[Tensor, "neuron d_model"]) -> Peers:
         centre += (transposed(rows) @ inverse[start:stop, 0]) / count
     covariance = base.new_zeros((d_model, d_model)).double()
     for start, stop in slabs(base.shape):
-        covariance += gram((base[start:stop] * inverse[start:stop]).sub_(centre))
+        directions = (base[start:stop] * inverse[start:stop]).sub_(centre)
+        covariance += own_products(directions.float()).double()
     return Peers(centre, covariance / count)
 
 
