@@ -144,3 +144,29 @@ def test_heads_are_columns_of_w_v_and_rows_of_w_o() -> None:
     assert torch.equal(slices_of_heads(w_v, "W_V", 4)[1], w_v[:, 2:4])
     assert torch.equal(slices_of_heads(w_o, "W_O", 4)[1], w_o[2:4])
     assert kv_index_of_heads(6, 2).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_structure_of_a_kv_head_is_that_of_its_own_query_heads() -> None:
+    from tvlens.geometry.head_evidence import HeadChanges
+    from tvlens.geometry.heads import Factor, coordinates
+    from tvlens.geometry.nulls import spans_of
+
+    generator = torch.Generator().manual_seed(3)
+    group = torch.tensor([0, 0, 1, 1, 1, 2])
+    values = torch.randn(3, 40, 8, generator=generator)
+    change = 1e-3 * torch.randn(3, 40, 8, generator=generator)
+    change[1] += 0.1 * torch.outer(torch.randn(40, generator=generator), torch.ones(8))
+    shared = Factor(values, change).of_heads(group)
+    outputs = torch.randn(6, 8, 40, generator=generator)
+    own = Factor(outputs, torch.zeros_like(outputs))
+    known = coordinates(shared), coordinates(own.swapped)
+    spans = spans_of(values.mT)[group], spans_of(outputs)
+    heads = HeadChanges("OV", shared, own, *known, spans, group, torch.arange(8))
+    spikes = heads.shared_spikes(seed=0)
+    assert spikes.found.tolist() == [False, False, True, True, True, False]
+    assert bool((spikes.share[2:5] > 0.99).all())
+    inside = spans[0][2].T @ change[1].double().sum(1)  # the one direction, within what W_V reads
+    outside = 1 - float(inside.square().sum() / change[1].double().sum(1).square().sum())
+    torch.testing.assert_close(
+        spikes.outside[2:5], torch.full((3,), outside).double(), atol=0.01, rtol=0
+    )

@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from einops import rearrange
@@ -125,3 +126,40 @@ def test_rows_and_columns_of_a_file_have_the_same_sums(monkeypatch: pytest.Monke
     for name, values in vars(here).items():
         torch.testing.assert_close(getattr(there, name), values, msg=name)
     assert here.equal.tolist() == [0, 0, 7, 0, 0, 0]
+
+
+def _one_along_the_base(times_rounding: float) -> pd.DataFrame:
+    """Labels of 240 neurons with noise, of which number 7 changed in strong directions of the base.
+
+    Its change has ``times_rounding`` times the energy of rounding.
+    """
+    from tests.geometry_pairs import FakeLayout, FakePair, FakeWeight
+    from tvlens.components import Component
+    from tvlens.geometry.blocks import Ask, findings_of_block
+    from tvlens.geometry.classify import labelled, with_q_values
+
+    generator = torch.Generator().manual_seed(0)
+    d_model = 384
+    left, _, right = torch.linalg.svd(torch.randn(240, d_model, generator=generator))
+    base = left * torch.exp(-torch.arange(240) / 60) @ right[:240]
+    delta = 1e-5 * torch.randn(240, d_model, generator=generator)
+    mixture = torch.randn(24, generator=generator) @ right[:24]
+    delta[7] = 0.05 * base[7].norm() * mixture / mixture.norm()
+    floor = torch.full_like(delta, float(delta[7].square().sum()) / times_rounding / d_model)
+    floor[:7], floor[8:] = 1e-12, 1e-12
+    component = Component("matrix", 0, None, "W_out")
+    weight = FakeWeight(component, base, delta, floor)
+    pair = FakePair({component: weight}, FakeLayout(n_heads=1, n_kv_heads=1))
+    (found,) = findings_of_block([Ask(pair, [component], seed=0)])
+    calls = labelled(with_q_values(found.evidence.frame))
+    return calls[calls["kind"] == "neuron"].reset_index(drop=True)
+
+
+def test_a_neuron_along_the_base_is_rewired_by_itself_unless_rounding_could_have_done_it() -> None:
+    far, near = _one_along_the_base(25.0), _one_along_the_base(23.0)
+    assert far.loc[7, "label"] == "rewired"
+    assert far.loc[7, "decided_by"].startswith("alignment of the neuron's own change")
+    assert near.loc[7, "label"] == "unresolved"
+    assert near.loc[7, "structured_share"] == 0  # and so takes nothing from a gain
+    for frame in (far, near):
+        assert set(frame["label"].drop(7)) == {"unresolved"}

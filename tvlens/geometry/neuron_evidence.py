@@ -5,7 +5,8 @@ direction may still say that the change stays where the base is strong: the alig
 with the base's directions has a known spread at chance. Such a neuron is *within* if the lower
 bound of its alignment is beyond NEW_HI; as a share of its energy the alignment itself counts, since
 a part f with the base's spectrum and a rest at chance have G_rel = f. Nothing of the kind can be
-said of new directions: of one vector, new and noise look alike.
+said of new directions: of one vector, new and noise look alike. Nor is it said near rounding, whose
+errors are as large as the weights that they are made in, and so lie where the base is strong.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,14 @@ from .evidence import (
 from .matrices import Basis, self_alignment
 from .matrix_evidence import relative_alignment
 from .neurons import Sums
-from .nulls import Peers, Signs, neuron_gain, unit_alignment_spread
+from .nulls import (
+    SNR_OF_STRUCTURE,
+    Peers,
+    Signs,
+    above_rounding,
+    neuron_gain,
+    unit_alignment_spread,
+)
 from .spikes import Spikes, spikes_above_edge
 
 BY_OTHERS = "own versus other neurons of the layer; sign-flip edge"
@@ -177,9 +185,11 @@ def structured_columns(
         shared: Their structure in common directions.
         spread: Standard deviation of G_rel of one random vector.
     """
-    share, aligned = shared.share.numpy(), shared.aligned.numpy()
-    left = (neurons.sums.residual / neurons.sums.delta).nan_to_num().numpy()
-    own = own_alignments(neurons, (share < MINS) & (left >= MINS)).numpy()
+    share, aligned, sums = shared.share.numpy(), shared.aligned.numpy(), neurons.sums
+    left = (sums.residual / sums.delta).nan_to_num().numpy()
+    snr = sums.measures().snr.numpy()
+    readable = above_rounding(sums.delta.numpy(), snr, least=SNR_OF_STRUCTURE)
+    own = own_alignments(neurons, (share < MINS) & (left >= MINS) & readable).numpy()
     alone = own - DEVIATIONS * spread > NEW_HI
     aligned = np.where(alone, own, aligned)
     error = np.where(np.isnan(aligned), np.nan, spread)
