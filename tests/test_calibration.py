@@ -17,8 +17,6 @@ pytestmark = pytest.mark.slow
 
 NARROW = ("new, rank 1", "new, rank 4", "mixture")
 """96 dimensions cannot tell one direction's alignment from chance (sd .17): docs say how often."""
-WEAK = ("mixture",)
-"""48 neurons over 41 directions hardly rise above the noise edge: docs say how often."""
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +201,9 @@ def test_plants_in_a_real_model_are_called_what_they_are(family: str) -> None:
     found = planted(SMOL, family)
     calls = planted_suites.called(found)
     print(markdown(recall_table(calls)))
-    known = WEAK if family == "neurons" else ()
-    assert planted_suites.missed_bars(calls, without=known) == []
+    assert planted_suites.missed_bars(calls) == []
     for classifier in (planted_suites.always_unresolved, planted_suites.by_raw_cosine):
-        assert planted_suites.missed_bars(planted_suites.called(found, classifier), without=known)
+        assert planted_suites.missed_bars(planted_suites.called(found, classifier))
 
 
 @pytest.mark.deep
