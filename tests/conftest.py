@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         case = re.search(r"\[(.*)\]", item.name)
         if case and not {*re.split("[- ]", case[1])}.isdisjoint(OTHER_FAMILIES):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: exit status, standard output, standard error."""
+
+    from tvlens import cli
+
+    def run_command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tvlens", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run_command
 
 
 @pytest.fixture(scope="session")

@@ -9,26 +9,8 @@ import pytest
 import torch
 
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_gpt2, tiny_llama
-from tvlens import cli
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit status, standard output, standard error."""
-
-    def run_command(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tvlens", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run_command
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """``tvlens apply`` and ``tvlens verify``: what they write, say and refuse."""
 
-# ruff: noqa: F811  (a test that asks for a fixture by name does not redefine it)
-
 import json
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.test_cli import Run, run  # noqa: F401  (the fixture)
+from tests.test_cli import Run
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_llama
 
 

@@ -1,13 +1,11 @@
 """``tvlens vector``: what it writes, says and refuses."""
 
-# ruff: noqa: F811  (a test that asks for a fixture by name does not redefine it)
-
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.test_cli import Run, run  # noqa: F401  (the fixture)
+from tests.test_cli import Run
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_llama
 
 

@@ -103,6 +103,37 @@ def assert_judged(
         assert figure(row["gain over the base"]).holds(claim["value"]), name
 
 
+def assert_contrasts(text: str, contrasts: pd.DataFrame) -> None:
+    """Every row of the headline is in the interval of the page, with its verdict."""
+    found = contrasts[contrasts["measure"].str.startswith("G_rel of writes")]
+    found = found[found["weighting"] == "none"].set_index(["tuned", "against"])
+    rows = table(text, "newness: G_rel of writes")
+    assert len(rows) == len(found) - 2  # the LoRA is shown raw and minus both
+    for name, row in rows.items():
+        tuned, against = name.replace(", ", " ").split(" ", 1)
+        claim = found.loc[tuned, against.replace("minus both", "minus controls")]
+        assert figure(row["difference, 95 % interval"]).holds(claim["mean"]), name
+        assert claim["verdict"] == row["verdict"], name
+
+
+COUNTED = {"OV heads": ("head", "OV"), "W_out neurons": ("neuron", "W_out")}
+
+
+def assert_counts(text: str, labels: pd.DataFrame) -> None:
+    """Counts of labels are those of the page, every one of them."""
+    rows = table(text, "counts of labels, and sizes")
+    for what, (kind, part) in COUNTED.items():
+        some = labels[(labels["kind"] == kind) & (labels["part"] == part)]
+        (name,) = (name for name in rows if what in name)
+        names = [label.replace(" ", "_") for label in name.split(": ")[1].split(", ")]
+        for tuned, cell in rows[name].items():
+            if tuned not in set(some["tuned"]):
+                continue
+            counts = some[some["tuned"] == tuned]["label"].value_counts()
+            shown = [int(number.replace(",", "")) for number in cell.split(", ")]
+            assert [counts.get(label, 0) for label in names] == shown, (tuned, name)
+
+
 def test_figures_are_read_as_pages_write_them() -> None:
     assert figure("**2.70** [2.42, 3.02]") == (2.70, 2.42, 3.02)
     assert figure("+1.68 (1.43 to 1.93); ctl +0.53 (0.39 to 0.69)") == (1.68, 1.43, 1.93)
@@ -131,17 +162,8 @@ def test_the_contrasts_of_smollm2(tmp_path: Path) -> None:
     needs_real("med", "med-lora", "math", "ctl", "ctl-1")
     text = section("results.md", "What was written, and what kind it is")
     out = run(text, tmp_path / "study", REAL)
-    found = pd.read_parquet(out / "contrasts.parquet")
-    chosen = found[found["headline"] & (found["weighting"] == "none")]
-    newness = chosen[chosen["measure"] == "g_rel"].set_index("tuned")
-    rows = table(text, "newness: G_rel of writes")
-    for name, row in rows.items():
-        tuned, _, against = name.partition(" minus ")
-        if against != "both":
-            continue
-        claim = newness.loc[tuned]
-        assert figure(row["difference, 95 % interval"]).holds(claim["mean"]), name
-        assert claim["verdict"] == row["verdict"], name
+    assert_contrasts(text, pd.read_parquet(out / "contrasts.parquet"))
+    assert_counts(text, pd.read_parquet(out / "labels.parquet"))
 
 
 def test_the_sweep_of_smollm2(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.test_cli import Run, run  # noqa: F401  (the fixture)
+from tests.test_cli import Run
 from tests.test_weights_lineage import _reinitialised
 from tests.test_weights_vocabulary import WORDS, word_tokenizer
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_adapter, tiny_llama
@@ -212,7 +212,7 @@ def test_an_adapter_after_a_parent_has_its_whole_way_in_the_lineage_alone(
 
 
 def test_the_parent_is_an_option_of_the_stage_commands(
-    run: Run,  # noqa: F811
+    run: Run,
     folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:
@@ -226,7 +226,7 @@ def test_the_parent_is_an_option_of_the_stage_commands(
 
 
 def test_an_adapter_as_the_parent_is_refused(
-    run: Run,  # noqa: F811
+    run: Run,
     folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:
@@ -238,7 +238,7 @@ def test_an_adapter_as_the_parent_is_refused(
 
 
 def test_inspect_ranks_parents_in_a_table_and_as_json(
-    run: Run,  # noqa: F811
+    run: Run,
     folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:

@@ -1,7 +1,5 @@
 """What an edit lets in, asked for in words beside a study: what it is, and what is refused."""
 
-# ruff: noqa: F811  (a test that asks for a fixture by name does not redefine it)
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.test_cli import Run, run  # noqa: F401  (the fixture)
+from tests.test_cli import Run
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_llama
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -252,3 +250,16 @@ def test_what_is_weighed_is_not_chosen_too(
     assert status == 2, err
     assert "--study chooses what --weigh weighs already" in err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_parts_that_an_adapter_has_none_of_are_refused_and_leave_nothing(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from tests.tiny_checkpoints import tiny_adapter
+
+    reads = tiny_adapter(folders["base"], tmp_path / "reads", target_modules=["q_proj"])
+    words = ("sweep", folders["base"], reads, "--tasks", folders["tasks"], "--quiet")
+    status, _, err = run(*words, "--parts", "new_write", "--out", tmp_path / "out")
+    assert status == 2, err
+    assert "reads has nothing of new_write" in err
+    assert [*tmp_path.iterdir()] == [reads]

@@ -64,7 +64,7 @@ def _file(root: Path, family: str, kind: str) -> Path:
     return path
 
 
-def _source(path: Path):
+def _source(path: Path | str):
     from tvlens.weights.sources.opening import open_source
 
     return open_source(path)
@@ -274,19 +274,8 @@ def test_bytes_and_digests_are_the_files(root: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_measure_a_file_and_refuse_to_run_it_or_to_write_on_it(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    from tvlens import cli
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tvlens", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
-
     folder, path = _made(root, "llama"), _file(root, "llama", "q8_0")
     status, out, err = run("decompose", folder, path, "--out", tmp_path / "study")
     assert status == 0, err
@@ -480,3 +469,9 @@ def _steps_of_block(block: bytes, kind: str) -> list[float]:
         case _:
             return [d] * 32
     return [d * scale for scale in scales for _ in range(256 // len(scales))]
+
+
+@pytest.mark.parametrize("spec", ["nowhere.gguf", "models/nowhere.gguf", "/nowhere/it.gguf"])
+def test_a_gguf_file_that_is_not_there_is_called_a_file(spec: str) -> None:
+    with pytest.raises(CheckpointError, match=f"there is no file {spec}"):
+        _source(spec)

@@ -37,6 +37,7 @@ from tvlens.geometry.changes import Change, Factored
 from tvlens.geometry.splits import GEOMETRIC_PARTS, new_part, parts_of_change
 from tvlens.weights.delta import Absent, Delta, Dense, LowRank, without_zeros
 from tvlens.weights.layout import Layout
+from tvlens.weights.pair import Pair
 from tvlens.weights.slices import Kept, cut_axis, cuts
 from tvlens.weights.vector import TuningVector, restricted
 
@@ -137,6 +138,21 @@ def parts_in(part: str) -> frozenset[str]:
 def has_parts(component: Component) -> bool:
     """Whether a component's change has geometric parts: a matrix whose orientation is known."""
     return component.kind == "matrix" and component.part in KNOWN_PARTS
+
+
+def check_parts(taken: GeometricParts, pair: Pair) -> None:
+    """Refuse parts that no changed matrix of a pair has, before anything is loaded or written.
+
+    Raises:
+        SelectionError: It is so.
+    """
+    of_these = (c for c in pair.components if has_parts(c) and taken.names & parts_in(str(c.part)))
+    if all(isinstance(pair.change(component)[1], Absent) for component in of_these):
+        raise SelectionError(
+            f"{pair.tuned_name} has nothing of {taken.text}.",
+            hint="Matrices that write the residual stream have new_write, those that read it "
+            "new_read.",
+        )
 
 
 def left_out(vector: TuningVector, taken: GeometricParts) -> tuple[str, ...]:

@@ -83,8 +83,12 @@ def check_swept(plan: StudyPlan, pairs: "Sequence[Pair]") -> None:
         SelectionError: It selects nothing, or names what is not there.
         StudyError: The study is of other models, or lacks a table.
     """
+    from tvlens.compose.portions import GeometricParts, check_parts
+
     for pair in pairs if "sweep" in plan.stages else ():
-        cut_of(request_of(plan), pair)
+        cut = cut_of(request_of(plan), pair)
+        if isinstance(cut.portion, GeometricParts):
+            check_parts(cut.portion, pair)
 
 
 def request_of(plan: StudyPlan) -> Request:

@@ -60,6 +60,8 @@ def _of_file(path: Path) -> Source:
 
 def _of_folder(path: Path) -> Source:
     """A folder's model or adapter; a GGUF file counts where there is nothing else."""
+    if path.suffix == SUFFIX and not path.exists():
+        raise CheckpointError(f"there is no file {path}.", hint="Check its path.")
     name = path.resolve().name
     other = has_model(path) or (path / ADAPTER_CONFIG).is_file()
     if not other and (found := gguf_in(path)) is not None:
@@ -78,4 +80,5 @@ def _demo(spec: str) -> Path:
 
 def _is_path(text: str) -> bool:
     repository = text.split("#")[0].split("@")[0]
-    return text.startswith((".", "/", "~")) or repository.count("/") != 1
+    begins = text.startswith((".", "/", "~"))
+    return begins or text.endswith(SUFFIX) or repository.count("/") != 1
