@@ -42,10 +42,10 @@ from tvlens.weights.matching import load_pair
 
 NODES = 5
 """Of the integral and of its exact counterpart alike; how well five integrate is not asked here."""
-COUNTS = {"head": 16, "kv_head": 12, "matrix": 16, "norm": 16}
+COUNTS = {"head": 64, "kv_head": 12, "matrix": 64, "norm": 64}
 BLOCKS, NEURONS, HEADS = 64, 24, 288
-"""MLPs of blocks and heads across models: all of a small model, since few say little about the order
-on one prompt."""
+"""MLPs of blocks and heads across models: all of a small model, since few say little about their
+order on one prompt."""
 IN_AVERAGE = 6
 """Components of each kind in the exact average, which costs two passes a node."""
 ENDS: tuple[tuple[At, ExactMethod], ...] = (

@@ -225,8 +225,15 @@ def test_models_side_by_side(tmp_path, monkeypatch, capsys):
     assert "called the same" in err
 
 
-def by_numpy(model: Path, base: Path, names: tuple[str, ...], folder: Path, sign: float) -> float:
-    """The loss of a model plus or minus some parts of med's change, all made in numpy."""
+def by_numpy(
+    model: Path,
+    base: Path,
+    names: tuple[str, ...],
+    folder: Path,
+    sign: float,
+    tuned: str = "demo:med",
+) -> float:
+    """The loss of a model plus or minus some parts of a fine-tune's change, all made in numpy."""
     import torch
 
     from tests.test_compose_portions import parts_by_numpy
@@ -234,7 +241,7 @@ def by_numpy(model: Path, base: Path, names: tuple[str, ...], folder: Path, sign
     from tvlens.study.evaluating import evaluate
     from tvlens.weights.matching import load_pair
 
-    pair = load_pair("demo:base", "demo:med")
+    pair = load_pair("demo:base", tuned)
     stored = {place.tensor: one for one, place in pair.layout.places.items()}
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
@@ -246,8 +253,10 @@ def by_numpy(model: Path, base: Path, names: tuple[str, ...], folder: Path, sign
                 moved = sum(parts[part] for part in names if part in parts)
                 tensors[name] = (tensor.double() + sign * torch.from_numpy(moved).T).float()
 
-    copied = copy_with(model, folder / "edited", edit)
-    table = evaluate([str(base), str(copied)], str(folder / "tasks.yaml"), folder / "e", chat="off")
+    of = tuned.removeprefix("demo:")
+    copied = copy_with(model, folder / of / "edited", edit)
+    models = [str(base), str(copied)]
+    table = evaluate(models, str(folder / "tasks.yaml"), folder / of / "e", chat="off")
     rows = table.to_frame().set_index(["model", "measure"])["value"]
     return float(rows["edited", "loss"])
 
@@ -266,6 +275,8 @@ def test_geometric_parts_are_let_in_and_taken_out_as_written_by_hand(tmp_path, r
     base, med = (demo_folder(name) for name in ("base", "med"))
     wanted = by_numpy(base if rest == "base" else med, base, names, tmp_path, sign)
     assert of["tuning", dose] == pytest.approx(wanted, abs=2e-5)
+    control = by_numpy(base if rest == "base" else med, base, names, tmp_path, sign, "demo:ctl")
+    assert of["ctl", dose] == pytest.approx(control, abs=2e-5)  # these parts of its change alone
     evaluation = study.table("evaluation").to_frame().set_index(["model", "measure"])["value"]
     start = 0.0 if rest == "base" else 1.0
     assert of["tuning", start] == evaluation["base" if rest == "base" else "med", "loss"]
@@ -329,6 +340,35 @@ def test_the_random_vector_of_directions_has_their_rank_and_length(tmp_path):
     assert drawn.norm() == pytest.approx(own.norm(), rel=1e-6)
     assert 0 < swept.share_of_norm < 0.2
     assert swept.whole is not swept.moved  # other components are drawn from the whole vector
+
+
+def test_other_components_in_place_of_directions_are_moved_by_as_much(tmp_path, monkeypatch):
+    import torch
+
+    import tvlens
+    from tests import attribution_pairs as pairs
+    from tvlens.attribution.partition import partition
+    from tvlens.compose.controls import length
+    from tvlens.compose.edits import EditableModel
+    from tvlens.compose.portions import Along
+    from tvlens.study.selecting import Cut
+    from tvlens.study.sweeping import _Run, _swept
+
+    base, tuned = pairs.hf_model("llama"), pairs.hf_model("llama")
+    pairs.noised(tuned)
+    pair = tvlens.load_pair(base, tuned)
+    one = pairs.component("matrix", 1, None, "W_out")
+    cut = Cut(None, Along({one: torch.eye(32)[:2]}, pair.layout))
+    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
+    run, asked = _Run(plan(tmp_path), pair, swept, [], {}, lambda text: None), []
+    monkeypatch.setattr(_Run, "_along", lambda self, *words: asked.append(words) or iter(()))
+    assert [*run._random_set(0)] == []
+    ((name, draw, gated, doses),) = asked
+    assert (name, draw) == ("random_set", 0)
+    whole = swept.whole.vector[one].norm()
+    moved = swept.moved.vector[one].norm()
+    assert length(partition(gated), doses) == pytest.approx(moved, rel=1e-5)
+    assert moved < 0.5 * whole  # so that the whole matrix's length would be seen
 
 
 def test_a_control_that_changed_nothing_there_moves_nothing(tmp_path):
