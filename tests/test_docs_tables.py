@@ -116,7 +116,11 @@ def assert_contrasts(text: str, contrasts: pd.DataFrame) -> None:
         assert claim["verdict"] == row["verdict"], name
 
 
-COUNTED = {"OV heads": ("head", "OV"), "W_out neurons": ("neuron", "W_out")}
+COUNTED = {
+    "OV heads": ("head", "OV"),
+    "QK heads": ("head", "QK"),
+    "W_out neurons": ("neuron", "W_out"),
+}
 
 
 def assert_counts(text: str, labels: pd.DataFrame) -> None:
