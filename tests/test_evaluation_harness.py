@@ -155,6 +155,72 @@ def test_a_task_without_the_measure_that_is_asked_for_is_refused(folder, editabl
         list(task.items(editable.lens))
 
 
+FILTERED = """output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["\n"], max_gen_toks: 4, do_sample: false}
+metric_list:
+  - metric: exact_match
+filter_list:
+  - name: as-written
+    filter: [{function: take_first}]
+  - name: never
+    filter: [{function: regex, regex_pattern: "zzz(.)"}, {function: take_first}]
+"""
+
+
+@pytest.fixture(scope="module")
+def filtered(folder: Path) -> Path:
+    """A task whose answers lm-eval reads in two ways."""
+    head = YAML.format(data=folder / "items.jsonl", cache=folder / "cache")
+    kept = head.split("output_type")[0].replace("task: words", "task: read twice")
+    (folder / "twice.yaml").write_text(kept + FILTERED)
+    return folder / "twice.yaml"
+
+
+def _filtered(folder: Path, tokenizer, option: str):
+    text = f"- {{name: x, kind: lm_eval, file: twice.yaml, metric: exact_match, limit: 6{option}}}"
+    (folder / "twice_tasks.yaml").write_text(text)
+    (task,) = ready(load_tasks(folder / "twice_tasks.yaml"), tokenizer, chat="off")
+    return task
+
+
+def test_of_two_filters_the_one_that_is_named_counts(folder, editable, filtered) -> None:
+    answers = {}
+    for option in ("", ", filter: as-written", ", filter: never"):
+        task = _filtered(folder, editable.tokenizer, option)
+        items = [one for one in task.items(editable.lens) if one.measure == "exact_match"]
+        assert [one.item for one in items] == [*range(6)]
+        answers[option] = [one.response for one in items]
+        said = "it has the filters as-written, never: the first counts"
+        assert bool(task.warnings) == (option == "")
+        assert all(said in text for text in task.warnings)
+    assert answers[""] == answers[", filter: as-written"]
+    assert set(answers[", filter: never"]) == {"[invalid]"}
+    assert "[invalid]" not in answers[""]
+
+
+def test_a_filter_that_is_not_there_is_refused(folder, editable, filtered) -> None:
+    with pytest.raises(PromptError, match="no filter 'no'; it has as-written, never"):
+        _filtered(folder, editable.tokenizer, ", filter: 'no'")
+    content = filtered.read_text()
+    (folder / "twice.yaml").write_text("task: read again\ninclude: hidden.yaml\n")
+    (folder / "hidden.yaml").write_text(content)
+    try:
+        task = _filtered(folder, editable.tokenizer, ", filter: 'no'")
+        with pytest.raises(PromptError, match="no filter 'no'; it has as-written, never"):
+            list(task.items(editable.lens))
+    finally:
+        filtered.write_text(content)
+
+
+def test_only_tasks_of_lm_eval_have_filters(tmp_path: Path) -> None:
+    text = "- {name: x, kind: loss, file: 'demo:med', filter: never}\n"
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(PromptError, match="only tasks of kind lm_eval have a filter"):
+        load_tasks(tmp_path / "t.yaml")
+
+
 def test_a_tokenizer_without_an_end_is_refused_with_the_reason(
     folder, editable, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ doses are compared as on every other task.
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +70,7 @@ class ReadyHarness:
         return f"{self.path.name}: lm-eval measures no {self.task.spec.primary!r} here; {given}."
 
     def _samples(self, lens: MakesLogits) -> list[dict[str, Any]]:
-        """lm-eval's own rows, one a document; the first filter's where a task has several."""
+        """lm-eval's own rows, one a document, of one filter of answers."""
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
 
@@ -91,7 +91,11 @@ class ReadyHarness:
         samples = [row for rows in (found or {}).get("samples", {}).values() for row in rows]
         if not samples:
             raise PromptError(f"lm-eval found nothing to run in {self.path.name}.")
-        return [row for row in samples if row.get("filter") == samples[0].get("filter")]
+        there = list(dict.fromkeys(str(row.get("filter")) for row in samples))
+        wanted = self.task.spec.filter or there[0]
+        if wanted not in there:
+            raise PromptError(_no_filter(self.path, wanted, there))
+        return [row for row in samples if str(row.get("filter")) == wanted]
 
 
 def read_harness_task(path: Path) -> HarnessTask:
@@ -110,7 +114,18 @@ def read_harness_task(path: Path) -> HarnessTask:
         raise PromptError(f"{path.name} has no 'task': it is no task of lm-eval.")
     if importlib.util.find_spec(PACKAGE) is None:
         raise PromptError("lm-eval is not installed: pip install 'tvlens[lm-eval]'.")
-    return HarnessTask(content["task"], path)
+    return HarnessTask(content["task"], path, _filters(content))
+
+
+def _filters(content: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the filters; a file that includes another may leave them to it."""
+    listed = content.get("filter_list")
+    entries = listed if isinstance(listed, list) else []
+    return tuple(str(one["name"]) for one in entries if isinstance(one, dict) and "name" in one)
+
+
+def _no_filter(path: Path, wanted: str, there: Sequence[str]) -> str:
+    return f"{path.name} has no filter {wanted!r}; it has {', '.join(there)}."
 
 
 class _Loader(yaml.SafeLoader):
@@ -129,7 +144,13 @@ def ready_harness(task: Task, tokenizer: Any, chat: Chat) -> ReadyHarness:
     (one,) = task.items.values()
     if not isinstance(one, HarnessTask):
         raise TypeError(f"expected a task of lm-eval, got {one!r}.")
-    return ReadyHarness(task, one.path, tokenizer, chat == "on")
+    wanted, warnings = task.spec.filter, ()
+    if wanted and one.filters and wanted not in one.filters:
+        raise PromptError(_no_filter(one.path, wanted, one.filters))
+    if wanted is None and len(one.filters) > 1:
+        named = ", ".join(one.filters)
+        warnings = (f"it has the filters {named}: the first counts; 'filter' names another.",)
+    return ReadyHarness(task, one.path, tokenizer, chat == "on", warnings)
 
 
 @contextmanager

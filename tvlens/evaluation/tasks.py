@@ -84,6 +84,7 @@ class TaskSpec(BaseModel):
         max_new_tokens: Tokens that may be written.
         until: An answer ends before any of these texts.
         domain: Name of the fine-tune whose domain it is; None where it is of none.
+        filter: Of lm-eval's filters of answers the one that counts; None for the first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,6 +98,7 @@ class TaskSpec(BaseModel):
     max_new_tokens: int = Field(default=64, ge=1)
     until: tuple[str, ...] = ()
     domain: str | None = Field(default=None, min_length=1)
+    filter: str | None = Field(default=None, min_length=1)
 
     @property
     def primary(self) -> str:
@@ -143,11 +145,13 @@ class HarnessTask:
     Attributes:
         name: What lm-eval calls it.
         path: Its YAML file.
+        filters: The names of its filters of answers, as far as this file says.
         split: None is known: its documents are all measured.
     """
 
     name: str
     path: Path
+    filters: tuple[str, ...] = ()
     split: str = "all"
 
 
@@ -240,6 +244,8 @@ def _faults(error: ValidationError) -> str:
 
 
 def _refused(spec: TaskSpec) -> str:
+    if spec.filter is not None and spec.kind != "lm_eval":
+        return f"{spec.name}: only tasks of kind lm_eval have a filter"
     if spec.metric is None or spec.metric in MEASURED[spec.kind]:
         return ""
     measured = ", ".join(MEASURED[spec.kind])
