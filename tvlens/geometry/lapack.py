@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from jaxtyping import Float
 from scipy import linalg
-from scipy.linalg import cython_lapack
+from scipy.linalg import cython_lapack  # type: ignore[attr-defined]  # compiled: no stub
 
 ROUTINES = {"float64": "dsyevr", "float32": "ssyevr"}
 """Routine by the name of a dtype."""
