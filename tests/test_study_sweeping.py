@@ -113,6 +113,32 @@ def test_the_demos_tuning_vector_does_more_than_random_ones(swept):
     assert max(pushed) < 0.25 * (facts["base"] - facts["tuned"])
     assert "It does more than any random push as hard." in facts["sentence"]
     assert facts["best_scale"] in (0.5, 1.0)
+    assert facts["moved_farther_by"] == []
+
+
+@pytest.mark.parametrize(("step", "farther"), [(-2.0, ["ctl"]), (2.0, []), (-0.5, [])])
+def test_a_control_that_moves_a_measure_farther_is_named(tmp_path, step, farther):
+    from tvlens.evaluation.measures import Item
+    from tvlens.evaluation.suite import Measured, Variant
+    from tvlens.evaluation.tasks import load_tasks
+    from tvlens.study.sweep_tables import _beside, _sentence
+
+    asked = plan(tmp_path, controls=("demo:ctl",))
+    task = load_tasks(asked.tasks)[0]
+
+    def model(control: str, move: float, scale: float = 1.0) -> Measured:
+        losses = [Item(i, "loss", 5.0 + 0.01 * i + move) for i in range(10)]
+        return Measured(Variant(control, control=control, scale=scale), {"medical": losses})
+
+    base = model("tuning", 0.0, 0.0)
+    found = [base, model("tuning", -1.0), model("random", 0.01), model("ctl", step)]
+    facts = _beside(asked, task, found, base)
+    assert facts["more_than_a_push"] is True
+    assert facts["moved_farther_by"] == farther
+    said = _sentence(
+        task, {"metric": "loss", "unit": "", "base": 5.0, "tuned": 4.0, **facts}, "m", "it"
+    )
+    assert ("The control ctl moves it farther." in said) == bool(farther)
 
 
 @pytest.mark.slow

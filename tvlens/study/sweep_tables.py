@@ -151,18 +151,23 @@ def _beside(
         "at_that_scale": _value(mine, task, plan.seed),
         "controls": controls,
         "more_than_a_push": _stands_out(plan, task, mine, random, start),
+        "moved_farther_by": [
+            str(one.variant.control)
+            for one in others
+            if one not in random and _goes_farther(plan, task, one, mine, start)
+        ],
     }
 
 
 def _stands_out(
-    plan: StudyPlan, task: Task, mine: Measured, random: Sequence[Measured], start: Measured
+    plan: StudyPlan, task: Task, mine: Measured, others: Sequence[Measured], start: Measured
 ) -> bool | None:
-    """Whether the vector does more than every random one; None without any to compare with."""
+    """Whether one vector does surely more than every other; None without any to compare with."""
     measure, (name, primary) = MEASURES[task.spec.primary], (task.spec.name, task.spec.primary)
     here, origin = (values_of(one.items[name], primary) for one in (mine, start))
-    if not random or not len(here.items):
+    if not others or not len(here.items):
         return None
-    moved = [values_of(one.items[name], primary) for one in (mine, *random)]
+    moved = [values_of(one.items[name], primary) for one in (mine, *others)]
     if any(not np.array_equal(one.items, origin.items) for one in moved):
         return None
     steps = [
@@ -171,6 +176,17 @@ def _stands_out(
     apart = [comparison(here, one, measure.transform, seed=plan.seed) for one in moved[1:]]
     surely = all(one.low > 0 or one.high < 0 for one in apart)
     return surely and steps[0] > max(steps[1:])
+
+
+def _goes_farther(
+    plan: StudyPlan, task: Task, one: Measured, mine: Measured, start: Measured
+) -> bool:
+    """Whether a control surely does more than the vector, and the same way."""
+    at = [_value(x, task, plan.seed) for x in (one, mine, start)]
+    if None in at or not _stands_out(plan, task, one, [mine], start):
+        return False
+    other, own, origin = (float(x or 0.0) for x in at)
+    return (other - origin) * (own - origin) > 0
 
 
 def _sentence(task: Task, facts: dict[str, Any], tuned: str, what: str) -> str:
@@ -197,6 +213,8 @@ def _sentence(task: Task, facts: dict[str, Any], tuned: str, what: str) -> str:
             if verdict
             else "It does not surely do more than a random push as hard."
         )
+    if farther := facts.get("moved_farther_by"):
+        parts.append(f"The control {' and '.join(farther)} moves it farther.")
     return " ".join(parts)
 
 
