@@ -170,27 +170,37 @@ def test_the_contrasts_of_smollm2(tmp_path: Path) -> None:
     assert_counts(text, pd.read_parquet(out / "labels.parquet"))
 
 
-def test_the_sweep_of_smollm2(tmp_path: Path) -> None:
-    needs_real("med", "ctl")
-    text = section("results.md", "Does behaviour need it?")
-    studies = ROOT / "examples" / "studies"
-    out = run(text.replace("cd examples/studies && ", ""), tmp_path / "study", studies)
-    found = pd.read_parquet(out / "verdicts.parquet")
-    tasks = {
-        "skill: medical loss": "medical",
-        "skill: maths loss": "maths",
-        "skill: general loss": "general",
-        "skill: right definition": "definitions",
-        "generation quality": "answers",
-        "instruction following": "obeys",
-    }
+JUDGED = {
+    "skill: medical loss": "medical",
+    "skill: maths loss": "maths",
+    "skill: general loss": "general",
+    "skill: right definition": "definitions",
+    "skill: sums": "sums",
+    "generation quality": "answers",
+    "instruction following": "obeys",
+}
+
+
+def assert_swept(text: str, verdicts: pd.DataFrame) -> None:
+    """The verdicts of a sweep are those of a table, gains in its intervals."""
     rows = table(text, "claim")
-    assert tasks.keys() == rows.keys()
+    assert {*JUDGED} - {"skill: sums"} <= rows.keys() <= JUDGED.keys()
     for name, row in rows.items():
-        claim = found[found["task"] == tasks[name]].iloc[0]
+        claim = verdicts[verdicts["task"] == JUDGED[name]].iloc[0]
         assert claim["verdict"] == row["verdict"], name
         cell = row["gain over base; over what it is smallest"]
         assert figure(cell).holds(claim["value"]), name
+
+
+@pytest.mark.parametrize(
+    ("tuned", "called"), [("med", "medical"), ("math", "maths"), ("med-lora", "LoRA's")]
+)
+def test_the_sweeps_of_smollm2(tmp_path: Path, tuned: str, called: str) -> None:
+    needs_real(tuned, "ctl")
+    text = section("results.md", f"Does behaviour need the {called} vector?")
+    studies = ROOT / "examples" / "studies"
+    out = run(text.replace("cd examples/studies && ", ""), tmp_path / "study", studies)
+    assert_swept(text, pd.read_parquet(out / "verdicts.parquet"))
 
 
 def test_the_representations_of_smollm2(tmp_path: Path) -> None:
