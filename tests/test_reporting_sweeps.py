@@ -90,8 +90,9 @@ def test_claims_stand_in_a_table_with_their_verdicts():
     )
     table = verdicts_table(frame)
     assert table is not None
-    assert table.rows[0][5:8] == ("0.5 [0.4, 0.6]", "ctl", "0.2 [0.1, 0.3]")
-    assert table.rows[1][1] == "not tested: no task"
+    known = ("a", "t, loss", "supported: better", "med")
+    assert table.rows[0] == (*known, "0.5 [0.4, 0.6]", "ctl", "0.2 [0.1, 0.3]")
+    assert table.rows[1][1:3] == ("–", "not tested: no task")
     assert verdicts_table(frame[:0]) is None
 
 

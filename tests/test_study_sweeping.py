@@ -162,6 +162,8 @@ def test_the_report_draws_the_curves_and_says_what_they_show(swept):
     assert "medical: loss by dose" in page
     assert "random vector" in page
     assert "does more than any random push as hard" in page
+    row = '<th scope="row" class="long">the domain&#39;s skill depends on the tuning vector</th>'
+    assert f'{row}<td>medical, loss</td><td class="long">' in page  # wraps, and is not squeezed
 
 
 @pytest.mark.slow

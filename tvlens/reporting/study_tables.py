@@ -110,7 +110,8 @@ def verdicts_table(frame: pd.DataFrame) -> DataTable | None:
     lines = []
     for row in rows_of(frame):
         verdict = f"{row.verdict}: {row.why}" if isinstance(row.why, str) else str(row.verdict)
-        texts = (row.claim, verdict, row.tuned, row.task, row.measure)
+        by = ", ".join(text for text in (row.task, row.measure) if isinstance(text, str))
+        texts = (row.claim, by or NOTHING, verdict, row.tuned)
         value = (row.value, row.ci_low, row.ci_high)
         control = (row.control_value, row.control_low, row.control_high)
         lines.append(
@@ -125,9 +126,9 @@ def verdicts_table(frame: pd.DataFrame) -> DataTable | None:
         "The paper's claims (arXiv 2510.09359): the gain over the base with its 95 % interval, the "
         "control over which the gain is smallest, and the verdict by the rules of docs/claims.md. "
         "Of the small subspace: its rank as a share of d_model, and over a random vector's.",
-        ("claim", "verdict", "model", "task", "measure", "gain", "control", "gain over it"),
+        ("claim", "measured by", "verdict", "model", "gain", "control", "gain over it"),
         tuple(lines),
-        text_columns=5,
+        text_columns=4,
     )
 
 
