@@ -69,6 +69,7 @@ def test_the_doses_of_a_sweep_are_in_its_curves_and_not_in_the_table_of_models(s
 
 
 def test_claims_stand_in_a_table_with_their_verdicts():
+    from tvlens.reporting.figures import NOTHING
     from tvlens.reporting.study_tables import verdicts_table
 
     frame = pd.DataFrame(
@@ -92,7 +93,7 @@ def test_claims_stand_in_a_table_with_their_verdicts():
     assert table is not None
     known = ("a", "t, loss", "supported: better", "med")
     assert table.rows[0] == (*known, "0.5 [0.4, 0.6]", "ctl", "0.2 [0.1, 0.3]")
-    assert table.rows[1][1:3] == ("–", "not tested: no task")
+    assert table.rows[1][1:3] == (NOTHING, "not tested: no task")
     assert verdicts_table(frame[:0]) is None
 
 
