@@ -343,24 +343,30 @@ def test_directions_of_a_study_are_swept_beside_random_ones_and_other_components
     assert least <= share**2 <= most
 
 
-def test_the_random_vector_of_directions_has_their_rank_and_length(tmp_path):
+def along_two():
+    """A tiny base, a noised copy of it, and what W_out of layer 1 changes along two directions."""
     import torch
 
     import tvlens
     from tests import attribution_pairs as pairs
-    from tvlens.compose.controls import random_vector
     from tvlens.compose.edits import EditableModel
     from tvlens.compose.portions import Along
     from tvlens.study.selecting import Cut
     from tvlens.study.sweeping import _swept
-    from tvlens.weights.delta import LowRank
 
     base, tuned = pairs.hf_model("llama"), pairs.hf_model("llama")
     pairs.noised(tuned)
     pair = tvlens.load_pair(base, tuned)
     one = pairs.component("matrix", 1, None, "W_out")
     cut = Cut(None, Along({one: torch.eye(32)[:2]}, pair.layout))
-    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
+    return base, pair, one, _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
+
+
+def test_the_random_vector_of_directions_has_their_rank_and_length():
+    from tvlens.compose.controls import random_vector
+    from tvlens.weights.delta import LowRank
+
+    _, _, one, swept = along_two()
     drawn, own = random_vector(swept.moved, seed=3)[one], swept.moved.vector[one]
     assert isinstance(drawn, LowRank)
     assert isinstance(own, LowRank)
@@ -371,23 +377,11 @@ def test_the_random_vector_of_directions_has_their_rank_and_length(tmp_path):
 
 
 def test_other_components_in_place_of_directions_are_moved_by_as_much(tmp_path, monkeypatch):
-    import torch
-
-    import tvlens
-    from tests import attribution_pairs as pairs
     from tvlens.attribution.partition import partition
     from tvlens.compose.controls import length
-    from tvlens.compose.edits import EditableModel
-    from tvlens.compose.portions import Along
-    from tvlens.study.selecting import Cut
-    from tvlens.study.sweeping import _Run, _swept
+    from tvlens.study.sweeping import _Run
 
-    base, tuned = pairs.hf_model("llama"), pairs.hf_model("llama")
-    pairs.noised(tuned)
-    pair = tvlens.load_pair(base, tuned)
-    one = pairs.component("matrix", 1, None, "W_out")
-    cut = Cut(None, Along({one: torch.eye(32)[:2]}, pair.layout))
-    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
+    _, pair, one, swept = along_two()
     run, asked = _Run(plan(tmp_path), pair, swept, [], {}, lambda text: None), []
     monkeypatch.setattr(_Run, "_along", lambda self, *words: asked.append(words) or iter(()))
     assert [*run._random_set(0)] == []
@@ -404,20 +398,13 @@ def test_a_control_that_changed_nothing_there_moves_nothing(tmp_path):
 
     import tvlens
     from tests import attribution_pairs as pairs
-    from tvlens.compose.edits import EditableModel
-    from tvlens.compose.portions import Along
-    from tvlens.study.selecting import Cut
-    from tvlens.study.sweeping import _Run, _swept
+    from tvlens.study.sweeping import _Run
     from tvlens.weights.vector import tuning_vector
 
-    base, tuned, control = (pairs.hf_model("llama") for _ in range(3))
-    pairs.noised(tuned)
+    base, pair, one, swept = along_two()
+    control = pairs.hf_model("llama")
     with torch.no_grad():
         control.model.layers[0].mlp.down_proj.weight.mul_(1.1)
-    pair = tvlens.load_pair(base, tuned)
-    one = pairs.component("matrix", 1, None, "W_out")
-    cut = Cut(None, Along({one: torch.eye(32)[:2]}, pair.layout))
-    swept = _swept(EditableModel.of_pair(pair), cut, pair, from_base=True)
     run = _Run(plan(tmp_path), pair, swept, [], {}, lambda text: None)
     assert len(run._portion(tuning_vector(tvlens.load_pair(base, control)))) == 0
     assert [*run._portion(tuning_vector(pair))] == [one]
