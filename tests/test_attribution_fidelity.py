@@ -324,3 +324,15 @@ def test_a_component_counts_once_in_the_series_it_was_drawn_for(checked):
     for row in found.itertuples():
         part = row.part if isinstance(row.part, str) else None
         assert row.n <= planned[row.kind, part][row.stratum == "random"], (row.kind, row.stratum)
+
+
+def test_the_benchmark_calls_unchanged_only_what_is_zero_on_both_sides():
+    from benchmarks.fidelity import compared
+
+    nothing, something = torch.zeros(4, 3), random_scores(4, 3)
+    unchanged = compared("a", "norm", "first order", nothing, nothing)
+    assert unchanged.passed
+    assert "unchanged" in unchanged.markdown()
+    with np.errstate(invalid="ignore"):
+        assert not compared("a", "norm", "first order", nothing, something).passed
+    assert compared("a", "norm", "first order", something, something).passed
