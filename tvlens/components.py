@@ -47,7 +47,8 @@ class Component(NamedTuple):
         layer: Block number, None for embeddings and the final norm.
         index: Head, kv head or neuron number; None where the kind has none.
         part: ``W_Q`` ... ``W_U`` for weights, the activation's name for nodes, a norm's
-            ``ln1.w``, None for the whole site, or the tensor's own name in a family without a
+            ``ln1.w``, both ends of an edge (``L3H7.result->L5.mlp_in``, with the layer of the
+            second), None for the whole site, or the tensor's own name in a family without a
             table.
     """
 
@@ -59,6 +60,8 @@ class Component(NamedTuple):
     @property
     def site(self) -> str:
         """The thing the part belongs to (``L3H7``, ``L3.mlp``): weights join attribution here."""
+        if self.kind == "edge":
+            return self.part or ""
         where = "" if self.layer is None else f"L{self.layer}"
         if self.kind in _LETTER:
             return f"{where}{_LETTER[self.kind]}{self.index}"
@@ -69,6 +72,8 @@ class Component(NamedTuple):
         """The label for people, such as ``L3H7.W_O`` or ``L3.ln2.w``."""
         if self.part is None:
             return self.site
+        if self.kind == "edge":
+            return self.part
         if self.kind in _LETTER or (self.kind == "embedding" and self.site != self.part):
             return f"{self.site}.{self.part}"
         return self.part if self.layer is None else f"L{self.layer}.{self.part}"

@@ -8,14 +8,16 @@ al. 2023),
 
 summed over positions and the component's width, with the gradient taken on the receiver. The
 exact effect patches one component for real (``patching``). Which activations there are is said in
-``nodes``; ``qk_fix`` and ``atp_star`` are the repairs of that estimate that ``atp_star`` tells of.
+``nodes``; ``qk_fix`` and ``atp_star`` are the repairs of that estimate that ``atp_star`` tells of,
+``ig_inputs`` takes the gradient along a line between prompts (``input_lines``).
 
 Scores of activations say where a difference *passes*, since an activation carries everything
 upstream of it. They do not add up to the change of the metric.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,6 +31,7 @@ from tvlens.tables import Table
 
 from .atp_star import atp_star, qk_fix
 from .directions import Patch, Question, question
+from .input_lines import ig_inputs, quadrature
 from .nodes import DEFAULT_PARTS, Site, activation_sites
 from .patching import exact_activations
 from .products import first_order
@@ -42,18 +45,20 @@ __all__ = [
     "exact_activations",
 ]
 
-Estimator = Literal["first_order", "qk_fix", "atp_star"]
+Estimator = Literal["first_order", "qk_fix", "atp_star", "ig_inputs"]
 ROWS_AT_ONCE = 16
 """Prompts of one forward and backward: memory grows with it, scores do not change."""
 ByCut = Mapping[Cut, Float[Tensor, "batch ..."]]
 NEURONS_AT_RANDOM = 64
 """Neurons outside the largest that get rows per prompt too: an unbiased check against exact."""
-_ESTIMATORS: dict[Estimator, Callable[..., dict[str, Tensor]]] = {
+ByHook = dict[str, Tensor]
+_ESTIMATORS: dict[Estimator, Callable[..., ByHook]] = {
     "first_order": first_order,
     "qk_fix": qk_fix,
     "atp_star": atp_star,
+    "ig_inputs": ig_inputs,
 }
-ADDITIVE = ("first_order",)
+ADDITIVE = ("first_order", "ig_inputs")
 """Estimators whose scores of single positions sum to the score of all together."""
 
 
@@ -66,7 +71,7 @@ class ActivationScores:
         run: How they were made.
         positions: Of one position at a time, where asked for. Place 0 is a prompt's first real
             token; places past its end are 0. The sum over positions, in float64, is the score for
-            ``first_order``, and for ``qk_fix`` of all but keys.
+            ``first_order`` and ``ig_inputs``, and for ``qk_fix`` of all but keys.
     """
 
     values: Mapping[Cut, Float[Tensor, "batch layer index"]]
@@ -144,12 +149,15 @@ def activation_scores(
     """
     asked.refuse_vanishing_gradient()
     batch, sites = asked.usable(batch), activation_sites(asked.receiver, parts)
-    means = asked.means(batch, sites)
+    means, run, made = asked.means(batch, sites), asked.run(batch, estimator), _ESTIMATORS[estimator]
+    if estimator == "ig_inputs":
+        rule = quadrature(asked, batch, rows_at_once=rows_at_once)
+        made, run = partial(ig_inputs, nodes=rule.nodes), replace(run, **rule.facts)
     width, parts, placed = int(batch.lengths.max()), [], []
     for rows in batch.chunks(rows_at_once):
         patch, scored = asked.patch(rows, means), None
         if by_position or keep is not None:
-            apart = _by_cut(patch, sites, estimator, by_position=True)
+            apart = _by_cut(patch, sites, made, by_position=True)
             scored = {cut: _from_first_token(t, rows, width) for cut, t in apart.items()}
             placed += [scored] if by_position else []
         if keep is not None and scored is not None:
@@ -157,16 +165,16 @@ def activation_scores(
         if scored is not None and estimator in ADDITIVE:
             parts.append({cut: t.double().sum(1) for cut, t in scored.items()})
         else:
-            parts.append(_by_cut(patch, sites, estimator, by_position=False))
+            parts.append(_by_cut(patch, sites, made, by_position=False))
     positions = _joined(placed) if by_position else None
-    return ActivationScores(_joined(parts), asked.run(batch, estimator), positions)
+    return ActivationScores(_joined(parts), run, positions)
 
 
 def _by_cut(
-    patch: Patch, sites: Sequence[Site], estimator: Estimator, *, by_position: bool
+    patch: Patch, sites: Sequence[Site], made: Callable[..., ByHook], *, by_position: bool
 ) -> dict[Cut, Float[Tensor, "batch ..."]]:
     """One chunk's scores: [batch, layer, index], by position [batch, pos, layer, index]."""
-    scores = _ESTIMATORS[estimator](patch, sites, by_position=by_position)
+    scores = made(patch, sites, by_position=by_position)
     return {
         cut: torch.stack([scores[site.hook] for site in sites if site.cut == cut], dim=-2)
         for cut in dict.fromkeys(site.cut for site in sites)

@@ -130,14 +130,18 @@ class Question:
         Raises:
             HostError: A pattern was asked for, which has no mean over prompts of other lengths.
         """
-        if self.direction != "mean_ablation":
-            return {}
-        if any(site.part == "pattern" for site in sites):
+        if self.direction == "mean_ablation" and any(site.part == "pattern" for site in sites):
             raise HostError(
                 "attention patterns have no mean over prompts of different lengths.",
                 hint="Use zero_ablation for patterns, or leave them out of parts.",
             )
-        return _means(self.receiver, self.mean_over or batch, [site.hook for site in sites])
+        return self.means_at(batch, [site.hook for site in sites])
+
+    def means_at(self, batch: Batch, names: Sequence[str]) -> dict[str, Float[Tensor, "1 1 ..."]]:
+        """The same means at hooks of [batch, pos, ...] activations; empty but for mean ablation."""
+        if self.direction != "mean_ablation":
+            return {}
+        return _means(self.receiver, self.mean_over or batch, names)
 
     def patch(self, batch: Batch, means: dict[str, Tensor]) -> Patch:
         """The patch of one chunk of prompts."""

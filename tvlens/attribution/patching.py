@@ -116,7 +116,7 @@ def exact_activations(
     if isolated:
         _require_isolable(named)
     parts = [
-        _effects(patch, _edits(patch, named, sites, isolated=isolated))
+        effects(patch, _edits(patch, named, sites, isolated=isolated))
         for patch in _patches(asked, batch, sites, rows_at_once)
     ]
     run = asked.run(batch, "exact_isolated" if isolated else "exact")
@@ -142,7 +142,7 @@ def exact_positions(
             [Edit(site, component.index, _place(patch.batch, place), given)]
             for place in range(count)
         ]
-        effects = _effects(patch, edits)
+        effects = effects(patch, edits)
         parts.append(torch.nn.functional.pad(effects, (0, width - count)))
     return torch.cat(parts)
 
@@ -150,15 +150,24 @@ def exact_positions(
 def _patches(
     asked: Question, batch: Batch, sites: Sequence[Site], rows_at_once: int
 ) -> Iterator[Patch]:
+    require_single_precision(asked)
+    means = asked.means(batch, sites)
+    for rows in batch.chunks(rows_at_once):
+        yield asked.patch(rows, means)
+
+
+def require_single_precision(asked: Question) -> None:
+    """Refuse models below float32, where rounding is larger than the effect of a head.
+
+    Raises:
+        HostError: One of the two is.
+    """
     for model in (asked.hooked.base, asked.hooked.tuned):
         if model.dtype not in (torch.float32, torch.float64):
             raise HostError(
                 f"exact patching needs float32, the model is {model.dtype}.",
                 hint="Load the pair with dtype=torch.float32.",
             )
-    means = asked.means(batch, sites)
-    for rows in batch.chunks(rows_at_once):
-        yield asked.patch(rows, means)
 
 
 def _place(batch: Batch, place: int) -> Bool[Tensor, "batch pos"]:
@@ -204,7 +213,7 @@ def _put_back(patch: Patch, component: Component) -> list[Edit]:
     return [Edit(site, first + i, elsewhere, plain[site.hook]) for i in range(share)]
 
 
-def _effects(patch: Patch, edits: Sequence[list[Edit]]) -> Float[Tensor, "batch edit"]:
+def effects(patch: Patch, edits: Sequence[list[Edit]]) -> Float[Tensor, "batch edit"]:
     """The exact score of every list of edits."""
     groups = max(1, min(_groups(patch.receiver, patch.batch), len(edits)))
     order = sorted(range(len(edits)), key=lambda i: _depth(edits[i][0].site))

@@ -6,7 +6,7 @@ dropped as soon as its gradient has arrived, unless more backward passes are to 
 [batch, index] a site, by position [batch, pos, index].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -55,8 +55,13 @@ class Products:
         subtracted = [site for site in self.sites if site.hook not in self.patterns]
         return [
             *((site.hook, partial(self._subtract, site)) for site in subtracted),
-            (START, self._begin),
+            self.begin,
         ]
+
+    @property
+    def begin(self) -> tuple[str, Callable[..., Tensor]]:
+        """The forward hook at which the graph of a frozen model starts."""
+        return START, self._begin
 
     def backward_hooks(self) -> HookList:
         """Hooks that take the products; the embedding has none, it is the graph's leaf."""

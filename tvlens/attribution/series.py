@@ -18,7 +18,7 @@ SAME_QUESTION = {
     **{
         f"{within}_{estimator}": "exact_activation"
         for within in ("cross_model", "activation")
-        for estimator in ("first_order", "qk_fix", "atp_star", "ig")
+        for estimator in ("first_order", "qk_fix", "atp_star", "ig_inputs", "ig")
     },
 }
 """The exact method that asks what an estimate estimates."""

@@ -6,6 +6,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -48,7 +49,10 @@ ATTRIBUTION_SCHEMA = keyed_schema(
     ("ci_low", pa.float64()),
     ("ci_high", pa.float64()),
     ("status", pa.string()),
+    ("source", pa.string()),
+    ("target", pa.string()),
 )
+"""``source`` and ``target`` are the components of an edge, null in all other rows."""
 
 FIDELITY_SCHEMA = pa.schema(
     [
@@ -76,6 +80,21 @@ _INDEXED = ("head", "kv_head", "kv_group", "neuron")
 _CONFIDENCE = 0.95
 
 
+NO_COLUMNS: Mapping[str, Sequence[object]] = MappingProxyType({})
+
+
+class Edge(NamedTuple):
+    """What one component writes, as one other reads it."""
+
+    source: Component
+    target: Component
+
+    @property
+    def component(self) -> Component:
+        """The key of its rows, with the target's layer."""
+        return Component("edge", self.target.layer, None, f"{self.source}->{self.target}")
+
+
 class Cut(NamedTuple):
     """What one tensor of scores is about.
 
@@ -96,8 +115,8 @@ class MethodRun:
 
     Attributes:
         method: Label of the four that follow.
-        space: ``activation`` or ``weight``.
-        estimator: ``first_order``, ``qk_fix``, ``atp_star``, ``ig``, ``exact``.
+        space: ``activation``, ``weight`` or ``edge``.
+        estimator: ``first_order``, ``qk_fix``, ``atp_star``, ``ig``, ``ig_inputs``, ``exact``.
         direction: What was put where.
         at: Where gradients were taken: ``base``, ``tuned`` or ``path``.
         metric: Name of the metric.
@@ -177,6 +196,39 @@ def sampled_table(
     return _per_prompt(list(components), scores.detach().double().cpu().numpy(), run)
 
 
+def edge_table(
+    edges: Sequence[Edge],
+    scores: Float[Tensor, "batch edge"],
+    run: MethodRun,
+    *,
+    largest: int | None,
+    at_random: int = 0,
+) -> Table:
+    """One row over all prompts for every edge, and rows per prompt where ``mean_abs`` is largest.
+
+    Args:
+        edges: The edges.
+        scores: Their scores.
+        run: What the rows have in common.
+        largest: How many get rows per prompt; None for all.
+        at_random: How many of the others get them too.
+    """
+    flat = scores.detach().double().cpu().numpy()
+    components, ends = [edge.component for edge in edges], _ends(edges)
+    over = _over_prompts(components, flat, run, ends)
+    chosen = _chosen(flat, len(edges) if largest is None else largest, at_random)
+    some = sampled_edges_table([edges[i] for i in chosen], scores[:, chosen], run)
+    return concatenated("attribution", [over, some], order="score")
+
+
+def sampled_edges_table(
+    edges: Sequence[Edge], scores: Float[Tensor, "batch edge"], run: MethodRun
+) -> Table:
+    """One row per prompt for each of a chosen list of edges."""
+    flat = scores.detach().double().cpu().numpy()
+    return _per_prompt([edge.component for edge in edges], flat, run, _ends(edges))
+
+
 def cut_components(cut: Cut, layers: int, indices: int) -> list[Component]:
     """The components of a cut in the order of its flattened layer and index axes.
 
@@ -217,9 +269,21 @@ def _kv_index(component: Component, heads_per_kv: int) -> int | None:
     return component.index // heads_per_kv if component.kind == "head" else component.index
 
 
-def _per_prompt(components: list[Component], flat: ndarray, run: MethodRun) -> Table:
+def _ends(edges: Sequence[Edge]) -> dict[str, Sequence[object]]:
+    return {
+        "source": [str(edge.source) for edge in edges],
+        "target": [str(edge.target) for edge in edges],
+    }
+
+
+def _per_prompt(
+    components: list[Component],
+    flat: ndarray,
+    run: MethodRun,
+    own: Mapping[str, Sequence[object]] = NO_COLUMNS,
+) -> Table:
     batch = len(run.prompts)
-    repeated = _repeated(_shared_columns(components, run), batch)
+    repeated = _repeated({**_shared_columns(components, run), **own}, batch)
     each = len(components)
     columns: dict[str, Sequence[object]] = {
         **repeated,
@@ -237,11 +301,17 @@ def _repeated(columns: Mapping[str, Sequence[object]], times: int) -> dict[str, 
     return {name: list(values) * times for name, values in columns.items()}
 
 
-def _over_prompts(components: list[Component], flat: ndarray, run: MethodRun) -> Table:
+def _over_prompts(
+    components: list[Component],
+    flat: ndarray,
+    run: MethodRun,
+    own: Mapping[str, Sequence[object]] = NO_COLUMNS,
+) -> Table:
     batch = len(flat)
     mean = flat.mean(axis=0)
     columns = {
         **_shared_columns(components, run),
+        **own,
         "score": mean.tolist(),
         "n": [batch] * len(components),
         "mean_abs": np.abs(flat).mean(axis=0).tolist(),

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hosts import Host, Kept, Norm, norm_of, submodule
+from .hosts import Host, Kept, submodule
 
 POST_NORMS = {"ln1_post": "ln1", "ln2_post": "ln2"}
 """What 3.9 calls the norms behind attention and MLP in a family that has none before them."""
@@ -17,21 +17,20 @@ def bridge_host(bridge: Any) -> Host:
     renamed = _renamed_norms(bridge)
 
     def kept(site: str) -> Mapping[str, Kept]:
-        return dict(_kept(bridge, site, renamed))
+        return dict(_kept(module(site), site))
 
-    def norm(site: str) -> Norm:
-        return norm_of(_original(bridge, renamed.get(site, site)), site)
+    def module(site: str) -> nn.Module | None:
+        return None if site in renamed.values() else _original(bridge, renamed.get(site, site))
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
         return bridge(ids, attention_mask=mask, use_cache=False)
 
     points = ("hook_in", "hook_out")
     passages = {f"{site}.{p}": f"{own}.{p}" for site, own in renamed.items() for p in points}
-    return Host(logits, kept, norm, passages)
+    return Host(logits, kept, module, passages)
 
 
-def _kept(bridge: Any, site: str, renamed: Mapping[str, str]) -> Iterator[tuple[str, Kept]]:
-    module = None if site in renamed.values() else _original(bridge, renamed.get(site, site))
+def _kept(module: nn.Module | None, site: str) -> Iterator[tuple[str, Kept]]:
     weight = None if module is None else module._parameters.get("weight")
     if module is None or weight is None:
         return

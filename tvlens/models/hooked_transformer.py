@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tvlens.errors import HostError
 from tvlens.weights.families.hooked_transformer import POST_NORM
 
-from .hosts import Host, Kept, Norm, norm_of, row_means, submodule
+from .hosts import Host, Kept, row_means, submodule
 from .passages import Passage
 
 QKV = ("query_input", "key_input", "value_input")
@@ -71,14 +71,14 @@ def hooked_transformer_host(model: Any) -> Host:
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
         return model(ids, attention_mask=mask)
 
-    def norm(site: str) -> Norm:
-        return norm_of(submodule(model, _own(model, site)), site)
+    def module(site: str) -> nn.Module | None:
+        return submodule(model, _own(model, site))
 
     name = type(model).__name__
     return Host(
         logits,
         partial(_kept, model),
-        norm,
+        module,
         _passages(model),
         not_raw=_processing(model),
         training_differs=bool(getattr(model.cfg, "use_logn_attn", False)),  # it has no dropout

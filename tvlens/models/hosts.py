@@ -94,7 +94,7 @@ class Host:
     Attributes:
         logits: Its logits on right-padded ids and their mask.
         kept: The parameters of a site, by ``weight`` and ``bias``; empty where it has none.
-        norm: What the norm of a site does.
+        module: The module that a site's forward pass runs, None where it has none.
         passages: Where activations pass that its own hooks have no such name for: the name of
             one of its own hooks, or the edge of a module.
         not_raw: Why its weights are not those of a checkpoint, empty where they are.
@@ -104,11 +104,19 @@ class Host:
 
     logits: Callable[[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]], Tensor]
     kept: Callable[[str], Mapping[str, Kept]]
-    norm: Callable[[str], Norm]
+    module: Callable[[str], nn.Module | None]
     passages: Mapping[str, str | Passage] = field(default_factory=dict)
     not_raw: str = ""
     reload: str = ""
     training_differs: bool = True
+
+    def norm(self, site: str) -> Norm:
+        """What the norm of a site does.
+
+        Raises:
+            HostError: It has no epsilon.
+        """
+        return norm_of(self.module(site), site)
 
     def require_raw(self) -> None:
         """Refuse weights that were changed while they were loaded.
