@@ -353,7 +353,7 @@ def test_the_rows_of_edges():
     table = attribute_edges(hooked, rows, metric(), direction="clean_into_corrupt", edges=10)
     found, frame = scored(hooked, rows), table.to_frame()
     mean, by_prompt = frame[frame["prompt"].isna()], frame[frame["prompt"].notna()]
-    assert set(frame["kind"]) == {"edge"} and set(frame["space"]) == {"edge"}
+    assert set(frame["kind"]) == set(frame["space"]) == {"edge"}
     assert len(mean) == len(found.graph.edges) == 95
     size = {}
     for edge in found.graph.edges:
@@ -363,11 +363,13 @@ def test_the_rows_of_edges():
         assert row["score"] == pytest.approx(float(values.mean()), abs=1e-9)
         assert row["mean_abs"] == pytest.approx(float(values.abs().mean()), abs=1e-9)
         assert (row["source"], row["target"]) == (str(edge.source), str(edge.target))
-        assert row["n"] == 3 and row["ci_low"] <= row["score"] <= row["ci_high"]
+        assert row["n"] == 3
+        assert row["ci_low"] <= row["score"] <= row["ci_high"]
     with_rows = set(by_prompt["component"])
     largest = sorted(size, key=lambda label: -size[label])[:10]
     assert {*largest} <= with_rows
-    assert len(with_rows) == 10 + 64 and len(by_prompt) == 3 * 74
+    assert len(with_rows) == 10 + 64
+    assert len(by_prompt) == 3 * 74
     ranked = [str(edge.component) for edge in found.ranked()]
     means = {c: abs(s) for c, s in zip(mean["component"], mean["score"], strict=True)}
     assert ranked[0] == max(means, key=lambda label: means[label])
@@ -389,9 +391,7 @@ def test_what_has_no_edge_is_refused():
     with pytest.raises(PromptError, match="corrupt"):
         attribute_edges(hooked, pairs.batch(), metric(), direction="clean_into_corrupt")
     with pytest.raises(HostError, match="no line between its inputs"):
-        attribute_edges(
-            hooked, rows, metric(), direction="tuned_into_base", estimator="ig_inputs"
-        )
+        attribute_edges(hooked, rows, metric(), direction="tuned_into_base", estimator="ig_inputs")
 
 
 def test_a_distance_at_its_own_end_is_refused():
@@ -431,9 +431,7 @@ def test_a_family_whose_blocks_do_not_add_up_is_refused():
         model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation="eager")
         models.append(LensModel.wrap(_bridge(model.eval(), "granite")))
     with pytest.raises(HostError, match="does not add up"):
-        attribute_edges(
-            HookedPair.of(*models), batch(), metric(), direction="clean_into_corrupt"
-        )
+        attribute_edges(HookedPair.of(*models), batch(), metric(), direction="clean_into_corrupt")
 
 
 def test_models_are_left_as_found_after_success_and_after_an_exception():

@@ -18,7 +18,6 @@ upstream of it. They do not add up to the change of the metric.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -35,7 +34,14 @@ from .input_lines import ig_inputs, quadrature
 from .nodes import DEFAULT_PARTS, Site, activation_sites
 from .patching import exact_activations
 from .products import first_order
-from .tables import NEURONS_PER_PROMPT, Cut, Direction, MethodRun, attribution_table
+from .tables import (
+    NEURONS_PER_PROMPT,
+    Cut,
+    Direction,
+    Estimator,
+    MethodRun,
+    attribution_table,
+)
 
 __all__ = [
     "ActivationScores",
@@ -45,7 +51,6 @@ __all__ = [
     "exact_activations",
 ]
 
-Estimator = Literal["first_order", "qk_fix", "atp_star", "ig_inputs"]
 ROWS_AT_ONCE = 16
 """Prompts of one forward and backward: memory grows with it, scores do not change."""
 ByCut = Mapping[Cut, Float[Tensor, "batch ..."]]
@@ -149,7 +154,8 @@ def activation_scores(
     """
     asked.refuse_vanishing_gradient()
     batch, sites = asked.usable(batch), activation_sites(asked.receiver, parts)
-    means, run, made = asked.means(batch, sites), asked.run(batch, estimator), _ESTIMATORS[estimator]
+    means, run = asked.means(batch, sites), asked.run(batch, estimator)
+    made = _ESTIMATORS[estimator]
     if estimator == "ig_inputs":
         rule = quadrature(asked, batch, rows_at_once=rows_at_once)
         made, run = partial(ig_inputs, nodes=rule.nodes), replace(run, **rule.facts)

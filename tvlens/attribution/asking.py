@@ -26,17 +26,21 @@ from tvlens.tables import Table, concatenated
 from . import grafting
 from .activations import attribute_activations
 from .circuits import circuit_scores, circuit_table
+from .edge_graph import EdgeGraph
+from .edge_patching import exact_edges
+from .edges import attribute_edges
 from .exact import ExactMethod, exact_weight_table
+from .exchanges import EDGE_ESTIMATORS
 from .gates import GatedModel, gated_weight_scores
 from .layer_integrals import layer_integrals
 from .nodes import DEFAULT_PARTS, NODES, all_parts
 from .parts import part_scores, part_table
 from .patching import exact_activations
 from .sites import all_components, counts, weight_sites
-from .tables import Direction, cut_components
+from .tables import Direction, Edge, cut_components
 from .weights import METHODS, NODE_COUNTS, method_run, weight_scores, weight_table
 
-Space = Literal["weight", "activation"]
+Space = Literal["weight", "activation", "edge"]
 Prompts = PromptSet | Batch | str | Path | None
 AnyMetric = str | Metric | Callable[..., Tensor] | None
 EXTRAS = ("parts", "circuits")
@@ -61,6 +65,7 @@ def attribute(
         tv.attribute(hooked, prompts, "logprob", estimator="first_order", at="base")
         tv.attribute(hooked, prompts, space="activation")           # the tuned model's into base
         tv.attribute(hooked, prompts, space="activation", direction="clean_into_corrupt", at="base")
+        tv.attribute(hooked, prompts, space="edge")                 # from where to where
         tv.attribute(hooked, prompts, also=("parts", "circuits"))   # and how the scores divide
 
     What is not said is chosen: in weight space integrated gradients along the line from base to
@@ -71,9 +76,12 @@ def attribute(
         hooked: The two models; left bit for bit as they were.
         prompts: Prompts, a prompt file, ``demo:NAME``, token ids, or None for the neutral texts.
         metric: What is attributed; None chooses by the prompts.
-        space: ``weight``: where it was written. ``activation``: where it passes.
-        estimator: ``ig`` or ``first_order``. Of activations also ``qk_fix`` and ``atp_star``, and
-            ``ig`` exchanges a layer's whole activation along a straight line.
+        space: ``weight``: where it was written. ``activation``: where it passes. ``edge``: from
+            which component to which other one.
+        estimator: ``ig`` or ``first_order``. Of activations also ``qk_fix``, ``atp_star`` and
+            ``ig_inputs`` (gradients along the line between a prompt and its corrupt prompt), and
+            ``ig`` exchanges a layer's whole activation along a straight line. Of edges
+            ``first_order`` and ``ig_inputs``.
         direction: What is put where: ``tuned_into_base``, ``base_into_tuned``; of activations
             also those within one model (``attribution.directions``).
         at: Where gradients are taken: ``base``, ``tuned``, of an integral ``path``.
@@ -99,6 +107,8 @@ def attribute(
     if also:
         raise ValueError(f"{also[0]} divide scores of weights; activations have none.")
     way = _activation_way(direction)
+    if space == "edge":
+        return _edges(hooked, batch, chosen, way, at, estimator)
     if estimator == "ig":
         integrals = layer_integrals(
             hooked, batch, chosen, direction=way, at=at, parts=activations
@@ -114,7 +124,7 @@ def patch(
     hooked: HookedPair,
     prompts: Prompts,
     metric: AnyMetric = None,
-    components: Sequence[Component] | str = "",
+    components: Sequence[Component | Edge] | str = "",
     *,
     space: Space = "weight",
     direction: str = "",
@@ -127,6 +137,7 @@ def patch(
         tv.patch(hooked, prompts, "logprob", "L3H7", at="base")        # alone into the base
         tv.patch(hooked, prompts, "logprob", "L3H7", at="tuned")       # alone out of the tuned
         tv.patch(hooked, prompts, "logprob", 'part == "mlp_out"', space="activation")
+        tv.patch(hooked, prompts, "logprob", "L0H1.result->L2.mlp_in", space="edge")
 
     Args:
         hooked: The two models; left bit for bit as they were.
@@ -134,8 +145,8 @@ def patch(
         metric: As for ``attribute``.
         components: Components, or a selection: names as tables print them, or an expression over
             the key's columns. A name of a head or neuron alone is its output where activations are
-            patched.
-        space: Weights or activations.
+            patched. Edges are named one by one, with commas between.
+        space: Weights, activations or edges.
         direction: Of weights, ``tuned_into_base`` or ``base_into_tuned``; of activations any.
         at: Of weights, ``path`` averages what the exchange does over the line from base to tuned,
             ``base`` inserts alone, ``tuned`` removes alone; of activations within one model, which.
@@ -150,7 +161,14 @@ def patch(
         ValueError: Direction and place do not go together.
     """
     batch, chosen = asked_batch(hooked, prompts), asked_metric(metric, prompts)
-    wanted = _chosen(hooked, components, space)
+    if space == "edge":
+        named = components.split(",") if isinstance(components, str) else components
+        edges = EdgeGraph(hooked.base).named(
+            one.strip() if isinstance(one, str) else one for one in named
+        )
+        way = _activation_way(direction)
+        return exact_edges(hooked, batch, chosen, edges, direction=way, at=at)
+    wanted = _chosen(hooked, components, space)  # type: ignore[arg-type]
     if space == "weight":
         method: ExactMethod = _matching("exact", direction, at, preferred="exact_weight_path")  # type: ignore[assignment]
         return exact_weight_table(hooked, batch, chosen, wanted, method=method, nodes=nodes)
@@ -285,6 +303,15 @@ def _weights(
     if "circuits" in also:
         tables.append(circuit_table(circuit_scores(hooked, batch, metric, scores), run))
     return concatenated("attribution", tables, order="score")
+
+
+def _edges(
+    hooked: HookedPair, batch: Batch, metric: Metric, way: Direction, at: str, estimator: str
+) -> Table:
+    if estimator not in ("", *EDGE_ESTIMATORS):
+        raise ValueError(f"edges have no {estimator}; there are {', '.join(EDGE_ESTIMATORS)}.")
+    how: dict[str, Any] = {"estimator": estimator} if estimator else {}
+    return attribute_edges(hooked, batch, metric, direction=way, at=at, **how)
 
 
 def _chosen(

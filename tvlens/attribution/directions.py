@@ -106,6 +106,11 @@ class Question:
         """The model that is run with patches or gradients."""
         return self.hooked.base if self.at == "base" else self.hooked.tuned
 
+    @property
+    def sign(self) -> int:
+        """What the change of the metric by an exchange is multiplied by to be a score."""
+        return _EXCHANGES[self.direction].sign
+
     def usable(self, batch: Batch) -> Batch:
         """The prompts that the direction can be asked on.
 

@@ -16,7 +16,7 @@ the residual stream there, which ``EdgeGraph.require_sums`` checks on a run, tog
 targets make of that stream: a family whose blocks do anything else is refused.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -40,6 +40,11 @@ MLP_MAPS = (("mlp.gate", "pre"), ("mlp.in", "pre_linear"))
 """Maps of a gated MLP that read the stream, and what they make; a plain one has ``mlp.in`` alone,
 which makes ``pre``."""
 _SUMS = {torch.float32: 1e-3, torch.float64: 1e-6}
+_HINT = (
+    "Edges are written L0H1.result->L2.mlp_in. Sources are embed, results of heads and mlp_out; "
+    "targets q_input of heads, k_input and v_input of kv heads (L2K0), mlp_in and logits, each "
+    "after the source."
+)
 _SUMS_BELOW = 0.05
 """Share of the largest entry by which sums may differ; a forgotten term is as large as the rest."""
 
@@ -155,11 +160,25 @@ class EdgeGraph:
         )
         if source is None or target is None or source >= self.seen[target]:
             raise HostError(
-                f"this model has no edge from {edge.source} to {edge.target}.",
-                hint="Sources are embed, results of heads and mlp_out; targets q_input of heads, "
-                "k_input and v_input of kv heads, mlp_in and logits, each after the source.",
+                f"this model has no edge from {edge.source} to {edge.target}.", hint=_HINT
             )
         return source, target
+
+    def named(self, edges: Iterable[Edge | Component | str]) -> list[Edge]:
+        """Edges that are meant: edges, their keys, or labels such as ``L0H1.result->logits``.
+
+        Raises:
+            HostError: The model has no such edge.
+        """
+        known = {}
+        for edge in self.edges:
+            known |= dict.fromkeys((edge, edge.component, str(edge.component)), edge)
+        found = []
+        for edge in edges:
+            if edge not in known:
+                raise HostError(f"this model has no edge {edge!s}.", hint=_HINT)
+            found.append(known[edge])
+        return found
 
     @cached_property
     def readers(self) -> list[Reader]:
@@ -172,9 +191,7 @@ class EdgeGraph:
                 places = slice(at + start, at + start + count)
                 hook, block = NODES[name][1].format(layer), f"blocks.{layer}."
                 stream, seen = f"{block}hook_resid_pre", self._sources_before(layer)
-                found.append(
-                    Reader(hook, block + site, f"{block}ln1", places, stream, seen)
-                )
+                found.append(Reader(hook, block + site, f"{block}ln1", places, stream, seen))
                 start += count
         return found
 
@@ -221,7 +238,10 @@ class EdgeGraph:
         attention, count = "attn_out" if self.post_normed else "z", self._attention_count
         for layer in range(self.model.n_layers):
             at = self._sources_before(layer)
-            places = {attention: slice(at, at + count), "mlp_out": slice(at + count, at + count + 1)}
+            places = {
+                attention: slice(at, at + count),
+                "mlp_out": slice(at + count, at + count + 1),
+            }
             for part, where in places.items():
                 found.append(Writer(part, layer, NODES[part][1].format(layer), where))
         return found
@@ -298,7 +318,9 @@ class EdgeGraph:
         self, site: str, normed: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_out"]:
         """What the map of a site makes of a normed stream, bias included."""
-        made = einsum(wide(normed), self.weight(site), "batch pos d_in, d_in d_out -> batch pos d_out")
+        made = einsum(
+            wide(normed), self.weight(site), "batch pos d_in, d_in d_out -> batch pos d_out"
+        )
         bias = self.model.host.kept(site).get("bias")
         return made if bias is None else made + wide(bias.canonical(bias.parameter.detach()))
 
@@ -328,9 +350,7 @@ class EdgeGraph:
             for site, hook in self.maps(mlp):
                 self._require_alike(hook, self.made(site, normed), activations)
 
-    def _require_alike(
-        self, hook: str, ours: Tensor, activations: Mapping[str, Tensor]
-    ) -> None:
+    def _require_alike(self, hook: str, ours: Tensor, activations: Mapping[str, Tensor]) -> None:
         theirs = wide(activations[hook]).flatten(2)
         allowed = _SUMS.get(activations[hook].dtype, _SUMS_BELOW) * float(theirs.abs().max())
         if float((ours.flatten(2) - theirs).abs().max()) > allowed:

@@ -9,7 +9,7 @@ anything up to v: the forward begins there.
 A *set* of edges is exchanged at once in ``edges_together``: every target reads its own stream, in
 which the sources of its edges are given and the others are what they are in that very run. All
 edges together give the given run itself (within one model), which the tests hold; what a circuit
-of some edges carries is ``edge_circuits``.
+of some edges carries is measured in ``edge_circuits``.
 """
 
 from collections.abc import Sequence
@@ -198,9 +198,7 @@ class _SetOfEdges:
         found += [(name, partial(self._keep, name)) for name in graph.streams]
         found += [(reader.hook, partial(self._read, reader)) for reader in graph.readers]
         for mlp in graph.mlps:
-            found += [
-                (hook, partial(self._mlp, mlp, site)) for site, hook in graph.maps(mlp)
-            ]
+            found += [(hook, partial(self._mlp, mlp, site)) for site, hook in graph.maps(mlp)]
         return [*found, (last, self._last)]
 
     def _keep(self, name: str, activation: Tensor, hook: object) -> None:
@@ -216,7 +214,9 @@ class _SetOfEdges:
         chosen = self.given[: reader.seen, reader.targets]
         own = self.streams[reader.stream]
         moved = einsum(
-            chosen, self.writes[:, : reader.seen], "source target, batch source pos width -> target batch pos width"
+            chosen,
+            self.writes[:, : reader.seen],
+            "source target, batch source pos width -> target batch pos width",
         )
         return (wide(own) + moved).to(own.dtype)
 

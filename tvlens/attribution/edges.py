@@ -25,7 +25,7 @@ Exact counterpart: ``edge_patching``.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -43,12 +43,9 @@ from .edge_graph import EdgeGraph, Reader
 from .input_lines import InputLine, quadrature
 from .nodes import activations, wide
 from .products import START, metric_value
-from .tables import Direction, Edge, MethodRun, edge_table
+from .tables import EDGES_PER_PROMPT, Direction, Edge, EdgeEstimator, MethodRun, edge_table
 from .weights import gauss_legendre
 
-EdgeEstimator = Literal["first_order", "ig_inputs"]
-EDGES_PER_PROMPT = 1_000
-"""Edges with a row for every prompt, as of neurons."""
 EDGES_AT_RANDOM = 64
 """Edges outside the largest that get rows per prompt too: an unbiased check against exact."""
 ROWS_AT_ONCE = 16
@@ -70,6 +67,15 @@ class EdgeScores:
     graph: EdgeGraph
     values: Float64[Tensor, "batch source target"]
     run: MethodRun
+
+    def of(self, edge: Edge) -> Float64[Tensor, " batch"]:
+        """The scores of one edge.
+
+        Raises:
+            HostError: The model has no such edge.
+        """
+        source, target = self.graph.place(edge)
+        return self.values[:, source, target]
 
     def ranked(self, rows: Sequence[int] | None = None) -> list[Edge]:
         """All edges, those with the largest |mean over prompts| first.
@@ -260,9 +266,7 @@ class _Pass:
         graph = self.graph
         moved = [] if self.moved is None else [self.moved]
         forward = [(name, partial(self._keep, name)) for name in graph.streams]
-        backward = [
-            (reader.hook, partial(self._take, reader.hook)) for reader in graph.readers
-        ] + [
+        backward = [(reader.hook, partial(self._take, reader.hook)) for reader in graph.readers] + [
             (hook, partial(self._through_map, mlp.hook, site))
             for mlp in graph.mlps
             for site, hook in graph.maps(mlp)

@@ -6,6 +6,10 @@ Parts (``--nodes``): names of ``nodes.NODES`` divided by commas, ``default`` for
 said; ``default`` for the two across the models and, where prompts have a corrupt prompt, denoising
 in the tuned model; ``all`` for every one.
 
+Estimators (``--estimator``): ``ig_inputs`` needs two prompts, so it is left out of directions that
+run one. Edges (``--edges``) are exchanged in the same directions, by those estimators that edges
+have, first order if none of them was asked for.
+
 What is asked for by name and cannot be had is refused. What ``default`` and ``all`` stand for is
 taken as far as it goes, and what ``all`` leaves out is said.
 """
@@ -18,9 +22,10 @@ from tvlens.models.metrics import Metric
 
 from .directions import CORRUPTED, gradient_vanishes, place_of
 from .nodes import NODES, parts_for
-from .tables import Direction
+from .tables import Direction, EdgeEstimator, Estimator
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+EDGE_ESTIMATORS: tuple[EdgeEstimator, ...] = get_args(EdgeEstimator)
 DEFAULT, ALL = "default", "all"
 DEFAULT_DIRECTIONS: tuple[Direction, ...] = (
     "clean_into_corrupt",
@@ -30,6 +35,7 @@ DEFAULT_DIRECTIONS: tuple[Direction, ...] = (
 
 
 _LACKING = "{} needs prompts with 'corrupt' of the same token length."
+_NO_LINE = "ig_inputs needs a prompt and its corrupt prompt: {} has no such estimate."
 _NO_MEAN = (
     "attention patterns have no mean over prompts of different lengths, so mean_ablation leaves "
     "them out."
@@ -44,12 +50,16 @@ class Exchange(NamedTuple):
         at: The model that runs.
         parts: The activations.
         prompts: How many prompts it can be asked on.
+        estimators: How it is estimated.
+        of_edges: How its edges are estimated; none where they were not asked for.
     """
 
     direction: Direction
     at: str
     parts: tuple[str, ...]
     prompts: int
+    estimators: tuple[Estimator, ...] = ("first_order",)
+    of_edges: tuple[EdgeEstimator, ...] = ()
 
     @property
     def words(self) -> str:
@@ -65,11 +75,13 @@ class Words(NamedTuple):
         nodes: Its list of parts.
         directions: Its directions; none for the usual ones.
         estimators: Its estimators, which have usual activations of their own.
+        edges: Whether edges are exchanged too.
     """
 
     nodes: str = DEFAULT
     directions: tuple[str, ...] = ()
-    estimators: tuple[str, ...] = ("first_order",)
+    estimators: tuple[Estimator, ...] = ("first_order",)
+    edges: bool = False
 
 
 class Exchanges(NamedTuple):
@@ -173,14 +185,41 @@ def exchanges(
             continue
         usable = _usable(wanted.direction, parts)
         count = corrupt if wanted.direction in CORRUPTED else prompts
-        one = Exchange(wanted.direction, wanted.at, usable, count)
+        estimators = _estimators(wanted.direction, asked.estimators)
+        of_edges = _of_edges(estimators) if asked.edges else ()
+        one = Exchange(wanted.direction, wanted.at, usable, count, estimators, of_edges)
         if not wanted.named and gradient_vanishes(metric, wanted.direction, wanted.at):
             made.vanishing.append(one.words)
             continue
         if len(usable) < len(parts):
             made.left_out.append(_NO_MEAN)
-        made.found.append(one)
+        if len(estimators) < len(asked.estimators):
+            made.left_out.append(_NO_LINE.format(one.words))
+        if estimators or of_edges:
+            made.found.append(one)
+    _require_line(asked.estimators, made.found)
     return made
+
+
+def _require_line(estimators: Sequence[Estimator], found: Sequence[Exchange]) -> None:
+    """Refuse gradients along inputs where no direction has two of them."""
+    if "ig_inputs" in estimators and not any("ig_inputs" in one.estimators for one in found):
+        raise StudyError(
+            "--estimator ig_inputs: no direction that is asked for has two prompts.",
+            hint=f"Give prompts with 'corrupt', and --direction {' or '.join(CORRUPTED)}.",
+        )
+
+
+def _estimators(direction: str, asked: tuple[Estimator, ...]) -> tuple[Estimator, ...]:
+    """Those that the direction has."""
+    between = direction in CORRUPTED
+    return tuple(estimator for estimator in asked if estimator != "ig_inputs" or between)
+
+
+def _of_edges(estimators: Sequence[Estimator]) -> tuple[EdgeEstimator, ...]:
+    """Those that edges have, first order if there is none."""
+    found: list[EdgeEstimator] = [e for e in EDGE_ESTIMATORS if e in estimators]
+    return tuple(found) or ("first_order",)
 
 
 def _wanted(words: Sequence[str]) -> list[_Wanted]:

@@ -7,6 +7,7 @@ Each estimate is held against the exact quantity that asks the same question:
     weight_ig                   exact_weight_path       average over the line, at equal nodes
     cross_model_first_order     exact_activation        one activation carried over
     (and every other estimate of an activation)
+    edge_first_order            exact_edge              one reader sees what another run writes
 
 The exact average costs two passes a node, so it is often taken at fewer nodes than the estimate;
 the estimate is then made once more at just those nodes for the comparison, and how well the nodes
@@ -24,7 +25,7 @@ redundant at its end makes every part look dispensable), so they are findings, n
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,8 @@ from tvlens.models.prompts import Batch
 from tvlens.tables import Table, concatenated
 
 from .directions import CORRUPTED
+from .edge_graph import EdgeGraph
+from .edge_patching import exact_edges
 from .exact import ExactMethod, exact_weight_table, noise_floor
 from .patching import exact_activations
 from .sampling import CHECKED_PROMPTS, checked_rows, own_nodes, planned_sample, sampled_strata
@@ -299,9 +302,11 @@ def check_fidelity(
         alike = _at_nodes(hooked, checked, metric, wanted, nodes)
     exact = concatenated("attribution", tables, order="score")
     series = [(attribution.where(space="weight"), exact, strata)]
-    series += _checked_activations(
-        hooked, batch, metric, attribution, count, size=len(checked), seed=seed
-    )
+    exchanged = _Exchanged(hooked, batch, metric, count, len(checked), seed)
+    series += [
+        *exchanged.checked(attribution, "activation"),
+        *exchanged.checked(attribution, "edge"),
+    ]
     change, noise = _mean_change(hooked, metric, checked), noise_floor(hooked, checked, metric)
     found = [
         fidelity_table(*each, change=change, seed=seed, noise=noise, at_equal_nodes=alike)
@@ -339,29 +344,35 @@ def _weight_methods(attribution: Table) -> list[str]:
     return sorted(known, key=lambda method: method != "weight_ig")
 
 
-def _checked_activations(
-    hooked: HookedPair,
-    batch: Batch,
-    metric: Metric,
-    attribution: Table,
-    count: int,
-    *,
-    size: int,
-    seed: int,
-) -> Iterator[tuple[Table, Table, dict[str, list[Component]]]]:
-    """Estimates, exact rows and strata of every activation series that is in ``attribution``."""
-    frame = attribution.to_frame()
-    frame = frame[(frame["space"] == "activation") & frame["method"].isin(SAME_QUESTION)]
-    for direction, at in frame[["direction", "at"]].drop_duplicates().to_numpy():
-        same = attribution.where(space="activation", direction=direction, at=at)
-        drawn = _drawn(same, count, seed)
-        wanted = [component for part in drawn.values() for component in part]
-        rows = batch.with_corrupt() if direction in CORRUPTED else batch
-        checked = checked_rows(rows, seed, size)
-        exact = exact_activations(
-            hooked, checked, metric, wanted, direction=direction, at=at, mean_over=rows
-        )
-        yield same, exact, drawn
+class _Exchanged(NamedTuple):
+    """What the exact samples of exchanged activations and edges have in common."""
+
+    hooked: HookedPair
+    batch: Batch
+    metric: Metric
+    count: int
+    size: int
+    seed: int
+
+    def checked(
+        self, attribution: Table, space: str
+    ) -> Iterator[tuple[Table, Table, dict[str, list[Component]]]]:
+        """Estimates, exact rows and strata of every series of a space in ``attribution``."""
+        frame = attribution.to_frame()
+        frame = frame[(frame["space"] == space) & frame["method"].isin(SAME_QUESTION)]
+        for direction, at in frame[["direction", "at"]].drop_duplicates().to_numpy():
+            same = attribution.where(space=space, direction=direction, at=at)
+            drawn = _drawn(same, self.count, self.seed)
+            wanted = [component for part in drawn.values() for component in part]
+            rows = self.batch.with_corrupt() if direction in CORRUPTED else self.batch
+            how = {"direction": direction, "at": at, "mean_over": rows}
+            yield same, self._exact(wanted, checked_rows(rows, self.seed, self.size), how), drawn
+
+    def _exact(self, wanted: Sequence[Component], rows: Batch, how: dict[str, Any]) -> Table:
+        if all(component.kind == "edge" for component in wanted):
+            edges = EdgeGraph(self.hooked.base).named(wanted)
+            return exact_edges(self.hooked, rows, self.metric, edges, **how)
+        return exact_activations(self.hooked, rows, self.metric, wanted, **how)
 
 
 def _drawn(series: Table, count: int, seed: int) -> dict[str, list[Component]]:

@@ -273,19 +273,19 @@ class _Search:
 
     def _share(
         self, question: Question, chosen: Int[Tensor, " k"], split: str, scale: float
-    ) -> "_Interval":
+    ) -> "Interval":
         base, tuned = self.ends[split]
         start = 0.0 if question == "restored" else 1.0
         values = torch.full((len(self.parts.components),), start)
         values[chosen] = scale if question == "restored" else 1.0 - scale
         edited = self._values(values, split)
         moved = edited - base if question == "restored" else tuned - edited
-        return _ratio(moved, tuned - base, self.seed)
+        return share_of_change(moved, tuned - base, self.seed)
 
-    def whole_change(self, split: str) -> "_Interval":
+    def whole_change(self, split: str) -> "Interval":
         """Mean of metric(tuned) - metric(base), with its bootstrap."""
         change = self._change(split)
-        return _ratio(change, torch.ones_like(change), self.seed)
+        return share_of_change(change, torch.ones_like(change), self.seed)
 
     def _change(self, split: str) -> Float[Tensor, " prompt"]:
         base, tuned = self.ends[split]
@@ -300,7 +300,7 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class _Interval:
+class Interval:
     """A mean and the ends of its 95 % interval."""
 
     mean: float
@@ -308,16 +308,16 @@ class _Interval:
     high: float
 
 
-def _ratio(
+def share_of_change(
     moved: Float[Tensor, " prompt"], change: Float[Tensor, " prompt"], seed: int
-) -> _Interval:
+) -> Interval:
     """Mean of ``moved`` over mean of ``change``, with its bootstrap over prompts."""
     top, bottom = moved.numpy(), change.numpy()
     drawn = np.random.default_rng(seed).integers(0, len(top), (RESAMPLES, len(top)))
     below = bottom[drawn].mean(1)
     ratios = (top[drawn].mean(1) / np.where(below == 0, np.nan, below))[below != 0]
     low, high = np.quantile(ratios, (0.025, 0.975)) if len(ratios) else (np.nan, np.nan)
-    return _Interval(float(top.mean() / bottom.mean()), float(low), float(high))
+    return Interval(float(top.mean() / bottom.mean()), float(low), float(high))
 
 
 def _sizes(count: int) -> list[int]:
@@ -382,7 +382,7 @@ def _facts(
     keep: float,
     points: Sequence[_Point],
     of: int,
-    change: "_Interval",
+    change: "Interval",
 ) -> dict[str, Any]:
     """The smallest set on ``judge``, beside the sets of the same size ranked otherwise."""
     verb = "restores" if question == "restored" else "destroys"

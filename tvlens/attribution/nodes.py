@@ -126,7 +126,7 @@ def activation_sites(model: LensModel, parts: Sequence[str] = DEFAULT_PARTS) -> 
 
 def parts_for(estimators: Sequence[str]) -> tuple[str, ...]:
     """What a study attributes to: queries and keys too, where an estimator was made for them."""
-    plain = set(estimators) <= {"first_order"}
+    plain = set(estimators) <= {"first_order", "ig_inputs"}
     return DEFAULT_PARTS if plain else (*DEFAULT_PARTS, *SOFTMAX_PARTS)
 
 

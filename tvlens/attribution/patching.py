@@ -142,8 +142,7 @@ def exact_positions(
             [Edit(site, component.index, _place(patch.batch, place), given)]
             for place in range(count)
         ]
-        effects = effects(patch, edits)
-        parts.append(torch.nn.functional.pad(effects, (0, width - count)))
+        parts.append(torch.nn.functional.pad(effects(patch, edits), (0, width - count)))
     return torch.cat(parts)
 
 

@@ -18,15 +18,27 @@ from tvlens.selection import Selection
 from tvlens.tables import Table
 
 from .series import group_of, keys, whole_rows
-from .tables import NEURONS_PER_PROMPT
+from .tables import EDGES_PER_PROMPT, NEURONS_PER_PROMPT
 from .weights import NODE_COUNTS, chunks
 
-CHECKED_KINDS = ("matrix", "head", "kv_head", "neuron", "norm", "bias", "embedding", "node")
+CHECKED_KINDS = (
+    "matrix",
+    "head",
+    "kv_head",
+    "neuron",
+    "norm",
+    "bias",
+    "embedding",
+    "node",
+    "edge",
+)
 CHECKED_PROMPTS = (16, 8, 4)
 """Prompts of the exact sample; fewer, in turn, where the time does not suffice otherwise."""
 LEAST, WANTED, MOST = 21, 35, 210
 """Components of a plan: three of each kind, five of each kind (so that each has three random
 ones), and what is enough for any interval."""
+SOME_PER_PROMPT = {"neuron": NEURONS_PER_PROMPT, "edge": EDGES_PER_PROMPT}
+"""Kinds of which only the largest, and some drawn at random, have rows per prompt."""
 Group = tuple[str, str | None]
 """A kind, and the activation's name where components of it have several."""
 FEWER_NODES = (8, 5, 3)
@@ -62,7 +74,7 @@ def planned_sample(
         seed: Of the draw of prompts.
     """
     frame = attribution.to_frame()
-    activations = frame[frame["space"] == "activation"]
+    activations = frame[frame["space"] != "weight"]
     series = len(activations[["method", "direction", "at"]].drop_duplicates())
     nodes = own_nodes(attribution)
     planned = Sample(0, nodes, 0)
@@ -81,8 +93,8 @@ class Cost(NamedTuple):
     Attributes:
         whole: Of a whole pass: each node, and each series of activations, needs some.
         patched: Of a pass that begins half way up, which is what a patch costs on average.
-        activation_series: Series of activations, each of which patches every component once; of
-            several estimators each may draw others.
+        activation_series: Series of activations or edges, each of which patches as many of them
+            once; of several estimators each may draw others.
     """
 
     whole: float
@@ -224,8 +236,9 @@ def _place(group: Group) -> tuple[int, str]:
 
 
 def _first_of_rest(group: Group, size: int, top: int) -> int:
-    """Where those begin that are drawn at random: neurons beyond the top have rows of their own."""
-    return NEURONS_PER_PROMPT if group[0] == "neuron" and size > NEURONS_PER_PROMPT else top
+    """Where those begin that are drawn at random: beyond the top some have rows of their own."""
+    with_rows = SOME_PER_PROMPT.get(group[0], size)
+    return with_rows if size > with_rows else top
 
 
 def _shares(sizes: Mapping[Group, int], count: int) -> dict[Group, int]:

@@ -20,6 +20,8 @@ SAME_QUESTION = {
         for within in ("cross_model", "activation")
         for estimator in ("first_order", "qk_fix", "atp_star", "ig_inputs", "ig")
     },
+    "edge_first_order": "exact_edge",
+    "edge_ig_inputs": "exact_edge",
 }
 """The exact method that asks what an estimate estimates."""
 Series = tuple[str, str, str]

@@ -29,6 +29,10 @@ Direction = Literal[
     "mean_ablation",
 ]
 
+Estimator = Literal["first_order", "qk_fix", "atp_star", "ig_inputs"]
+"""Of activations."""
+EdgeEstimator = Literal["first_order", "ig_inputs"]
+
 ATTRIBUTION_SCHEMA = keyed_schema(
     ("method", pa.string()),
     ("space", pa.string()),
@@ -76,6 +80,8 @@ FIDELITY_SCHEMA = pa.schema(
 
 NEURONS_PER_PROMPT = 1_000
 """Neurons with a row for every prompt; the contract's number, which keeps tables flat."""
+EDGES_PER_PROMPT = 1_000
+"""Edges with a row for every prompt, as of neurons."""
 _INDEXED = ("head", "kv_head", "kv_group", "neuron")
 _CONFIDENCE = 0.95
 

@@ -16,6 +16,7 @@ class Estimator(StrEnum):
     first_order = auto()
     qk_fix = auto()
     atp_star = auto()
+    ig_inputs = auto()
 
 
 class Option(NamedTuple):
@@ -128,6 +129,7 @@ ACTIVATIONS = {
         ],
         None,
     ),
+    "edges": _flag("edges", "Exchange edges too: what one component writes as one other reads it."),
     "position": _flag("position", "Keep scores by position in positions/."),
 }
 """Which activations are exchanged, and how."""

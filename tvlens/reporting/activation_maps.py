@@ -75,16 +75,17 @@ def passing_parts(
         grids = _grids(means, checked, f"{slug}-passing-{number}", unit=_unit(estimates))
         found.append(
             PassingPart(
-                heading=_heading(estimates),
+                heading=heading_of(estimates),
                 text=_text(str(direction)),
                 maps=[heat_map(grid, tooltips=tooltips) for grid in grids],
-                table=_table(means, _beside_exact(estimates, exact[same]), checked),
+                table=_table(means, beside_exact(estimates, exact[same]), checked),
             )
         )
     return found
 
 
-def _heading(estimates: pd.DataFrame) -> str:
+def heading_of(estimates: pd.DataFrame) -> str:
+    """The direction in words and the method, of rows that share both."""
     first = next(rows_of(estimates))
     words = direction_words(first)
     return f"{words[:1].upper()}{words[1:]}: {first.method}"
@@ -145,7 +146,7 @@ def _said(checked: dict[tuple[str, str], str], kind: str, part: str) -> str:
     return {"passed": "", "withheld": " (check not passed)"}.get(said, f" ({said})")
 
 
-def _beside_exact(estimates: pd.DataFrame, exact: pd.DataFrame) -> dict[str, tuple[float, float]]:
+def beside_exact(estimates: pd.DataFrame, exact: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """Mean estimate and exact mean on the same prompts, by component of the exact sample."""
     keys = ["component", "prompt"]
     both = estimates.merge(exact, on=keys, suffixes=("", "_exact"))

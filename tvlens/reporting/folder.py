@@ -74,6 +74,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "ci_high",
         "n",
     ),
+    "edge_circuits": (
+        *("tuned", "direction", "at", "curve", "ranked_by", "draw", "split", "k", "of"),
+        *("value", "ci_low", "ci_high"),
+    ),
     "shares": (
         *("base", "tuned", "metric", "unit", "level", "of", "geometric_part", "components"),
         *("n", "effect", "whole", "share", "ci_low", "ci_high", "energy", "verdict", "sentence"),

@@ -7,6 +7,7 @@ from .answer import Statement, answer
 from .contrast_tables import contrast_plots, contrasts_table
 from .datatable import DataTable
 from .direction_tables import directions_table, readings_table
+from .edge_tables import EdgePart, edge_circuit_tables, edge_parts
 from .effect_tables import fidelity_tables, ranking_tables
 from .figures import HeatMap, Scatter, heat_map
 from .folder import StudyFolder
@@ -48,6 +49,8 @@ class ModelPart:
         passing: Activations, direction by direction.
         placed: One prompt's scores by position.
         circuits: The base's circuit against the tuned model's.
+        edges: Edges, direction by direction.
+        edge_circuits: What circuits of few edges carry.
         parts: What gains, rewiring and new directions carry.
         parts_bars: The same by part.
         fidelity: The checks.
@@ -78,6 +81,8 @@ class ModelPart:
     passing: list[PassingPart]
     placed: list[PlacedPart]
     circuits: DataTable | None
+    edges: list[EdgePart]
+    edge_circuits: list[DataTable]
     parts: DataTable | None
     parts_bars: Bars | None
     fidelity: list[DataTable]
@@ -122,6 +127,8 @@ def model_part(study: StudyFolder, tuned: str, place: int, *, tooltips: bool = T
         passing=passing_parts(study, tuned, slug, tooltips=tooltips),
         placed=placed_parts(study, tuned, slug, tooltips=tooltips),
         circuits=circuits_table(study.table("circuits", tuned)),
+        edges=edge_parts(study, tuned),
+        edge_circuits=edge_circuit_tables(study, tuned),
         parts=parts_table(shares),
         parts_bars=parts_bars(shares, slug),
         fidelity=fidelity_tables(study.table("fidelity", tuned)),

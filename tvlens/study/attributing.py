@@ -3,11 +3,11 @@
 HookedPair, prompts, metric -> prompts, attribution, fidelity, findings, roles, circuits
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tvlens.errors import PromptError, StudyError
 from tvlens.selection import parse_selection
 from tvlens.tables import Table, concatenated
 from tvlens.threads import one_thread
@@ -15,11 +15,13 @@ from tvlens.threads import one_thread
 from .anchoring import with_direction
 from .outputs import Progress, StageOutput
 from .plan import StudyPlan
-from .prompted import WIDE, chosen_device
+from .prompted import WIDE, chosen_device, of_split
 from .prompts_table import prompts_table
 
 if TYPE_CHECKING:
-    from tvlens.attribution.exchanges import Words
+    from tvlens.attribution.directions import Question
+    from tvlens.attribution.edges import EdgeScores
+    from tvlens.attribution.exchanges import Exchange, Words
     from tvlens.attribution.gates import GatedModel
     from tvlens.attribution.positions import PositionSeries
     from tvlens.attribution.weights import WeightScores
@@ -82,7 +84,7 @@ def _attributed(
     from tvlens.attribution.weights import weight_scores, weight_table
 
     neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
-    passing = _activations(plan, hooked, batch, metric, say, neurons=neurons)
+    passing = _activations(plan, hooked, asked, batch, metric, say, neurons=neurons)
     ends, vanishing = _of_weights(hooked, batch, metric, say, neurons=neurons)
     left_out = _vanishing(metric, [*passing.vanishing, *vanishing])
     scores = [*passing.tables, *ends]
@@ -95,6 +97,8 @@ def _attributed(
     tables[0] = concatenated("attribution", [tables[0], *divided], order="score")
     prompt_table = prompts_table(hooked, asked, batch, metric, integral.by_token)
     facts = {**_run_facts(plan, batch, metric), **sample}
+    if passing.circuits:
+        tables.append(concatenated("edge_circuits", passing.circuits))
     return StageOutput(
         (prompt_table, *tables),
         facts,
@@ -120,7 +124,7 @@ def _scanned(
     from tvlens.weights.vector import tuning_vector
 
     neurons = None if plan.neurons == "all" else NEURONS_PER_PROMPT
-    passing = _activations(plan, hooked, batch, metric, say, neurons=neurons)
+    passing = _activations(plan, hooked, asked, batch, metric, say, neurons=neurons)
     gated, tables = GatedModel.of_vector(hooked.base, tuning_vector(pair)), passing.tables
     vanishing = passing.vanishing
     for estimator, at in WEIGHT_ESTIMATES:
@@ -205,11 +209,13 @@ class _Passing(NamedTuple):
     positions: "list[PositionSeries]"
     vanishing: list[str]
     warnings: list[str]
+    circuits: list[Table]
 
 
 def _activations(
     plan: StudyPlan,
     hooked: "HookedPair",
+    prompts: "PromptSet",
     batch: "Batch",
     metric: "Metric",
     say: Progress,
@@ -230,24 +236,70 @@ def _activations(
         prompts=len(batch),
         corrupt=sum(len(ids) > 0 for ids in batch.corrupt_ids),
     )
-    made = _Passing([], [], wanted.vanishing, wanted.left_out)
-    for one, estimator in itertools.product(wanted.found, plan.estimators):
-        say(f"activations, {one.words}, {estimator.replace('_', ' ')}")
-        asked = question(hooked, metric, one.direction, at=one.at)
-        placed = PositionFile(one.prompts) if plan.position and estimator in ADDITIVE else None
-        keep = placed.add if placed is not None else None
-        found = activation_scores(asked, batch, parts=one.parts, estimator=estimator, keep=keep)
-        made.tables.append(found.table(neurons=neurons))
-        if placed is not None:
-            made.positions.append(PositionSeries(placed, placed.entry(found.run)))
+    made = _Passing([], [], wanted.vanishing, wanted.left_out, [])
+    for one in wanted.found:
+        for estimator in one.estimators:
+            say(f"activations, {one.words}, {estimator.replace('_', ' ')}")
+            asked = question(hooked, metric, one.direction, at=one.at)
+            placed = PositionFile(one.prompts) if plan.position and estimator in ADDITIVE else None
+            keep = placed.add if placed is not None else None
+            found = activation_scores(asked, batch, parts=one.parts, estimator=estimator, keep=keep)
+            made.tables.append(found.table(neurons=neurons))
+            if placed is not None:
+                made.positions.append(PositionSeries(placed, placed.entry(found.run)))
+    _exchange_edges(plan, hooked, prompts, batch, metric, wanted.found, made, say)
     return made
+
+
+def _exchange_edges(
+    plan: StudyPlan,
+    hooked: "HookedPair",
+    prompts: "PromptSet",
+    batch: "Batch",
+    metric: "Metric",
+    found: "Sequence[Exchange]",
+    made: _Passing,
+    say: Progress,
+) -> None:
+    """The edges of every direction where they were asked for, and what few of them carry."""
+    from tvlens.attribution.directions import CORRUPTED, question
+    from tvlens.attribution.edges import edge_scores
+
+    for one in found:
+        asked, scores = question(hooked, metric, one.direction, at=one.at), []
+        for estimator in one.of_edges:
+            say(f"edges, {one.words}, {estimator.replace('_', ' ')}")
+            scores.append(edge_scores(asked, batch, estimator=estimator))
+            made.tables.append(scores[-1].table())
+        if scores and plan.dtype == "float32" and one.direction in CORRUPTED:
+            say(f"circuits of edges, {one.words}")
+            _circuits_of_edges(asked, prompts, asked.usable(batch), scores, made, seed=plan.seed)
+
+
+def _circuits_of_edges(
+    asked: "Question",
+    prompts: "PromptSet",
+    batch: "Batch",
+    scores: "Sequence[EdgeScores]",
+    made: _Passing,
+    *,
+    seed: int,
+) -> None:
+    """Sets of edges within one model; across models all edges do not give the other model."""
+    from tvlens.attribution.edge_circuits import edge_circuits
+
+    splits = {split: of_split(prompts, batch, split) for split in ("choose", "judge")}
+    try:
+        made.circuits.append(edge_circuits(asked, batch, scores, **splits, seed=seed))
+    except (PromptError, StudyError) as error:
+        made.warnings.append(f"no circuits of edges in {asked.direction} at {asked.at}: {error}")
 
 
 def words_of(plan: StudyPlan) -> "Words":
     """What a plan says about activations."""
     from tvlens.attribution.exchanges import Words
 
-    return Words(plan.nodes, plan.directions, plan.estimators)
+    return Words(plan.nodes, plan.directions, plan.estimators, plan.edges)
 
 
 def _of_weights(

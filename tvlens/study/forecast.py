@@ -240,7 +240,13 @@ def _attribute(
     longest = seconds_of(work.attribute_work(pair, one, asked, nodes=NODE_COUNTS), rates)
     rows = tables["attribution"]
     peak = peaks.attribute_peak(
-        pair, batch, metric, d_vocab=prompted.d_vocab, rows=rows, estimators=plan.estimators
+        pair,
+        batch,
+        metric,
+        d_vocab=prompted.d_vocab,
+        rows=rows,
+        estimators=plan.estimators,
+        edges=plan.edges,
     )
     read = sum(work.stored_bytes(pair))
     seconds = _with_disk(usual + checks, usual + checks, longest + checks, read)
@@ -248,8 +254,9 @@ def _attribute(
 
 
 def _series(pair: Pair, asked: Asked) -> int:
-    """Series of activations that are checked: every direction by every estimator."""
-    return len(asked.exchanges(pair.layout)) * len(asked.words.estimators)
+    """Series of activations and edges that are checked: every direction by every estimator."""
+    found = asked.exchanges(pair.layout)
+    return sum(len(one.estimators) + len(one.of_edges) for one in found)
 
 
 def _checking(

@@ -22,6 +22,7 @@ from tvlens.weights.contents import CHUNK
 from tvlens.weights.matching import Pair
 from tvlens.weights.pair import SLAB, VOCABULARY_PARTS
 
+from . import edge_counts
 from .covariances import input_widths
 from .row_counts import Rows, label_rows, weight_rows
 from .work import entries
@@ -121,13 +122,18 @@ def attribute_peak(
     d_vocab: int,
     rows: Rows,
     estimators: Sequence[str] = ("first_order",),
+    edges: bool = False,
 ) -> float:
-    """Both models, the base's copy, a tied embedding twice more, one batch's graph, the rows."""
+    """Both models, the base's copy, a tied embedding twice more, one batch's graph, the rows.
+
+    With edges also what all sources write.
+    """
     tied = 2 * 4.0 * pair.layout.d_vocab * pair.layout.d_model if pair.layout.tied else 0.0
     changes = 0 if set(estimators) <= {"first_order"} else PATTERN_CHANGES
     graph = _graph(pair, batch, metric, d_vocab=d_vocab, patterns=PATTERNS + changes)
     tables = ATTRIBUTION_ROW * rows.at_least
-    return INTERPRETER + HOST + 3 * model_bytes(pair) + tied + graph + tables
+    written = edge_counts.peak(pair, batch.ids.numel()) if edges else 0.0
+    return INTERPRETER + HOST + 3 * model_bytes(pair) + tied + graph + tables + written
 
 
 def graft_peak(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int) -> float:

@@ -13,7 +13,7 @@ from tvlens.errors import StudyError
 from tvlens.files import write_whole
 
 Stage = Literal["decompose", "attribute", "graft", "evaluate", "sweep", "combine", "represent"]
-Estimator = Literal["first_order", "qk_fix", "atp_star"]
+Estimator = Literal["first_order", "qk_fix", "atp_star", "ig_inputs"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -80,6 +80,7 @@ class StudyPlan(BaseModel):
         stages: Which stages to run.
         nodes: Which activations are attributed to: names divided by commas, default, all.
         directions: What is put where (``attribution.exchanges``); none for the usual ones.
+        edges: Exchange edges too, what one component writes as one other reads it.
         position: Keep the scores of activations by position, in ``positions/``.
         evaluate: Held-out text files to measure, by domain name.
         check_exact: Components in the exact sample; None plans it from ``check_seconds`` and
@@ -133,6 +134,7 @@ class StudyPlan(BaseModel):
     chat: Literal["auto", "on", "off"] = "auto"
     nodes: str = "default"
     directions: tuple[str, ...] = ()
+    edges: bool = False
     position: bool = False
     neurons: Literal["top", "all"] = "top"
     estimators: tuple[Estimator, ...] = Field(default=("first_order",), min_length=1)

@@ -46,6 +46,7 @@ from tvlens.selection import Selection
 from tvlens.weights.layout import Layout
 from tvlens.weights.matching import Pair
 
+from . import edge_counts
 from .selected_counts import activation_pieces, selected_counts, weight_pieces
 
 WEIGHT_METHODS = ("weight_first_order_base", "weight_first_order_tuned", "weight_ig")
@@ -303,8 +304,11 @@ def estimate_rows(pair: Pair, asked: Asked) -> Rows:
     for one in asked.exchanges(layout):
         sizes = activation_sizes(layout, asked, one.parts)
         rows = sum(sizes.values()) * one.prompts + neuron_parts(one.parts) * over_prompts
-        for estimator in asked.words.estimators:
+        for estimator in one.estimators:
             found[method_label(one.direction, estimator)] += rows
+        for estimator in one.of_edges:
+            by_prompt = edge_counts.rows_per_prompt(pair) * one.prompts
+            found[f"edge_{estimator}"] += edge_counts.edge_count(pair) + by_prompt
     for method in WEIGHT_METHODS:
         sizes = weight_sizes(pair, asked)
         found[method] = sum(sizes.values()) * asked.prompts + over_prompts
@@ -369,24 +373,38 @@ def sampled_sizes(
 def exact_rows(pair: Pair, asked: Asked) -> Rows:
     """Rows of exact patching in ``attribution``."""
     ends, weights = [], sampled_sizes(pair, asked)
-    series = [
-        (one.prompts, sampled_sizes(pair, asked, one.parts)) for one in asked.exchanges(pair.layout)
-    ]
     for end, sample in enumerate(asked.samples):
         rows = EXACT_QUESTIONS * _drawn(weights[end], sample.count) * sample.prompts
-        # each further estimator may have others among its largest
-        for prompts, sizes in series * (len(asked.words.estimators) if end else 1):
-            rows += _drawn(sizes[end], sample.count) * min(prompts, sample.prompts)
+        for one in asked.exchanges(pair.layout):
+            for sizes, estimators in _exchanged_sizes(pair, asked, one):
+                drawn = _drawn(sizes[end], sample.count) * min(one.prompts, sample.prompts)
+                # each further estimator may have others among its largest
+                rows += drawn * (len(estimators) if end else bool(estimators))
         ends.append(rows)
     return Rows(ends[0], ends[1])
 
 
+def _exchanged_sizes(
+    pair: Pair, asked: Asked, one: Exchange
+) -> list[tuple[tuple[dict[Group, int], dict[Group, int]], Sequence[str]]]:
+    """What an exact sample of a direction's activations, and of its edges, is drawn from.
+
+    Which edges a selection leaves is known after they are scored.
+    """
+    edges: dict[Group, int] = {("edge", None): edge_counts.rows_per_prompt(pair)}
+    fewest = edges if asked.only is None else dict.fromkeys(edges, 0)
+    return [
+        (sampled_sizes(pair, asked, one.parts), one.estimators),
+        ((fewest, edges), one.of_edges),
+    ]
+
+
 def fidelity_rows(pair: Pair, asked: Asked) -> Rows:
     """Rows of ``fidelity``: for each method a row a kind and stratum, and one for all kinds."""
-    series = [sampled_sizes(pair, asked, one.parts) for one in asked.exchanges(pair.layout)]
-    series = series * len(asked.words.estimators) + [sampled_sizes(pair, asked)] * len(
-        WEIGHT_METHODS
-    )
+    series = [sampled_sizes(pair, asked)] * len(WEIGHT_METHODS)
+    for one in asked.exchanges(pair.layout):
+        for sizes, estimators in _exchanged_sizes(pair, asked, one):
+            series += [sizes] * len(estimators)
     few, many = (
         sum(_groups(sizes[end], sample.count) for sizes in series)
         for end, sample in enumerate(asked.samples)
@@ -490,6 +508,8 @@ def attribution_tables(pair: Pair, asked: Asked, *, joined: bool) -> dict[str, R
         tables["attribution"] = tables["attribution"].plus(exact_rows(pair, asked))
         tables["fidelity"] = fidelity_rows(pair, asked)
         tables["findings"] = finding_rows(pair, asked)
+    if sets := sum(edge_counts.circuit_sets(pair, one) for one in asked.exchanges(pair.layout)):
+        tables["edge_circuits"] = Rows(0, sets)  # prompts without splits have none
     if circuit_sizes(pair, asked):
         tables["circuits"] = circuit_rows(pair, asked)
     joins = join_rows(pair, asked, sizes=joined)

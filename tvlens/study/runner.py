@@ -40,7 +40,7 @@ SHARED = {
     "evaluation": ("split", "held_out", "evaluate"),
 }
 """Tables that two stages fill: the column and value that mark the rows of one, and which."""
-SOMETIMES = {"attribute": ("circuits", "fidelity", "findings")}
+SOMETIMES = {"attribute": ("circuits", "edge_circuits", "fidelity", "findings")}
 """Tables that a stage makes only of some plans: an earlier plan's must not stay."""
 PACKAGES = ("tvlens", "torch", "transformer-lens", "transformers", "safetensors", "scipy")
 

@@ -60,6 +60,7 @@ TABLES = (
     "roles",
     "joins",
     "circuits",
+    "edge_circuits",
     "shares",
     "curves",
     "grafts",

@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tvlens.attribution.exchanges import Exchange
 from tvlens.attribution.weights import NODE_COUNTS, chunks
 from tvlens.components import READING_PARTS, Component
 from tvlens.geometry.blocks import circuits_of
@@ -31,6 +32,7 @@ from tvlens.models.prompts import Batch
 from tvlens.weights.layout import Layout
 from tvlens.weights.matching import Pair
 
+from . import edge_counts
 from .covariances import input_widths
 from .row_counts import (
     SETS_OF_A_SIZE,
@@ -73,6 +75,8 @@ PASSES_OF_AN_ACTIVATION = 1 / 12
 """One elementwise pass over an activation, in passes of ``entry``."""
 PASSES_OF_A_PLACED_SCORE = 1.0
 """A score by position that is moved, summed and written, in passes of ``entry``."""
+NODES_ALONG_INPUTS = 40
+"""Of an integral along the inputs: those that are tried on the embedding, and those it takes."""
 PARTS_OF_A_NODE, CIRCUITS_OF_A_NODE = 1.6, 1.2
 """Dividing a node's scores over geometric parts or circuits, in passes of that node."""
 LATER_ROWS = 4.0
@@ -312,6 +316,7 @@ class Passes:
         work: The pass, with logits where the metric reads them.
         whole_logits: What logits at all places cost beyond that.
         parameters: Numbers of the model.
+        tokens: Places of all prompts, padding included.
         chunks: Batches that a pass is cut into for the weights.
         blocks: Blocks of the model.
     """
@@ -319,6 +324,7 @@ class Passes:
     work: Work
     whole_logits: Work
     parameters: int
+    tokens: int
     chunks: int
     blocks: int
 
@@ -345,6 +351,7 @@ def passes_of(pair: Pair, batch: Batch, metric: Metric, *, d_vocab: int) -> Pass
         work={"forward": flops, "entry": passes},
         whole_logits={"forward": one_logit * (tokens - reads)},
         parameters=entries(pair, pair.components),
+        tokens=tokens,
         chunks=len(parts),
         blocks=layout.n_layers,
     )
@@ -391,15 +398,26 @@ def attribute_work(
         nodes: The numbers of nodes that the integral tries in turn.
     """
     loading = {"entry": 2 * SCANNING * one.parameters, "call": CALLS_OF_A_START}
-    series = len(asked.exchanges(pair.layout))
-    estimates = times(series, added(*(_activations(one, asked, e) for e in asked.words.estimators)))
+    found = asked.exchanges(pair.layout)
+    estimates = added(*(_activations(one, asked, e) for way in found for e in way.estimators))
+    edges = edges_work(pair, one, found)
     again = PARTS_OF_A_NODE * asked.parts + CIRCUITS_OF_A_NODE * asked.circuits
     integral = times(2 + (1 + again) * sum(nodes), weight_node(one))
     ends = times(2 * 4 + 3, added(one.work, one.calls(1.0, math.ceil(asked.prompts / 16))))
     tables = attribution_tables(pair, asked, joined=True)
     rows = {"row": (1 + LATER_ROWS) * tables["attribution"].at_least}
     placed = {"entry": PASSES_OF_A_PLACED_SCORE * position_numbers(pair, asked)}
-    return added(loading, estimates, integral, ends, rows, placed)
+    return added(loading, estimates, edges, integral, ends, rows, placed)
+
+
+def edges_work(pair: Pair, one: Passes, found: Sequence[Exchange]) -> Work:
+    """Edges of every direction, and sets of them."""
+    estimators = [estimator for way in found for estimator in way.of_edges]
+    sets = sum(edge_counts.circuit_sets(pair, way) for way in found) / edge_counts.SPLITS
+    along = NODES_ALONG_INPUTS * estimators.count("ig_inputs")
+    passes = 5 * len(estimators) + 3 * along + edge_counts.PASSES_OF_ONE_SET * sets
+    products = edge_counts.products(pair, one.tokens) * (len(estimators) + along + sets)
+    return added(times(passes, one.work), {"forward": products}, one.calls(passes, one.chunks))
 
 
 def position_numbers(pair: Pair, asked: Asked) -> int:
@@ -411,6 +429,8 @@ def _activations(one: Passes, asked: Asked, estimator: str) -> Work:
     """One estimate of one direction."""
     if estimator == "first_order":
         return first_order_activations(one, asked.prompts)
+    if estimator == "ig_inputs":
+        return times(NODES_ALONG_INPUTS, first_order_activations(one, asked.prompts))
     return repaired_activations(one, asked.prompts, estimator, one.blocks)
 
 
