@@ -61,9 +61,7 @@ def test_all_edges_are_all_of_the_change_and_shares_are_those_of_runs(hooked, di
     for edge in four:
         given[found.graph.place(edge)] = True
     with_four = float(edges_together(question, rows.rows(JUDGE), given).mean())
-    without = float(
-        edges_together(question, rows.rows(JUDGE), found.graph.exists & ~given).mean()
-    )
+    without = float(edges_together(question, rows.rows(JUDGE), found.graph.exists & ~given).mean())
     start, end = (corrupt, clean) if direction == "clean_into_corrupt" else (clean, corrupt)
     expected = {
         "restored": (with_four - start) / (end - start),

@@ -59,57 +59,46 @@ def test_scores_are_those_of_a_slow_integral_in_plain_autograd():
     hooked, rows = pairs.hooked_pair("llama"), batch(lengths=(5,))
     sites = activation_sites(hooked.tuned, ("embed", "z", "mlp_out"))
     patch = asked(hooked, "clean_into_corrupt").patch(rows, {})
-    found = {hook: rows[0] for hook, rows in ig_inputs(patch, sites, nodes=100).items()}
+    found = {hook: score[0] for hook, score in ig_inputs(patch, sites, nodes=100).items()}
+    slow = _slow_integral(rows.ids, rows.corrupted().ids, rows.answer_ids[0], rows.wrong_ids[0])
+    assert slow.keys() == found.keys()
+    for hook, product in slow.items():
+        by_head = product.unflatten(-1, (4, 8)).sum((0, 2)) if "hook_z" in hook else None
+        expected = product.sum()[None] if by_head is None else by_head
+        torch.testing.assert_close(found[hook], expected, rtol=5e-4, atol=2e-5)
+
+
+def _slow_integral(ids, corrupt, answers, wrongs, points=2_000):
+    """(clean - corrupt) * mean gradient on the way, [pos, width] by hook."""
     model = pairs.hf_model("llama")
     pairs.noised(model)
-    ids, corrupt = rows.ids, rows.corrupted().ids
-    answer, wrong = int(rows.answer_ids[0][0]), int(rows.wrong_ids[0][0])
-    table = model.model.embed_tokens.weight.detach()
-    modules = {}
+    table, seen = model.model.embed_tokens.weight.detach(), {}
+
+    def keep(name, tensor):
+        seen[name] = tensor
+        if tensor.requires_grad:
+            tensor.retain_grad()
+
     for number, layer in enumerate(model.model.layers):
-        modules[f"z{number}"] = layer.self_attn.o_proj
-        modules[f"mlp{number}"] = layer.mlp
-    seen = {}
-
-    def keep(name):
-        def hook(module, args, out):
-            tensor = args[0] if name.startswith("z") else out
-            seen[name] = tensor
-            if tensor.requires_grad:
-                tensor.retain_grad()
-
-        return hook
-
-    for name, module in modules.items():
-        module.register_forward_hook(keep(name))
-    ends = {}
-    for which, tokens in (("clean", ids), ("corrupt", corrupt)):
+        z, mlp = (f"blocks.{number}.{name}" for name in ("attn.hook_z", "hook_mlp_out"))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a, z=z: keep(z, a[0]))
+        layer.mlp.register_forward_hook(lambda m, a, out, mlp=mlp: keep(mlp, out))
+    ends = []
+    for tokens in (ids, corrupt):
         with torch.no_grad():
             model(tokens)
-        ends[which] = {name: tensor.detach() for name, tensor in seen.items()}
-        ends[which]["embed"] = table[tokens]
-    points, total = 2_000, {}
-    for start in range(0, points, 100):
-        s = (torch.arange(start, start + 100) + 0.5) / points
-        way = ends["clean"]["embed"] - ends["corrupt"]["embed"]
-        moved = ends["corrupt"]["embed"] + s[:, None, None] * way
-        moved = moved.requires_grad_(True)
+        ends.append({**{n: t.detach() for n, t in seen.items()}, "hook_embed": table[tokens]})
+    clean, start = ends
+    ways, total = {name: (clean[name] - start[name])[0] for name in clean}, {}
+    for first in range(0, points, 100):
+        s = (torch.arange(first, first + 100) + 0.5) / points
+        moved = start["hook_embed"] + s[:, None, None] * ways["hook_embed"]
+        keep("hook_embed", moved.requires_grad_(True))
         logits = model(inputs_embeds=moved).logits[:, 4]
-        (logits[:, answer] - logits[:, wrong]).sum().backward()
-        seen["embed"] = moved
+        (logits[:, int(answers[0])] - logits[:, int(wrongs[0])]).sum().backward()
         for name, tensor in seen.items():
             total[name] = total.get(name, 0.0) + tensor.grad.sum(0) / points
-    assert len(total) == len(found) == 5
-    for name, gradient in total.items():
-        product = (ends["clean"][name][0] - ends["corrupt"][name][0]) * gradient
-        if name == "embed":
-            ours, expected = found["hook_embed"], product.sum()[None]
-        elif name.startswith("mlp"):
-            ours, expected = found[f"blocks.{name[3:]}.hook_mlp_out"], product.sum()[None]
-        else:
-            ours = found[f"blocks.{name[1:]}.attn.hook_z"]
-            expected = product.unflatten(-1, (4, 8)).sum((0, 2))
-        torch.testing.assert_close(ours, expected, rtol=5e-4, atol=2e-5)
+    return {name: ways[name] * gradient for name, gradient in total.items()}
 
 
 def test_edges_along_inputs_sum_to_the_scores_of_their_sources():

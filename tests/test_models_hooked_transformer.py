@@ -247,6 +247,66 @@ def test_repaired_scores_are_those_of_the_bridge(family, estimator):
             assert error <= 2e-5 * values.abs().max() + 1e-7, (scored, cut)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edges_are_those_of_the_bridge(family):
+    from tvlens.attribution.directions import question
+    from tvlens.attribution.edge_patching import edges_together, exact_edges
+    from tvlens.attribution.edges import edge_scores
+
+    from .test_attribution_nodes import batch as with_corrupt
+
+    ours, made = own_pair(family)
+    batch, theirs = with_corrupt(), bridges(made)
+    before = state(ours.tuned.model)
+    for direction in ("clean_into_corrupt", "tuned_into_base"):
+        asked = [question(pair, metric(), direction) for pair in (ours, theirs)]
+        mine, wanted = (edge_scores(each, batch) for each in asked)
+        biased = [edge for edge in mine.graph.edges if edge.source.part == "b_O"]
+        named = [edge for edge in wanted.graph.edges if edge.source.part != "b_O"]
+        assert len(mine.graph.edges) - len(biased) == len(named)  # HookedTransformer has them all
+        largest = float(wanted.values.abs().max())
+        assert largest > 1e-3
+        for edge in named:
+            assert float((mine.of(edge) - wanted.of(edge)).abs().max()) <= 2e-5 * largest, edge
+        some = named[:: max(1, len(named) // 6)]
+        exact = [
+            exact_edges(pair, batch, metric(), some, direction=direction).to_frame()["score"]
+            for pair in (ours, theirs)
+        ]
+        assert (exact[0] - exact[1]).abs().max() <= 1e-5 * max(1.0, exact[1].abs().max())
+    question_here = question(ours, metric(), "clean_into_corrupt")
+    every = edges_together(question_here, batch, mine.graph.exists)
+    torch.testing.assert_close(
+        every, ours.values(ours.tuned, metric(), batch).detach().double(), rtol=0, atol=5e-6
+    )
+    assert_as_found(before, ours.tuned.model)
+
+
+def test_edges_of_folded_weights_are_those_of_the_folded_model():
+    """Norms without gains: what reads the stream is told by the model's own modules."""
+    from tvlens.attribution.directions import question
+    from tvlens.attribution.edges import edge_scores
+    from tvlens.models import HookedPair, LensModel
+
+    from .test_attribution_nodes import batch as with_corrupt
+
+    folded, raw = (
+        HookedPair.of(
+            *(LensModel.wrap(hooked.hooked_transformer(m, folded=how)) for m in models("gpt2"))
+        )
+        for how in (True, False)
+    )
+    found = [
+        edge_scores(question(pair, metric(), "clean_into_corrupt"), with_corrupt())
+        for pair in (folded, raw)
+    ]
+    logits = [edge for edge in found[1].graph.edges if edge.target.part != "logits"]
+    largest = float(found[1].values.abs().max())
+    for edge in logits:  # folding and centring change neither what heads read nor their effect
+        error = float((found[0].of(edge) - found[1].of(edge)).abs().max())
+        assert error <= 1e-4 * largest, edge
+
+
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_an_anchor_is_that_of_the_bridge(family):
     from tvlens.attribution.weights import weight_scores

@@ -31,7 +31,8 @@ SERIES = {
 OPTIONS = (
     *("--nodes", ",".join(PARTS), "--direction", "default", "--position"),
     *("--direction", "clean_into_corrupt@base", "--direction", "zero_ablation"),
-    *("--check-exact", "14", "--metric", "logit_diff"),
+    *("--check-exact", "14", "--metric", "logit_diff", "--edges"),
+    *("--estimator", "first_order", "--estimator", "ig_inputs"),
 )
 PROMPTS = 3
 
@@ -50,6 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     usable = [one for one in lines if "corrupt" in one][:PROMPTS]
     for number, one in enumerate(usable):
         one["corrupt"] = one["prompt"].replace("mean", "word") if number < 2 else one["prompt"]
+        one["split"] = "choose" if number == 0 else "judge"
         if number >= 2:
             del one["corrupt"]
     (root / "some.jsonl").write_text("\n".join(map(json.dumps, usable)))
@@ -86,6 +88,35 @@ def test_every_direction_and_activation_that_was_named_is_there(attribution) -> 
     within = estimates["direction"].isin(("clean_into_corrupt", "zero_ablation"))
     assert set(estimates[within]["method"]) == {"activation_first_order"}
     assert set(estimates[~within]["method"]) == {"cross_model_first_order"}
+
+
+def test_every_direction_has_its_edges_checked_and_circuits_between_prompts(
+    study: Study, attribution
+) -> None:
+    rows = attribution[attribution["space"] == "edge"]
+    estimates = rows[rows["estimator"] == "first_order"]
+    assert set(zip(estimates["direction"], estimates["at"], strict=True)) == SERIES
+    along = rows[rows["estimator"] == "ig_inputs"]
+    assert set(along["direction"]) == {"clean_into_corrupt"}
+    assert along["nodes"].notna().all()
+    fidelity = study.fidelity.to_frame()
+    checked = fidelity[(fidelity["kind"] == "edge") & (fidelity["stratum"] == "random")]
+    assert set(checked["method"]) == {"edge_first_order", "edge_ig_inputs"}
+    assert len(checked) == len(SERIES) + 2
+    across = checked[checked["direction"].isin(("tuned_into_base", "base_into_tuned"))]
+    assert (across["spearman"] > 0.8).all()
+    circuits = study.table("edge_circuits").to_frame()
+    assert set(zip(circuits["direction"], circuits["at"], strict=True)) == {
+        ("clean_into_corrupt", "base"),
+        ("clean_into_corrupt", "tuned"),
+    }
+    assert set(circuits["ranked_by"]) == {"edge_first_order", "edge_ig_inputs", "random"}
+    whole = circuits[circuits["k"] == circuits["of"]]
+    assert (whole["value"] - 1).abs().max() < 1e-4
+    compared = study.table("circuits").to_frame()
+    assert (compared["kind"] == "edge").sum() > 20
+    said = " ".join(study.manifest["warnings"])
+    assert "ig_inputs needs a prompt and its corrupt prompt: tuned into base" in said
 
 
 def test_every_direction_and_activation_is_checked_exactly(study: Study, attribution) -> None:
@@ -145,11 +176,12 @@ def test_scores_by_position_stand_at_the_tokens_of_the_prompt(study: Study, root
 
 def test_the_base_and_the_tuned_circuit_are_compared_part_by_part(study: Study) -> None:
     circuits = study.table("circuits").to_frame()
-    assert set(circuits["part"]) == set(PARTS)
+    nodes = circuits[circuits["kind"] != "edge"]
+    assert set(nodes["part"]) == set(PARTS)
     joins = study.table("joins").to_frame()
     assert set(zip(joins["kind"], joins["part"].fillna(""), strict=True)) == {
         ("head", "z"), ("head", "q"), ("kv_head", "k"), ("neuron", "pre"), ("neuron", "post"),
-        ("node", ""),
+        ("node", ""), ("edge", ""),
     }  # fmt: skip
     heads = circuits[circuits["part"] == "q"]
     rho = heads[["score_base", "score_tuned"]].corr("spearman").iloc[0, 1]
@@ -206,7 +238,8 @@ def test_inspect_plans_the_rows_and_the_bytes_that_were_written(study: Study, ro
             assert rows["at_least"] <= made <= rows["at_most"], name
     assert set(stage["tables"]) == set(study.tables)
     files = [*(study.folder / "positions").glob("*.safetensors")]
-    assert stage["positions"]["tensors"] == len(SERIES) * len(PARTS)
+    # two more series for gradients along the inputs, which only two directions have
+    assert stage["positions"]["tensors"] == (len(SERIES) + 2) * len(PARTS)
     headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
     whole = sum(path.stat().st_size for path in files) - headers
     assert stage["positions"]["bytes"] == whole
@@ -271,6 +304,7 @@ def selected_study(study: Study, root: Path) -> Study:
     shutil.copytree(study.folder, folder)
     select = 'layer == 1 and kind in ("head", "matrix", "node")'
     less = {"position": False, "nodes": "z,mlp_out", "directions": ("tuned_into_base",)}
+    less |= {"estimators": ("first_order",), "edges": False}
     return run_study(
         study.plan.model_copy(update={**less, "select": select, "check_exact": 9}), folder
     )
@@ -280,6 +314,7 @@ def test_a_plan_without_positions_takes_the_old_ones_away(selected_study: Study)
     folder = selected_study.folder
     assert not (folder / "positions").exists()
     assert not (folder / "circuits.parquet").exists()
+    assert not (folder / "edge_circuits.parquet").exists()
     with pytest.raises(StudyError, match="--position"):
         selected_study.positions("head")
     page = (folder / "report.html").read_text("utf-8")
@@ -330,6 +365,7 @@ def test_a_selection_of_nothing_is_refused(study: Study, root: Path, select, sai
 def test_a_scan_in_bfloat16_is_near_and_says_what_it_is(study: Study, attribution, root) -> None:
     plan = study.plan.model_copy(
         update={"dtype": "bfloat16", "nodes": "z,k", "directions": ("tuned_into_base",)}
+        | {"estimators": ("first_order",)}
     )
     made = run_study(plan, root / "scan")
     assert not {"fidelity", "findings"} & {*made.tables}

@@ -219,11 +219,17 @@ def test_all_parts_in_all_directions_have_the_rows_that_were_planned(pair, promp
     hooked, words = HookedPair(pair), ("all", ("all", "clean_into_corrupt@base"))
     assert all_parts(hooked.base) == parts_there(gated=pair.layout.gated)
     plan = _plan(
-        nodes=words[0], directions=words[1], position=True, check_exact=17, check_prompts=3
+        nodes=words[0],
+        directions=words[1],
+        edges=True,
+        position=True,
+        check_exact=17,
+        check_prompts=3,
     )
     made = _attributed(plan, hooked, asked, batch, SHIPPED["logprob"], lambda text: None)
     tables = {table.name: table.to_frame() for table in made.tables}
-    counted = _asked(words=_words("all", *words[1]), longest=13, position=True)
+    named = _words("all", *words[1])._replace(edges=True)
+    counted = _asked(words=named, longest=13, position=True)
     estimates = tables["attribution"][tables["attribution"]["estimator"] != "exact"]
     by_method = estimates["method"].value_counts().to_dict()
     assert dict(estimate_rows(pair, counted).by) == by_method
@@ -232,6 +238,9 @@ def test_all_parts_in_all_directions_have_the_rows_that_were_planned(pair, promp
         assert planned[name].at_least == planned[name].at_most == len(tables[name]), name
     for name in ("roles", "circuits"):
         assert planned[name].at_least <= len(tables[name]) <= planned[name].at_most, name
+    assert planned["edge_circuits"].at_most > 0
+    assert "edge_circuits" not in tables
+    assert sum("no circuits of edges" in said for said in made.warnings) == 3  # no splits here
     shapes = [
         tuple(tensor["shape"])
         for series in made.positions

@@ -10,8 +10,9 @@ directions where it matters, is ``contrasts`` weighted by ``effect_of_layers``):
   wherever it was written. Written and passing: ``both``; written alone: ``source``; passing alone:
   ``carrier``; else ``neither``. A score counts if its 95 % interval over prompts (Student's t)
   excludes 0 and its mean is at least one per cent of the metric's mean change.
-- *Is it the same circuit?* Rank agreement of the scores of clean into corrupt activations in the
-  base and in the tuned model, and the components where they differ most.
+- *Is it the same circuit?* Rank agreement of the scores of clean into corrupt activations, and of
+  edges, in the base and in the tuned model, and the components where they differ most. Of neurons
+  and edges those are compared that have rows per prompt in both.
 
 Ranks are compared with a bootstrap over components; what has fewer than three is null.
 """
@@ -37,6 +38,8 @@ _CONFIDENCE = 0.95
 _PRODUCTS = ("OV", "QK")
 _OUTPUTS = ("z", "post")
 """What a head and a neuron give on: the activation that stands for the whole site."""
+_WITHIN = ("activation_first_order", "edge_first_order")
+"""Methods whose scores within one model are compared between the two."""
 _SITES = ("head", "kv_head", "neuron")
 
 Scores = dict[Component, Float[np.ndarray, " prompt"]]
@@ -181,7 +184,7 @@ def role(written: Interval, passing: Interval, change: float) -> Role:
 def circuits_table(attribution: Table) -> Table | None:
     """Scores of clean into corrupt in the base and in the tuned model; None without both."""
     frame = attribution.to_frame()
-    asked = (frame["method"] == "activation_first_order") & frame["prompt"].notna()
+    asked = frame["method"].isin(_WITHIN) & frame["prompt"].notna()
     frame = frame[asked & (frame["direction"] == "clean_into_corrupt")]
     base, tuned = (_scores(frame[frame["at"] == end], whole=False) for end in ("base", "tuned"))
     components = [c for c in tuned if c in base]
@@ -211,7 +214,8 @@ def circuit_agreement(circuits: Table, *, seed: int = 0) -> Table:
     groups = pd.Series(list(map(group_of, keys(frame))), index=frame.index, dtype=object)
     for (kind, part), group in frame.groupby(groups, sort=False):
         found = rank_agreement(group["score_base"], group["score_tuned"], seed=seed)
-        rows.append(("same_circuit", "activation_first_order", kind, part, len(group), *found))
+        method = _WITHIN[kind == "edge"]
+        rows.append(("same_circuit", method, kind, part, len(group), *found))
     return _joins_table(rows, circuits)
 
 

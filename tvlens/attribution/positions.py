@@ -32,7 +32,7 @@ from .tables import Cut, MethodRun
 FOLDER, INDEX = "positions", "index.json"
 MAIN_PARTS = {"head": "z", "neuron": "post"}
 """The activation that is meant where a kind is named alone."""
-MAIN_DIRECTION = "tuned_into_base"
+MAIN_DIRECTION, MAIN_ESTIMATOR = "tuned_into_base", "first_order"
 _SAME = ("base", "tuned", "method", "direction", "at", "metric", "unit")
 _ALIGNED = 8
 _COPIED = 1 << 22
@@ -212,13 +212,14 @@ class PositionIndex:
                 yield series, part, str(tensor["kind"])
 
     def chosen(
-        self, kind: str, part: str | None, **asked: str | None
+        self, kind: str, part: str | None, *, estimator: str | None = None, **asked: str | None
     ) -> tuple[Mapping[str, Any], str]:
         """The one series and part that is meant.
 
         Args:
             kind: Kind of the components.
             part: The activation; None for that of ``MAIN_PARTS``, or the only one.
+            estimator: None for any; of several, ``first_order`` is meant.
             asked: ``direction``, ``at``, ``tuned``; None for any. Of several directions,
                 ``tuned_into_base`` is meant.
 
@@ -231,11 +232,13 @@ class PositionIndex:
             for series, each, of_kind in self.tensors()
             if of_kind == kind
             and part in (None, each)
+            and (estimator is None or _estimator(series, estimator))
             and all(series[name] == value for name, value in wanted.items())
         ]
         for preferred in (
             lambda series, each: each == MAIN_PARTS.get(kind),
             lambda series, each: series["direction"] == MAIN_DIRECTION,
+            lambda series, each: _estimator(series, MAIN_ESTIMATOR),
         ):
             fit = [one for one in fit if preferred(*one)] or fit
         if len(fit) != 1:
@@ -257,7 +260,8 @@ class PositionIndex:
     @staticmethod
     def _named(series: Mapping[str, Any], part: str) -> str:
         kind = series["tensors"][part]["kind"]
-        return f"{kind} {part}, {series['direction']} at {series['at']}, {series['tuned']}"
+        where = f"{series['direction']} at {series['at']}, {series['tuned']}"
+        return f"{kind} {part}, {where}, {series['method']}"
 
     def scores(
         self, series: Mapping[str, Any], part: str
@@ -298,6 +302,7 @@ def read_positions(
     part: str | None = None,
     direction: str | None = None,
     at: str | None = None,
+    estimator: str | None = None,
     tuned: str | None = None,
 ) -> PositionScores:
     """Scores by position from the study folder ``study``.
@@ -308,13 +313,15 @@ def read_positions(
         part: The activation; ``z`` of heads and ``post`` of neurons unless named.
         direction: What was put where; ``tuned_into_base`` of several unless named.
         at: The model that ran.
+        estimator: How they were estimated; ``first_order`` of several unless named.
         tuned: The fine-tune, where there are several.
 
     Raises:
         StudyError: None or several fit, or a file is broken.
     """
     index = PositionIndex.read(study)
-    series, found = index.chosen(kind, part, direction=direction, at=at, tuned=tuned)
+    asked = {"direction": direction, "at": at, "tuned": tuned}
+    series, found = index.chosen(kind, part, estimator=estimator, **asked)
     return PositionScores(
         index.scores(series, found),
         kind,
@@ -323,3 +330,8 @@ def read_positions(
         lengths=tuple(series["lengths"]),
         **{name: series[name] for name in ("tuned", "direction", "at", "metric", "unit")},
     )
+
+
+def _estimator(series: Mapping[str, Any], estimator: str) -> bool:
+    """Whether a series was estimated so, which its method's label ends with."""
+    return str(series["method"]).endswith(f"_{estimator}")

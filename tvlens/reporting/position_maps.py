@@ -71,6 +71,7 @@ def _largest(prompts: pd.DataFrame, numbers: list[int]) -> Any:
 def _heading(series: Mapping[str, Any], row: Any) -> str:
     words = str(series["direction"]).replace("_", " ")
     where = "" if series["at"] in series["direction"] else f", in {series['at']}"
+    where += "" if series["method"].endswith("first_order") else f" ({series['method']})"
     return f"{words[:1].upper()}{words[1:]}{where}: prompt {int(row.prompt)}"
 
 

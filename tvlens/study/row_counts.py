@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tvlens.attribution.activations import ADDITIVE
 from tvlens.attribution.directions import method_label
 from tvlens.attribution.exchanges import (
     USUAL,
@@ -444,18 +445,21 @@ def circuit_sizes(pair: Pair, asked: Asked) -> dict[Group, int]:
     within = [one for one in asked.exchanges(pair.layout) if one.direction == "clean_into_corrupt"]
     if len(within) < 2:
         return {}
-    return activation_sizes(pair.layout, asked, within[0].parts)
+    sizes = activation_sizes(pair.layout, asked, within[0].parts)
+    if "first_order" in within[0].of_edges:
+        sizes["edge", None] = edge_counts.rows_per_prompt(pair)
+    return sizes
 
 
 def circuit_rows(pair: Pair, asked: Asked) -> Rows:
-    """Rows of ``circuits``: neurons count where both models have rows per prompt of them."""
+    """Rows of ``circuits``: neurons and edges count where both models have rows of them."""
     layout, sizes = pair.layout, circuit_sizes(pair, asked)
-    most, whole = sum(sizes.values()), layout.n_layers * layout.d_mlp
+    all_of = {"neuron": layout.n_layers * layout.d_mlp, "edge": edge_counts.edge_count(pair)}
     in_both = {
-        group: max(0, 2 * size - whole) if group[0] == "neuron" else size
+        group: max(0, 2 * size - all_of[group[0]]) if group[0] in all_of else size
         for group, size in sizes.items()
     }
-    return Rows(sum(in_both.values()), most)
+    return Rows(sum(in_both.values()), sum(sizes.values()))
 
 
 def position_shapes(pair: Pair, asked: Asked) -> list[tuple[int, int, int, int]]:
@@ -464,9 +468,17 @@ def position_shapes(pair: Pair, asked: Asked) -> list[tuple[int, int, int, int]]
     indices = {"head": layout.n_heads, "kv_head": layout.n_kv_heads, "neuron": layout.d_mlp}
     found = []
     for one in asked.exchanges(layout) if asked.position else ():
-        for cut in (NODES[part][0] for part in one.parts):
-            layers = layout.n_layers if cut.layered else 1
-            found.append((one.prompts, asked.longest, layers, indices.get(cut.kind, 1)))
+        cuts = [NODES[part][0] for part in one.parts]
+        shapes = [
+            (
+                one.prompts,
+                asked.longest,
+                layout.n_layers if cut.layered else 1,
+                indices.get(cut.kind, 1),
+            )
+            for cut in cuts
+        ]
+        found += shapes * sum(estimator in ADDITIVE for estimator in one.estimators)
     return found
 
 

@@ -205,6 +205,7 @@ class Study:
         part: str | None = None,
         direction: str | None = None,
         at: str | None = None,
+        estimator: str | None = None,
         tuned: str | None = None,
     ) -> "PositionScores":
         """Scores by position of a kind of component, with the tokens at those places.
@@ -216,6 +217,7 @@ class Study:
             part: The activation; ``z`` of heads and ``post`` of neurons unless named.
             direction: What was put where; ``tuned_into_base`` of several unless named.
             at: The model that ran.
+            estimator: How they were estimated; ``first_order`` of several unless named.
             tuned: The fine-tune, where there are several.
 
         Raises:
@@ -224,6 +226,7 @@ class Study:
         from tvlens.attribution.positions import read_positions
 
         asked = {"part": part, "direction": direction, "at": at, "tuned": tuned}
+        asked["estimator"] = estimator
         found = read_positions(self.folder, kind, **asked)
         prompts = self.table("prompts").where(tuned=found.tuned).to_frame().set_index("prompt")
         rows = prompts.loc[list(found.prompts)]
