@@ -370,6 +370,11 @@ def test_the_rows_of_edges():
     assert {*largest} <= with_rows
     assert len(with_rows) == 10 + 64
     assert len(by_prompt) == 3 * 74
+    labelled = {str(edge.component): edge for edge in found.graph.edges}
+    for row in by_prompt.itertuples():
+        expected = float(found.of(labelled[row.component])[int(row.prompt)])
+        assert row.score == pytest.approx(expected, abs=1e-9)
+        assert row.component == f"{row.source}->{row.target}"
     ranked = [str(edge.component) for edge in found.ranked()]
     means = {c: abs(s) for c, s in zip(mean["component"], mean["score"], strict=True)}
     assert ranked[0] == max(means, key=lambda label: means[label])
@@ -432,6 +437,23 @@ def test_a_family_whose_blocks_do_not_add_up_is_refused():
         models.append(LensModel.wrap(_bridge(model.eval(), "granite")))
     with pytest.raises(HostError, match="does not add up"):
         attribute_edges(HookedPair.of(*models), batch(), metric(), direction="clean_into_corrupt")
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_every_stream_and_every_reading_of_it_is_checked(family):
+    from tvlens.attribution.edge_graph import EdgeGraph
+    from tvlens.attribution.nodes import activations
+    from tvlens.errors import HostError
+
+    hooked, rows = pairs.hooked_pair(family), batch()
+    graph = EdgeGraph(hooked.base)
+    found = activations(hooked.base, rows.ids, rows.mask, graph.checked_at)
+    graph.require_sums(found)
+    for hook in graph.checked_at:
+        moved = found[hook].clone()
+        moved[0, 2] += 0.02 * moved.abs().max()
+        with pytest.raises(HostError, match="does not add up"):
+            graph.require_sums({**found, hook: moved})
 
 
 def test_models_are_left_as_found_after_success_and_after_an_exception():

@@ -1,7 +1,7 @@
 """What a circuit of a few edges carries: faithfulness, by real runs.
 
 With M(S) the metric of a run in which the edges of a set S are exchanged and all others are the
-receiver's (``edge_patching.edges_together``), for means over prompts,
+receiver's (``edge_patching.sets_of_edges``), for means over prompts,
 
     restored(S)  = (M(S) - M(none)) / (M(all) - M(none))           1: S alone gives the other run
     destroyed(S) = (M(all) - M(all but S)) / (M(all) - M(none))    1: without S nothing is left
@@ -17,7 +17,7 @@ percentiles of a bootstrap over prompts, of the ratio of means.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ from tvlens.tables import Table
 
 from .directions import Question
 from .edge_graph import EdgeGraph
-from .edge_patching import edges_together
+from .edge_patching import sets_of_edges
 from .edges import EdgeScores
 from .grafting import QUESTIONS, share_of_change
 from .grafting import Question as Asked
@@ -61,6 +61,14 @@ EDGE_CIRCUITS_SCHEMA = pa.schema(
     ]
 )
 """``ranked_by`` is the method whose scores chose the set, or ``random``."""
+
+
+class _Set(NamedTuple):
+    """Edges, by place among the graph's, and what chose them."""
+
+    ranked_by: str
+    draw: int
+    chosen: Int[Tensor, " k"]
 
 
 @dataclass(frozen=True)
@@ -109,16 +117,17 @@ def edge_circuits(
             hint="Give more prompts, or set 'split' in the prompt file.",
         )
     search = _Search(asked, batch, {"choose": list(choose), "judge": list(judge)}, seed)
-    points = []
-    for curve in QUESTIONS:
-        for scores in ranked:
-            order = search.order(scores)
-            for k in search.sizes:
-                points += search.points(curve, scores.run.method, 0, order[:k])
-        for k in search.sizes[:-1]:
-            alike = search.order(ranked[0])[:k]
-            for draw in range(RANDOM_SETS):
-                points += search.points(curve, "random", draw, search.random(alike, draw))
+    sets = []
+    for scores in ranked:
+        order = search.order(scores)
+        sets += [_Set(scores.run.method, 0, order[:k]) for k in search.sizes]
+    order = search.order(ranked[0])
+    sets += [
+        _Set("random", draw, search.random(order[:k], draw))
+        for k in search.sizes[:-1]
+        for draw in range(RANDOM_SETS)
+    ]
+    points = [point for curve in QUESTIONS for point in search.points(curve, sets)]
     return _table(points, search)
 
 
@@ -137,16 +146,15 @@ class _Search:
     rows: dict[str, list[int]]
     seed: int
     graph: EdgeGraph = field(init=False)
-    ends: dict[str, tuple[Tensor, Tensor]] = field(init=False)
+    ends: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Run none and all of the edges."""
         self.graph = EdgeGraph(self.asked.receiver)
         every = self.graph.exists
-        self.ends = {
-            split: (self._values(torch.zeros_like(every), split), self._values(every, split))
-            for split in self.rows
-        }
+        for split in self.rows:
+            none, all_of_them = self._values([torch.zeros_like(every), every], split)
+            self.ends[split] = none, all_of_them
         if abs(self._change("choose")) <= NOISE:
             raise StudyError(
                 f"{self.asked.metric.name} is the same with all edges exchanged as with none on "
@@ -176,24 +184,19 @@ class _Search:
         ]
         return torch.from_numpy(np.concatenate(drawn))
 
-    def points(
-        self, curve: Asked, ranked_by: str, draw: int, chosen: Int[Tensor, " k"]
-    ) -> list[_Point]:
-        """One set on both splits."""
-        given = self._given(chosen)
+    def points(self, curve: Asked, sets: Sequence[_Set]) -> list[_Point]:
+        """Every set on both splits."""
+        exchanged = [self._given(one.chosen) for one in sets]
+        if curve == "destroyed":
+            exchanged = [self.graph.exists & ~given for given in exchanged]
         found = []
         for split in self.rows:
             none, every = self.ends[split]
-            if curve == "restored":
-                moved = self._values(given, split) - none
-            else:
-                moved = every - self._values(self.graph.exists & ~given, split)
-            share = share_of_change(moved, every - none, self.seed)
-            found.append(
-                _Point(
-                    curve, ranked_by, draw, split, len(chosen), share.mean, share.low, share.high
-                )
-            )
+            for one, values in zip(sets, self._values(exchanged, split), strict=True):
+                moved = values - none if curve == "restored" else every - values
+                share = share_of_change(moved, every - none, self.seed)
+                at = (one.ranked_by, one.draw, split, len(one.chosen))
+                found.append(_Point(curve, *at, share.mean, share.low, share.high))
         return found
 
     def _given(self, chosen: Int[Tensor, " k"]) -> Bool[Tensor, "source target"]:
@@ -203,9 +206,9 @@ class _Search:
         return given
 
     def _values(
-        self, given: Bool[Tensor, "source target"], split: str
-    ) -> Float64[Tensor, " prompt"]:
-        return edges_together(self.asked, self.batch.rows(self.rows[split]), given)
+        self, sets: Sequence[Bool[Tensor, "source target"]], split: str
+    ) -> Float64[Tensor, "set prompt"]:
+        return sets_of_edges(self.asked, self.batch.rows(self.rows[split]), sets)
 
     def _change(self, split: str) -> float:
         none, every = self.ends[split]

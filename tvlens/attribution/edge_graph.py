@@ -131,11 +131,7 @@ class EdgeGraph:
     @cached_property
     def seen(self) -> list[int]:
         """Of every target how many sources come before it; they are the first ones."""
-        found = [0] * len(self.targets)
-        for reader in (*self.readers, *self.mlps):
-            found[reader.targets] = [reader.seen] * len(found[reader.targets])
-        found[-1] = len(self.sources)
-        return found
+        return [self.reader_of(target).seen for target in range(len(self.targets))]
 
     @property
     def exists(self) -> Bool[Tensor, "source target"]:
@@ -210,16 +206,24 @@ class EdgeGraph:
             )
         return found
 
-    def reader_of(self, target: int) -> Reader:
-        """Whose reading a target is.
+    @cached_property
+    def in_order(self) -> list[Reader]:
+        """All readers of blocks in the order of their targets."""
+        return sorted((*self.readers, *self.mlps), key=lambda reader: reader.targets.start)
 
-        Raises:
-            HostError: It is the logits, which no block reads.
-        """
-        for reader in (*self.readers, *self.mlps):
-            if target in range(reader.targets.start, reader.targets.stop):
-                return reader
-        raise HostError(f"no block reads {self.targets[target]}.")
+    @property
+    def logits(self) -> Reader:
+        """The last reading, of everything, by what no edge goes into but the unembedding."""
+        places = slice(len(self.targets) - 1, len(self.targets))
+        return Reader("", "unembed", "ln_final", places, self.last_stream, len(self.sources))
+
+    def reader_of(self, target: int) -> Reader:
+        """Whose reading a target is."""
+        return next(
+            reader
+            for reader in (*self.in_order, self.logits)
+            if target in range(reader.targets.start, reader.targets.stop)
+        )
 
     @property
     def last_stream(self) -> str:
@@ -229,7 +233,7 @@ class EdgeGraph:
     @cached_property
     def streams(self) -> list[str]:
         """Hooks of every stream that is read by a block."""
-        return list(dict.fromkeys(reader.stream for reader in (*self.readers, *self.mlps)))
+        return list(dict.fromkeys(reader.stream for reader in self.in_order))
 
     @cached_property
     def writers(self) -> list[Writer]:
@@ -315,14 +319,27 @@ class EdgeGraph:
         return wide(kept.canonical(kept.parameter.detach()))
 
     def made(
-        self, site: str, normed: Float[Tensor, "batch pos d_model"]
+        self, site: str, normed: Float[Tensor, "batch pos d_model"], *, of: slice = slice(None)
     ) -> Float[Tensor, "batch pos d_out"]:
-        """What the map of a site makes of a normed stream, bias included."""
-        made = einsum(
-            wide(normed), self.weight(site), "batch pos d_in, d_in d_out -> batch pos d_out"
-        )
+        """What the map of a site makes of a normed stream, bias included.
+
+        Args:
+            site: The map.
+            normed: The stream behind its norm.
+            of: The entries that are made, all unless given.
+        """
+        pattern = "batch pos d_in, d_in d_out -> batch pos d_out"
+        made = einsum(wide(normed), self.weight(site)[:, of], pattern)
         bias = self.model.host.kept(site).get("bias")
-        return made if bias is None else made + wide(bias.canonical(bias.parameter.detach()))
+        return made if bias is None else made + wide(bias.canonical(bias.parameter.detach()))[of]
+
+    def made_of_head(
+        self, reader: Reader, number: int, stream: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_head"]:
+        """One head's query, key or value, of the stream as that head reads it."""
+        width = self.model.d_head
+        part = slice(number * width, (number + 1) * width)
+        return self.made(reader.site, self.normed(reader.norm, stream), of=part)
 
     @torch.no_grad()
     def require_sums(self, activations: Mapping[str, Tensor]) -> None:
@@ -340,7 +357,7 @@ class EdgeGraph:
                 total = total + written[:, number - places.start]
                 sums[number + 1] = total
         self._require_alike(self.last_stream, sums[len(self.sources)], activations)
-        for reader in (*self.readers, *self.mlps):
+        for reader in self.in_order:
             self._require_alike(reader.stream, sums[reader.seen], activations)
         for reader in self.readers:
             normed = self.normed(reader.norm, activations[reader.stream])

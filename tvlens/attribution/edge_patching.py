@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
@@ -29,7 +29,15 @@ from tvlens.tables import Table
 
 from .directions import Patch, Question, question
 from .edge_graph import EdgeGraph, Reader, Writer
-from .edges import ROWS_AT_ONCE, differences, edge_run, prompts_at_once, source_means
+from .edges import (
+    ROWS_AT_ONCE,
+    differences,
+    edge_run,
+    given_writes,
+    prompts_at_once,
+    require_sums,
+    source_means,
+)
 from .nodes import NODES, Site, activations, wide
 from .patching import Edit, effects, require_single_precision
 from .tables import Direction, Edge, sampled_edges_table
@@ -107,17 +115,17 @@ class _Read:
             stream = self._stream(graph.last_stream, source)
             return [Edit(_site("resid_post", graph.model.n_layers - 1), None, real, stream)]
         reader = graph.reader_of(target)
-        normed = graph.normed(reader.norm, self._stream(reader.stream, source))
+        stream = self._stream(reader.stream, source)
         if name.part == "mlp_in":
+            normed = graph.normed(reader.norm, stream)
             parts = {hook.rpartition("hook_")[2]: site for site, hook in graph.maps(reader)}
             return [
                 Edit(_site(part, name.layer), None, real, graph.made(site, normed))
                 for part, site in parts.items()
             ]
-        made = graph.made(reader.site, normed)
-        count = reader.targets.stop - reader.targets.start
-        by_head = rearrange(made, "batch pos (head d_head) -> batch pos head d_head", head=count)
-        return [Edit(_site(_activation(reader), name.layer), name.index, real, by_head)]
+        made = graph.made_of_head(reader, name.index or 0, stream)
+        head = rearrange(made, "batch pos d_head -> batch pos 1 d_head")
+        return [Edit(_site(_activation(reader), name.layer), name.index, real, head)]
 
     def _stream(self, name: str, source: int) -> Float[Tensor, "batch pos d_model"]:
         own = self.streams[name]
@@ -145,16 +153,35 @@ def edges_together(
     Raises:
         HostError: The model's blocks do not add up, or it runs below float32.
     """
+    return sets_of_edges(asked, batch, [given], rows_at_once=rows_at_once)[0]
+
+
+def sets_of_edges(
+    asked: Question,
+    batch: Batch,
+    sets: Sequence[Bool[Tensor, "source target"]],
+    *,
+    rows_at_once: int = ROWS_AT_ONCE,
+) -> Float64[Tensor, "set batch"]:
+    """``edges_together`` of several sets, for which the given run is run once.
+
+    Raises:
+        HostError: As for ``edges_together``.
+    """
     require_single_precision(asked)
     graph, found = EdgeGraph(asked.receiver), []
     means = source_means(asked, batch, graph)
     for rows in batch.chunks(min(rows_at_once, prompts_at_once(graph, batch))):
-        patch = asked.patch(rows, means)
-        run = _SetOfEdges(graph, patch, given & graph.exists)
-        with torch.no_grad(), patch.receiver.hooks(fwd=run.hooks()):
-            logits = patch.reading.logits(patch.receiver, patch.receiver_ids)
-            found.append(patch.reading.value(logits).cpu().double())
-    return torch.cat(found)
+        patch, values = asked.patch(rows, means), []
+        require_sums(patch, graph)
+        writes = given_writes(patch, graph)
+        for given in sets:
+            run = _SetOfEdges(graph, patch, given & graph.exists, writes.clone())
+            with torch.no_grad(), patch.receiver.hooks(fwd=run.hooks()):
+                logits = patch.reading.logits(patch.receiver, patch.receiver_ids)
+                values.append(patch.reading.value(logits).cpu().double())
+        found.append(torch.stack(values))
+    return torch.cat(found, dim=1)
 
 
 @dataclass(eq=False)
@@ -167,28 +194,16 @@ class _SetOfEdges:
         given: The edges that are exchanged.
         writes: What sources write in the given run, which becomes that minus what they write here
             as soon as they have written.
+        total: The sum of these differences over the sources that have written, by their number.
         streams: What is read here, by hook, as far as the run has come.
     """
 
     graph: EdgeGraph
     patch: Patch
     given: Bool[Tensor, "source target"]
-    writes: Float[Tensor, "batch source pos d_model"] = field(
-        default_factory=lambda: torch.zeros(())
-    )
+    writes: Float[Tensor, "batch source pos d_model"]
+    total: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Run the donor for what it writes."""
-        donor = self.patch.donor or self.patch.receiver
-        graph, model = self.graph, self.patch.receiver
-        batch, pos = self.patch.batch.ids.shape
-        shape = (batch, len(graph.sources), pos, model.d_model)
-        self.writes = torch.zeros(shape, dtype=torch.promote_types(model.dtype, torch.float32))
-        self.writes = self.writes.to(model.device)
-        for places, written in graph.written(donor, self.patch.given(graph.written_at)):
-            self.writes[:, places] = written.to(self.writes)
-        self.given = self.given.to(self.writes)
 
     def hooks(self) -> HookList:
         """Forward hooks, in the order of the pass."""
@@ -207,43 +222,46 @@ class _SetOfEdges:
     def _wrote(self, writer: Writer, activation: Tensor, hook: object) -> None:
         written = self.graph.written_by(self.patch.receiver, writer, activation)
         padding = ~self.patch.batch.mask.bool().to(written.device)
-        moved = self.writes[:, writer.places] - written
-        self.writes[:, writer.places] = moved.masked_fill(padding[:, None, :, None], 0.0)
+        moved = self.writes[:, writer.places].sub_(written)
+        moved.masked_fill_(padding[:, None, :, None], 0.0)
+        before = self.total.get(writer.places.start, torch.zeros_like(moved[:, 0]))
+        self.total[writer.places.stop] = before + moved.sum(1)
 
-    def _streams_of(self, reader: Reader) -> Float[Tensor, "target batch pos d_model"]:
-        chosen = self.given[: reader.seen, reader.targets]
+    def _moved(self, target: int, seen: int) -> Float[Tensor, "batch pos d_model"]:
+        """What the sources of a target's edges change in its stream, by the shorter way."""
+        given = self.given[:seen, target]
+        few = int(given.sum()) <= seen // 2
+        moved = torch.zeros_like(self.total[seen]) if few else self.total[seen].clone()
+        for source in torch.nonzero(given == few).flatten().tolist():
+            moved.add_(self.writes[:, source], alpha=1.0 if few else -1.0)
+        return moved
+
+    def _stream_of(self, reader: Reader, target: int) -> Float[Tensor, "batch pos d_model"]:
         own = self.streams[reader.stream]
-        moved = einsum(
-            chosen,
-            self.writes[:, : reader.seen],
-            "source target, batch source pos width -> target batch pos width",
-        )
-        return (wide(own) + moved).to(own.dtype)
+        return (wide(own) + self._moved(target, reader.seen)).to(own.dtype)
 
     def _read(self, reader: Reader, activation: Tensor, hook: object) -> Tensor:
-        if not self.given[:, reader.targets].any():
-            return activation
-        made = [
-            rearrange(
-                self.graph.made(reader.site, self.graph.normed(reader.norm, stream)),
-                "batch pos (head d_head) -> batch pos head d_head",
-                head=activation.shape[2],
-            )[:, :, number]
-            for number, stream in enumerate(self._streams_of(reader))
-        ]
-        return torch.stack(made, dim=2).to(activation.dtype)
+        places = range(reader.targets.start, reader.targets.stop)
+        made = {
+            number: self.graph.made_of_head(reader, number, self._stream_of(reader, target))
+            for number, target in enumerate(places)
+            if self.given[:, target].any()
+        }
+        patched = activation.clone()
+        for number, head in made.items():
+            patched[:, :, number] = head.to(activation.dtype)
+        return patched
 
     def _mlp(self, reader: Reader, site: str, activation: Tensor, hook: object) -> Tensor:
-        if not self.given[:, reader.targets].any():
+        target = reader.targets.start
+        if not self.given[:, target].any():
             return activation
-        (stream,) = self._streams_of(reader)
-        made = self.graph.made(site, self.graph.normed(reader.norm, stream))
-        return made.to(activation.dtype)
+        normed = self.graph.normed(reader.norm, self._stream_of(reader, target))
+        return self.graph.made(site, normed).to(activation.dtype)
 
     def _last(self, activation: Tensor, hook: object) -> Tensor:
-        moved = einsum(
-            self.given[:, -1], self.writes, "source, batch source pos width -> batch pos width"
-        )
+        logits = self.graph.logits
+        moved = self._moved(logits.targets.start, logits.seen)
         return (wide(activation) + moved).to(activation.dtype)
 
 

@@ -22,7 +22,7 @@ Exact counterpart: ``edge_patching``.
 [2] Hanna, Pezzelle and Belinkov 2024, https://arxiv.org/abs/2403.17806
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -49,6 +49,8 @@ from .weights import gauss_legendre
 EDGES_AT_RANDOM = 64
 """Edges outside the largest that get rows per prompt too: an unbiased check against exact."""
 ROWS_AT_ONCE = 16
+TARGETS_AT_ONCE = 64
+"""Targets whose gradients wait for one product: what sources write is read from memory once."""
 FLOATS_AT_ONCE = 2**27
 """Entries of all sources' differences that are held at a time: half a gigabyte in float32."""
 
@@ -190,31 +192,43 @@ def prompts_at_once(graph: EdgeGraph, batch: Batch) -> int:
     return max(1, FLOATS_AT_ONCE // each)
 
 
+def require_sums(patch: Patch, graph: EdgeGraph) -> None:
+    """Check on the receiver's first prompt that sources sum to the streams that targets read.
+
+    Raises:
+        HostError: They do not in this family.
+    """
+    ids, mask = patch.receiver_ids[:1], patch.batch.mask[:1]
+    graph.require_sums(activations(patch.receiver, ids, mask, graph.checked_at))
+
+
+def given_writes(patch: Patch, graph: EdgeGraph) -> Float[Tensor, "batch source pos d_model"]:
+    """What every source writes in the run that gives, or 0, or its mean."""
+    model, donor = patch.receiver, patch.donor or patch.receiver
+    batch, pos = patch.batch.ids.shape
+    made = torch.zeros(
+        (batch, len(graph.sources), pos, model.d_model),
+        dtype=torch.promote_types(model.dtype, torch.float32),
+        device=model.device,
+    )
+    for places, written in graph.written(donor, patch.given(graph.written_at)):
+        made[:, places] = written.to(made)
+    return made
+
+
 def differences(patch: Patch, graph: EdgeGraph) -> Float[Tensor, "batch source pos d_model"]:
     """What every source writes in the given run minus in the receiver's, 0 at padding.
 
     Raises:
         HostError: Sources do not sum to streams in this family.
     """
-    own = _own_run(patch, graph)
-    given, donor = patch.given(graph.written_at), patch.donor or patch.receiver
-    batch, pos = patch.batch.ids.shape
-    shape = (batch, len(graph.sources), pos, graph.model.d_model)
-    first = own[graph.written_at[0]]
-    made = torch.zeros(shape, device=first.device, dtype=wide(first).dtype)
-    for places, written in graph.written(donor, given):
-        made[:, places] = written.to(made)
+    require_sums(patch, graph)
+    made, mask = given_writes(patch, graph), patch.batch.mask
+    own = activations(patch.receiver, patch.receiver_ids, mask, graph.written_at)
     for places, written in graph.written(patch.receiver, own):
         made[:, places] -= written
-    padding = ~patch.batch.mask.bool().to(made.device)
+    padding = ~mask.bool().to(made.device)
     return made.masked_fill_(padding[:, None, :, None], 0.0)
-
-
-def _own_run(patch: Patch, graph: EdgeGraph) -> dict[str, Tensor]:
-    """What sources write in the receiver, after a check on its first prompt that they sum up."""
-    ids, mask = patch.receiver_ids, patch.batch.mask
-    graph.require_sums(activations(patch.receiver, ids[:1], mask[:1], graph.checked_at))
-    return activations(patch.receiver, ids, mask, graph.written_at)
 
 
 @dataclass(eq=False)
@@ -248,19 +262,28 @@ class _Pass:
         forward, backward = self._hooks()
         with model.frozen(), torch.enable_grad(), model.hooks(fwd=forward, bwd=backward):
             metric_value(self.patch, model).backward()
-        graph = self.graph
         scores = torch.zeros(
-            len(exchanged), len(graph.sources), len(graph.targets), dtype=torch.float64
+            len(exchanged), len(self.graph.sources), len(self.graph.targets), dtype=torch.float64
         )
-        for reader in graph.readers:
-            at_normed = self._behind_map(reader)
-            self._fill(scores, exchanged, reader, self._behind_norm(reader, at_normed))
-        for mlp in graph.mlps:
-            at_normed = self.gradients.pop(mlp.hook)[None]
-            self._fill(scores, exchanged, mlp, self._behind_norm(mlp, at_normed))
-        last = wide(self.gradients.pop(graph.last_stream))[None]
-        scores[:, :, -1:] = _products(exchanged, last)
+        waiting: list[tuple[Reader, Tensor]] = []
+        for reader, gradients in self._read():
+            waiting.append((reader, gradients))
+            if sum(len(rows) for _, rows in waiting) >= TARGETS_AT_ONCE:
+                _fill(scores, exchanged, waiting)
+                waiting = []
+        _fill(scores, exchanged, waiting)
         return scores
+
+    def _read(self) -> Iterator[tuple[Reader, Float[Tensor, "read batch pos d_model"]]]:
+        """The gradients at the stream of every reader's targets, layer by layer."""
+        graph = self.graph
+        for reader in graph.in_order:
+            if reader in graph.mlps:
+                at_normed = self.gradients.pop(reader.hook)[None]
+            else:
+                at_normed = self._behind_map(reader)
+            yield reader, self._behind_norm(reader, at_normed)
+        yield graph.logits, wide(self.gradients.pop(graph.last_stream))[None]
 
     def _hooks(self) -> tuple[HookList, HookList]:
         graph = self.graph
@@ -311,20 +334,21 @@ class _Pass:
             ]
         return wide(torch.stack(back))
 
-    def _fill(
-        self,
-        scores: Float64[Tensor, "batch source target"],
-        exchanged: Float[Tensor, "batch source pos d_model"],
-        reader: Reader,
-        gradients: Float[Tensor, "read batch pos d_model"],
-    ) -> None:
-        found = _products(exchanged[:, : reader.seen], gradients)
-        scores[:, : reader.seen, reader.targets] = found
 
-
-def _products(
+def _fill(
+    scores: Float64[Tensor, "batch source target"],
     exchanged: Float[Tensor, "batch source pos d_model"],
-    gradients: Float[Tensor, "target batch pos d_model"],
-) -> Float64[Tensor, "batch source target"]:
-    pattern = "batch source pos d_model, target batch pos d_model -> batch source target"
-    return einsum(exchanged, gradients, pattern).cpu().double()
+    waiting: Sequence[tuple[Reader, Tensor]],
+) -> None:
+    """Differences times gradients of some readers, whose sources are looked through once."""
+    if not waiting:
+        return
+    seen = max(reader.seen for reader, _ in waiting)
+    gradients = torch.cat([rows for _, rows in waiting])
+    for prompt, writes in enumerate(exchanged):
+        products = writes[:seen].flatten(1) @ gradients[:, prompt].flatten(1).mT
+        start = 0
+        for reader, rows in waiting:
+            own = products[: reader.seen, start : start + len(rows)]
+            scores[prompt, : reader.seen, reader.targets] = own.cpu().double()
+            start += len(rows)
