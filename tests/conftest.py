@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 
 OTHER_FAMILIES = {"mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "neox"}
+WHOLE_STUDIES = {"study", "swept", "part"}
+"""Fixtures that run a study from its plan to its report."""
 
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,10 +20,15 @@ settings.load_profile("tvlens")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs over families is slow for all but Llama: `make test-fast` takes one of each."""
+    """What runs over families is slow for all but Llama: `make test-fast` takes one of each.
+
+    So is what reads a whole study that is made for it.
+    """
     for item in items:
         case = re.search(r"\[(.*)\]", item.name)
-        if case and not {*re.split("[- ]", case[1])}.isdisjoint(OTHER_FAMILIES):
+        families = {*re.split("[- ]", case[1])} if case else set()
+        fixtures = {*getattr(item, "fixturenames", ())}
+        if not families.isdisjoint(OTHER_FAMILIES) or not fixtures.isdisjoint(WHOLE_STUDIES):
             item.add_marker(pytest.mark.slow)
 
 

@@ -181,6 +181,7 @@ def test_a_changed_value_head_is_seen_in_the_query_heads_that_read_it_alone(
         assert (moved[moved.kind == "neuron"].layer == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", CROSS)
 def test_the_exact_score_of_the_only_changed_neuron_is_the_change_of_the_metric(
     base_folder: Path, tmp_path: Path, batch: Batch, direction: str

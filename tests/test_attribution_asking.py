@@ -22,6 +22,7 @@ def methods(table):
     return {tuple(row) for row in frame[["method", "direction", "at"]].drop_duplicates().to_numpy()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "method", "at"),
     [

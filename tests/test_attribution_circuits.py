@@ -62,6 +62,7 @@ def ungrouped(model):
     return apart.eval()
 
 
+@pytest.mark.slow
 def test_a_heads_share_is_the_score_of_keys_and_values_of_its_own():
     from tvlens.models.lens import LensModel, _bridge
     from tvlens.models.pair import HookedPair
@@ -93,6 +94,7 @@ def test_a_heads_share_is_the_score_of_keys_and_values_of_its_own():
             assert float(error.abs().max()) <= 1e-4 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "part"), [("k_proj", "QK"), ("v_proj", "OV")])
 def test_a_change_of_one_kv_head_is_shared_by_its_readers_alone(module, part):
     def change(model):

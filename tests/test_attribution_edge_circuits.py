@@ -26,6 +26,7 @@ def hooked():
     return pairs.hooked_pair("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["clean_into_corrupt", "corrupt_into_clean"])
 def test_all_edges_are_all_of_the_change_and_shares_are_those_of_runs(hooked, direction):
     from tvlens.attribution.edge_patching import edges_together
@@ -80,6 +81,7 @@ def test_all_edges_are_all_of_the_change_and_shares_are_those_of_runs(hooked, di
         assert row["n"].item() == 3
 
 
+@pytest.mark.slow
 def test_sizes_random_sets_and_rows(hooked):
     _, frame = circuits(hooked, batch(lengths=LENGTHS))
     assert sorted(frame["k"].unique()) == [1, 4, 16, 64, 95]
@@ -112,6 +114,7 @@ def test_random_sets_have_as_many_edges_into_each_kind_of_reader(hooked):
     assert set(drawn.tolist()) != set(chosen.tolist())
 
 
+@pytest.mark.slow
 def test_a_planted_circuit_is_found():
     """A model whose answer depends on its prompt through one MLP alone: others write nothing."""
     from tvlens.models.lens import LensModel, _bridge

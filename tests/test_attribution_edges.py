@@ -32,6 +32,7 @@ def exact_matrix(hooked, rows, edges, direction):
     return torch.tensor(wide[[str(edge.component) for edge in edges]].to_numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("direction", WITHIN)
 def test_edges_out_of_a_source_sum_to_the_score_of_what_it_writes(family, direction):
@@ -54,6 +55,7 @@ def test_edges_out_of_a_source_sum_to_the_score_of_what_it_writes(family, direct
         torch.testing.assert_close(out[:, place], expected.double(), rtol=0, atol=allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_edges_together_give_the_other_run_and_none_gives_the_receiver(family):
     from tvlens.attribution.edge_graph import EdgeGraph
@@ -71,6 +73,7 @@ def test_all_edges_together_give_the_other_run_and_none_gives_the_receiver(famil
     assert float((clean - corrupt).abs().min()) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("direction", ["clean_into_corrupt", "base_into_tuned", "zero_ablation"])
 def test_one_edge_is_the_same_alone_and_as_a_set_of_one(family, direction):
@@ -91,6 +94,7 @@ def test_one_edge_is_the_same_alone_and_as_a_set_of_one(family, direction):
         torch.testing.assert_close(alone[:, column], moved, rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_edges_score_is_the_slope_of_its_exact_patch_in_double_precision(
     family, all_double, monkeypatch
@@ -261,6 +265,7 @@ def _one_reader_moved(model, target, change):
     return moved()
 
 
+@pytest.mark.slow
 def test_an_edge_into_a_shared_key_is_the_sum_over_copies_of_it():
     """The same function with a key and value for every query head."""
     from tvlens.models.lens import LensModel, _bridge
@@ -298,6 +303,7 @@ def test_an_edge_into_a_shared_key_is_the_sum_over_copies_of_it():
     assert checked > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_edges_do_not_depend_on_padding_or_on_other_prompts(direction):
     hooked = pairs.hooked_pair("llama")
@@ -313,6 +319,7 @@ def test_edges_do_not_depend_on_padding_or_on_other_prompts(direction):
     torch.testing.assert_close(one_at_a_time.values, right.values, rtol=0, atol=allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["tuned_into_base", "base_into_tuned"])
 def test_small_changes_across_models_are_what_exact_patches_say(direction):
     def little(model):
@@ -346,6 +353,7 @@ def test_scores_are_zero_where_no_edge_is():
     assert "L0H0.result->L1.mlp_in" in labels
 
 
+@pytest.mark.slow
 def test_the_rows_of_edges():
     from tvlens.attribution.edges import attribute_edges
 
@@ -380,6 +388,7 @@ def test_the_rows_of_edges():
     assert ranked[0] == max(means, key=lambda label: means[label])
 
 
+@pytest.mark.slow
 def test_what_has_no_edge_is_refused():
     from tvlens.attribution.edge_patching import exact_edges
     from tvlens.attribution.edges import attribute_edges
@@ -456,6 +465,7 @@ def test_every_stream_and_every_reading_of_it_is_checked(family):
             graph.require_sums({**found, hook: moved})
 
 
+@pytest.mark.slow
 def test_models_are_left_as_found_after_success_and_after_an_exception():
     from tvlens.attribution.edge_patching import edges_together, exact_edges
     from tvlens.attribution.edges import attribute_edges
@@ -484,6 +494,7 @@ def test_models_are_left_as_found_after_success_and_after_an_exception():
         assert state(hooked) == before
 
 
+@pytest.mark.slow
 def test_edges_in_bfloat16_are_a_scan_and_nothing_exact():
     from tvlens.attribution.edge_patching import edges_together, exact_edges
     from tvlens.errors import HostError

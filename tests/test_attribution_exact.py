@@ -54,6 +54,7 @@ def llama_slices(model, index):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["head", "kv_head", "neuron", "norm"])
 def test_insert_and_remove_equal_models_edited_by_hand(kind):
     base, tuned, batch = pairs.hf_model("llama"), pairs.hf_model("llama"), pairs.batch()

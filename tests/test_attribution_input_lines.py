@@ -33,6 +33,7 @@ def change(hooked, rows):
     return clean - corrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("direction", WITHIN)
 def test_scores_of_tokens_sum_to_the_change_of_the_metric(family, direction):
@@ -51,6 +52,7 @@ def test_scores_of_tokens_sum_to_the_change_of_the_metric(family, direction):
     torch.testing.assert_close(placed, whole.double(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_a_slow_integral_in_plain_autograd():
     """transformers alone: embeddings in, gradients at z and MLP outputs, 2,000 midpoints."""
     from tvlens.attribution.input_lines import ig_inputs
@@ -101,6 +103,7 @@ def _slow_integral(ids, corrupt, answers, wrongs, points=2_000):
     return {name: ways[name] * gradient for name, gradient in total.items()}
 
 
+@pytest.mark.slow
 def test_edges_along_inputs_sum_to_the_scores_of_their_sources():
     from tvlens.attribution.edges import edge_scores
 
@@ -119,6 +122,7 @@ def test_edges_along_inputs_sum_to_the_scores_of_their_sources():
             torch.testing.assert_close(out[:, place], expected, rtol=0, atol=allowed)
 
 
+@pytest.mark.slow
 def test_an_effect_hidden_by_saturation_is_seen_along_the_way():
     """A metric that is flat where the gradient is taken and not on the way to the other prompt."""
     from tvlens.attribution.activations import activation_scores
@@ -153,6 +157,7 @@ def test_an_effect_hidden_by_saturation_is_seen_along_the_way():
     )
 
 
+@pytest.mark.slow
 def test_equal_prompts_have_no_scores_and_directions_of_one_prompt_no_line():
     from tvlens.attribution.activations import activation_scores
     from tvlens.attribution.nodes import EMBEDDING
@@ -169,6 +174,7 @@ def test_equal_prompts_have_no_scores_and_directions_of_one_prompt_no_line():
             activation_scores(asked(hooked, direction), rows, estimator="ig_inputs")
 
 
+@pytest.mark.slow
 def test_the_rows_say_how_well_the_line_was_integrated():
     import tvlens as tv
 
@@ -193,6 +199,7 @@ def test_the_rows_say_how_well_the_line_was_integrated():
         )
 
 
+@pytest.mark.slow
 def test_models_are_left_as_found():
     from .test_attribution_activations import state
 

@@ -81,6 +81,7 @@ def every_activation(hooked, *, neurons=(3, 17)):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_activations_score_is_the_finite_difference_in_double_precision(family, all_double):
     from tvlens.attribution.activations import attribute_activations
@@ -145,6 +146,7 @@ def test_exact_patches_equal_the_hosts(family):
                     assert ours[label, 0] == pytest.approx(effect, abs=2e-5), label  # fp32 logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "direction"),
     [
@@ -228,6 +230,7 @@ def test_a_whole_tensor_is_all_its_heads_at_once():
         assert ours["L1.attn_out", prompt] != ours["L1.z", prompt]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_left_and_right_padding_give_the_same_scores(family):
     from tvlens.attribution.activations import attribute_activations, exact_activations
@@ -250,6 +253,7 @@ def test_left_and_right_padding_give_the_same_scores(family):
                 assert left[key] == pytest.approx(value, abs=allowed), key
 
 
+@pytest.mark.slow
 def test_a_prompt_scores_the_same_alone_as_in_a_batch_of_all_parts():
     from tvlens.attribution.activations import attribute_activations
     from tvlens.attribution.nodes import all_parts
@@ -366,6 +370,7 @@ def test_an_ablation_takes_the_activation_away_at_every_place(part, direction):
         assert first[key] == pytest.approx(-float((change * gradient).sum()), abs=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_scores_by_position_sum_to_the_score_and_sit_at_their_token(side):
     from tvlens.attribution.activations import activation_scores

@@ -117,6 +117,7 @@ def test_what_is_meant_must_be_one_tensor(tmp_path: Path) -> None:
         read_positions(tmp_path / "elsewhere", "head")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["tuned_into_base", "clean_into_corrupt", "zero_ablation"])
 def test_scores_by_position_sum_exactly_to_the_tables_in_chunks_as_at_once(
     direction: str, tmp_path: Path

@@ -52,6 +52,7 @@ def by_parameter_gradient(hooked, batch, s):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *DESCENDANTS])
 @pytest.mark.parametrize(("at", "s"), [("base", 0.0), ("tuned", 1.0)])
 def test_score_of_every_tensor_is_its_gradient_times_its_delta(family, at, s):
@@ -405,6 +406,7 @@ def test_scores_by_token_sum_to_the_change_too():
     torch.testing.assert_close(total, found.change, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["base", "tuned"])
 def test_first_order_of_a_distance_to_its_own_end_is_refused_and_explained(end):
     from tvlens.attribution.gates import GatedModel, gated_weight_scores

@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 def test_apply_writes_what_verify_accepts_and_refuses_after_an_edit(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -54,6 +55,7 @@ def test_apply_writes_what_verify_accepts_and_refuses_after_an_edit(
     assert (status, json.loads(text)["holds"]) == (3, False)
 
 
+@pytest.mark.slow
 def test_options_reach_the_merge_and_the_manifest(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -84,6 +86,7 @@ def test_an_adapter_is_written_and_its_losses_said(
     assert run("verify", out)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_vector_file_goes_in_and_moved_inputs_are_named(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def test_it_writes_a_vector_that_adds_up_to_the_tuned_model(
     assert read_header(out).command.startswith("tvlens vector ")
 
 
+@pytest.mark.slow
 def test_selection_scale_and_dtype_are_said_and_kept(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:

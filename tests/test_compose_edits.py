@@ -60,6 +60,7 @@ def assert_close(found, wanted):
     assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_let_in_is_the_base_and_everything_the_stored_tuned_model_bit_for_bit(family):
     import tvlens

@@ -134,6 +134,7 @@ def test_the_folder_has_the_bases_files_and_says_where_it_comes_from(
     assert [*tmp_path.iterdir()] == [out]
 
 
+@pytest.mark.slow
 def test_twice_the_same_merge_gives_the_same_bytes(llama: dict[str, Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
         _merge(llama["base"], [llama["a"], llama["lora"]], method="dare", seed=3).save(
@@ -169,6 +170,7 @@ def test_a_vector_that_does_nothing_gives_the_base(llama: dict[str, Path], tmp_p
     assert saved.manifest.untouched_files == ("model.safetensors",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["task", "ties", "mergekit:ties"])
 def test_what_transformers_loads_computes_like_the_edit_in_memory(
     llama: dict[str, Path], tmp_path: Path, method: str
@@ -340,6 +342,7 @@ def test_a_truncated_adapter_says_what_it_lost(llama: dict[str, Path], tmp_path:
     assert "cannot hold" in saved.sentence
 
 
+@pytest.mark.slow
 def test_a_sum_of_adapters_becomes_an_adapter_without_loss(
     llama: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_portion_is_the_sum_of_its_parts_in_every_matrix_and_nothing_elsewhere
         np.testing.assert_allclose(found[one].dense().numpy(), wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_parts_one_by_one_sum_to_the_matrices_of_the_vector_and_all_at_once_are_its_own():
     from tvlens.compose.portions import GEOMETRIC_PARTS, geometric_parts, has_parts, portion
 
@@ -243,6 +244,7 @@ def taken_from(kind, unit, layout):
     return Along({component("matrix", 0, None, "W_out"): unit[None]}, layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["new_write", "new_both", "direction"])
 def test_a_skill_goes_with_the_part_that_carries_it_and_comes_with_it(kind):
     from tvlens.compose.controls import random_vector
@@ -281,6 +283,7 @@ def test_a_skill_goes_with_the_part_that_carries_it_and_comes_with_it(kind):
         assert {*drawn} == {*part}
 
 
+@pytest.mark.slow
 def test_other_parts_do_not_carry_what_one_part_carries():
     from tvlens.compose.edits import scaled
     from tvlens.compose.portions import GEOMETRIC_PARTS, geometric_parts, portion

@@ -81,6 +81,7 @@ def chosen(text, **how):
     return selected(text, noised().vector.base, found, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "same"),
     [

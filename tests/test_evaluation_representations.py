@@ -85,6 +85,7 @@ def found(llama):
     return compared(llama, documents())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODULES)
 def test_streamed_measures_are_those_of_all_tokens_of_plain_passes(family):
     from tvlens.evaluation.similarity import similarity
@@ -129,6 +130,7 @@ def test_the_cosines_interval_is_a_bootstrap_over_documents(llama, found):
     assert got.low < got.value < got.high
 
 
+@pytest.mark.slow
 def test_passes_padding_and_memory_change_nothing(llama, found, monkeypatch):
     from tvlens.evaluation import representations
 
@@ -204,6 +206,7 @@ def test_a_rotated_residual_stream_keeps_its_cka_and_not_its_cosine():
     assert abs(one.cosines[0].value) < 0.5
 
 
+@pytest.mark.slow
 def test_a_change_at_the_first_token_alone_is_left_out_and_would_decide_otherwise():
     def noise(model):
         pairs.noised(model, scale=0.2)

@@ -34,6 +34,7 @@ def test_quality_of_a_text():
     assert set(dict(quality("", [], ended=False))) == {"loop", "length", "ended"}
 
 
+@pytest.mark.slow
 def test_likeness_to_a_reference_is_that_of_its_packages():
     same = dict(likeness("the heart pumps blood", "the heart pumps blood"))
     assert same["chrf"] == pytest.approx(100.0)

@@ -246,6 +246,7 @@ def test_biases_say_that_they_are_not_classified() -> None:
     assert "not classified yet" in row["label_reason"]
 
 
+@pytest.mark.slow
 def test_every_label_has_its_component_once_and_tests_only_what_is_above_the_floor() -> None:
     labels = _planted_heads(0.05, 0)
     frame, tests = labels.labels.to_frame(), labels.tests.to_frame()
@@ -336,6 +337,7 @@ def test_a_matrix_that_was_zero_in_the_base_is_unresolved_and_has_no_gain() -> N
     assert set(found.contrasts.to_frame()["n_layers"]) == {1}
 
 
+@pytest.mark.slow
 def test_a_single_kv_head_says_that_no_gain_could_be_tested() -> None:
     layout = FakeLayout(n_kv_heads=1, n_layers=1)
     base = base_weights(layout)[W_O]

@@ -194,6 +194,7 @@ def test_spikes_counts_all_directions_where_only_the_strongest_are_kept() -> Non
     np.testing.assert_allclose(rows["strength"], sizes[:8], rtol=0.01)
 
 
+@pytest.mark.slow
 def test_a_change_below_the_rounding_floor_has_no_direction() -> None:
     pair = _planted(W_OUT, 0.3 * torch.outer(_random(192, 1), _token(4)))
     weight = pair.weights[W_OUT]

@@ -39,6 +39,7 @@ def _dense(left: Factor, right: Factor) -> tuple[Tensor, Tensor]:
     return base, (left.base + left.delta) @ (right.base + right.delta) - base
 
 
+@pytest.mark.slow
 @given(st.integers(1, 3), st.integers(2, 9), st.integers(1, 3))
 def test_cores_keep_norms_inner_products_and_spectra_of_the_dense_circuit(
     heads: int, d_model: int, d_head: int

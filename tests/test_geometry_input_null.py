@@ -308,6 +308,7 @@ def test_an_update_drawn_from_the_null_is_rejected_as_often_as_stated(name: str)
     assert 0.93 <= inside <= 0.98
 
 
+@pytest.mark.slow
 def test_an_isotropic_null_would_call_the_same_updates_findings() -> None:
     pairs = [pair_of({p: from_inputs(p, seed=n) for p in READERS}) for n in range(3)]
     rows = rows_of(pairs)
@@ -327,6 +328,7 @@ def _sized(part: str, change: Tensor, relative: float = 0.02) -> Tensor:
     return change * (relative * bases()[part].double().norm() / change.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["W_gate", "W_Q"])
 def test_reads_away_from_the_inputs_are_found_where_random_reads_would_look_alike(
     part: str,
@@ -395,6 +397,7 @@ def test_a_change_in_factors_gets_the_rows_of_its_product() -> None:
 # --- in the tables ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_labels_stay_and_tests_have_the_rows_of_the_null_with_their_q_values() -> None:
     from tvlens.geometry import classify, decompose
 

@@ -24,6 +24,7 @@ def test_scipy_publishes_the_routine_that_is_called(dtype: str) -> None:
     assert not type(routine)._flags_ & holds_the_lock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [1, 2, 7, 150])
 def test_a_part_of_a_spectrum_is_that_of_the_whole(size: int, dtype: str, routine: str) -> None:

@@ -100,6 +100,7 @@ def test_amplification_is_1_of_a_gain_minus_1_of_an_attenuation_and_0_of_both(
         assert found == pytest.approx(float(net), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_amplification_of_noise_is_0_on_average_whatever_the_shape() -> None:
     for shape in ((10, 40), (20, 20)):
         basis = spectral_basis(_normal(*shape))

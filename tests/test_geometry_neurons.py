@@ -20,6 +20,7 @@ def _random(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Ten
     return both[0], both[1]
 
 
+@pytest.mark.slow
 @given(sizes)
 def test_measures_equal_a_loop_over_plain_floats(size: tuple[int, int, int]) -> None:
     base, delta = _random(*size)
@@ -155,6 +156,7 @@ def _one_along_the_base(times_rounding: float) -> pd.DataFrame:
     return calls[calls["kind"] == "neuron"].reset_index(drop=True)
 
 
+@pytest.mark.slow
 def test_a_neuron_along_the_base_is_rewired_by_itself_unless_rounding_could_have_done_it() -> None:
     far, near = _one_along_the_base(25.0), _one_along_the_base(23.0)
     assert far.loc[7, "label"] == "rewired"

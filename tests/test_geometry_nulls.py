@@ -92,6 +92,7 @@ def test_the_variance_over_peers_is_shrunk_to_the_median_of_the_layer() -> None:
     np.testing.assert_allclose(found.p_greater(), stats.t.sf(effect / error, 6))
 
 
+@pytest.mark.slow
 def test_own_versus_others_is_calibrated_where_heads_share_their_values() -> None:
     """Random weights, 3 kv heads of 3 query heads: columns of mates correlate at .24."""
     group = np.repeat(np.arange(3), 3)

@@ -65,6 +65,7 @@ def alone(tensor: Tensor) -> Tensor:
     return tensor[None]
 
 
+@pytest.mark.slow
 @given(st.integers(4, 14), st.integers(4, 14), st.integers(0, 500), st.sampled_from(["W_O", "W_Q"]))
 def test_parts_are_the_projections_written_out_and_sum_to_the_score(
     rows: int, columns: int, seed: int, part: str
@@ -80,6 +81,7 @@ def test_parts_are_the_projections_written_out_and_sum_to_the_score(
     torch.testing.assert_close(sum(found.values()), total, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @given(st.integers(4, 14), st.integers(4, 14), st.integers(0, 500), st.sampled_from(["W_O", "W_Q"]))
 def test_the_parts_themselves_are_the_projections_written_out_and_sum_to_the_change(
     rows: int, columns: int, seed: int, part: str

@@ -66,6 +66,7 @@ def test_a_module_imports_from_its_own_ring_or_one_further_in(path: Path) -> Non
         assert (own, other) not in BLIND, f"{own} must be blind to {other}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_models_names_the_host(path: Path) -> None:
     imported = set()

@@ -234,6 +234,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_models_are_left_as_found(fails):
     from tests.test_attribution_activations import state

@@ -79,6 +79,7 @@ def test_an_adapter_is_merged_into_a_copy(tmp_path: Path, family: str) -> None:
     assert (ours - untouched).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 def test_an_adapter_of_one_use_of_a_tied_embedding_acts_as_in_training(

@@ -59,6 +59,7 @@ def test_the_cut_batch_holds_each_answer_and_the_token_before_it():
     assert cut.n_scored.tolist() == batch.n_scored.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replay_from_any_block_is_the_whole_pass(family):
     from tvlens.models.replay import replay

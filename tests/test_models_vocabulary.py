@@ -187,6 +187,7 @@ def test_a_study_of_moved_tokens_is_refused_before_any_stage(base: Path, tmp_pat
     assert len(weights.weights) > 0
 
 
+@pytest.mark.slow
 def test_held_out_losses_of_a_longer_vocabulary_are_read_with_common_tokens(
     base: Path, longer: Path, tmp_path: Path
 ) -> None:

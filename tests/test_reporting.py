@@ -475,6 +475,7 @@ def test_an_unchecked_ranking_is_withheld(tmp_path):
     assert "Withheld: the ranking was not checked" in words
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_add_up_are_said_not_to(tmp_path):
     from tvlens.reporting.report import render_report
 
@@ -635,6 +636,7 @@ def _headings(page: Path) -> list[str]:
     return re.findall(r"<h[23][^>]*>(.*?)</h[23]>", page.read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_a_study_of_one_stage_has_the_sections_of_that_stage_and_one_line_on_the_others(tmp_path):
     from tvlens.reporting.report import render_report
     from tvlens.tables import Table

@@ -59,6 +59,7 @@ def test_auto_takes_them_on_the_prompts_where_the_models_run_anyway(pair, known)
         assert base_covariances(other, pair).covariances is None
 
 
+@pytest.mark.slow
 def test_they_are_those_of_the_base(pair, known) -> None:
     from tvlens import HookedPair, covariances
     from tvlens.models import load_prompts, tokenised

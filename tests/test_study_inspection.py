@@ -312,6 +312,7 @@ def test_the_candidates_of_a_graft_are_those_of_the_partition(pair) -> None:
     assert [graft_sizes(n) for n in (1, 2, 3, 4, 5)] == [len(_sizes(n)) for n in (1, 2, 3, 4, 5)]
 
 
+@pytest.mark.slow
 def test_a_family_without_a_table_has_rows_and_no_attribution(tmp_path: Path) -> None:
     from tvlens.study.inspection import inspection
 
@@ -354,6 +355,7 @@ def test_the_demo_study_has_the_rows_that_its_plan_says(demo_study: Path) -> Non
 # --- bytes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_of_the_files_without_their_headers(pair) -> None:
     from tvlens.study.work import stored_bytes
 
@@ -394,6 +396,7 @@ def test_a_tensors_bytes_follow_its_dtype(dtype: str, size: int) -> None:
     assert TensorInfo(dtype, (2, 3), "model.safetensors").stored_bytes == size
 
 
+@pytest.mark.slow
 def test_an_adapter_reads_its_factors_and_the_bases_weights(tmp_path: Path) -> None:
     from tvlens.study.inspection import inspection
 
@@ -436,6 +439,7 @@ def _products(run: Callable[[], object]) -> int:
     return counter.get_total_flops() + numpys
 
 
+@pytest.mark.slow
 def test_the_products_of_decompose_are_those_that_run(wide_pair) -> None:
     """torch counts all but the QR of the circuits, which stands for some of ours."""
     from tvlens.geometry.decompose import decompose

@@ -160,6 +160,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., str]:
     return run
 
 
+@pytest.mark.slow
 def test_tasks_plan_a_sweep_of_each_fine_tune_and_a_combination_of_all(
     shown: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_tasks_plan_a_sweep_of_each_fine_tune_and_a_combination_of_all(
     assert last["seconds"]["expected"] == pytest.approx(total, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_text_names_tasks_documents_stages_and_tables(
     shown: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -184,6 +186,7 @@ def test_the_text_names_tasks_documents_stages_and_tables(
     assert "combine" not in out
 
 
+@pytest.mark.slow
 def test_more_draws_take_longer_and_have_more_rows(tmp_path: Path) -> None:
     from tvlens.study.inspection import inspection
 

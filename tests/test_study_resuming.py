@@ -167,12 +167,14 @@ def test_what_a_kept_stage_warned_of_is_still_said(stubbed: Stub) -> None:
     assert study.manifest["warnings"] == ["decompose says 0", "attribute says 0"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_runs_again_says_only_its_new_warnings(stubbed: Stub) -> None:
     stubbed()
     _, study = stubbed(stages=("attribute",), seed=1)
     assert study.manifest["warnings"] == ["decompose says 0", "attribute says 1"]
 
 
+@pytest.mark.slow
 def test_a_sample_that_was_planned_by_time_stays_when_a_study_is_resumed(stubbed: Stub) -> None:
     _, study = stubbed()
     planned = (study.folder / "study.yaml").read_bytes()
@@ -183,6 +185,7 @@ def test_a_sample_that_was_planned_by_time_stays_when_a_study_is_resumed(stubbed
     assert "--check-exact 7" in study.manifest["command"]
 
 
+@pytest.mark.slow
 def test_a_stage_of_other_options_is_not_kept(stubbed: Stub) -> None:
     """A study that grew, made again with another seed and killed before its second stage."""
     stubbed()

@@ -67,6 +67,7 @@ def assert_same(found: Any, wanted: Any) -> None:
         assert torch.equal(found[one].dense(), wanted[one].dense())
 
 
+@pytest.mark.slow
 def test_labels_select_what_the_list_of_the_study_says(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_labels_select_what_the_list_of_the_study_says(
     assert by_label.name == f"tuned[{text}]"
 
 
+@pytest.mark.slow
 def test_the_top_by_score_are_those_of_the_attribution_table(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -93,6 +95,7 @@ def test_the_top_by_score_are_those_of_the_attribution_table(
     assert_same(best, wanted)
 
 
+@pytest.mark.slow
 def test_parts_are_saved_and_said(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
     from tests.test_compose_portions import parts_by_numpy
     from tvlens.weights.matching import load_pair
@@ -144,6 +147,7 @@ def test_a_direction_belongs_to_the_matrix_or_the_rows_that_write_it(
     assert _owner(named) == Component(*owner)
 
 
+@pytest.mark.slow
 def test_a_merge_holds_what_was_selected_and_is_verified_without_the_study(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -197,6 +201,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "sentence"), REFUSED)
 @pytest.mark.parametrize("command", ["sweep", "vector"])
 def test_what_cannot_be_let_in_gives_a_sentence_and_leaves_nothing(

@@ -393,6 +393,7 @@ def test_other_components_in_place_of_directions_are_moved_by_as_much(tmp_path, 
     assert moved < 0.5 * whole  # so that the whole matrix's length would be seen
 
 
+@pytest.mark.slow
 def test_a_control_that_changed_nothing_there_moves_nothing(tmp_path):
     import torch
 
@@ -410,6 +411,7 @@ def test_a_control_that_changed_nothing_there_moves_nothing(tmp_path):
     assert [*run._portion(tuning_vector(pair))] == [one]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("from_base", "alone"), [(True, True), (False, False)])
 def test_the_whole_vector_is_let_go_where_only_parts_are_moved(from_base, alone):
     import tvlens

@@ -52,6 +52,7 @@ def _edited(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], object]) ->
     save_file(tensors, adapter / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ADAPTED)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_factors_equal_what_peft_merges(family: str, rslora: bool, tmp_path: Path) -> None:
@@ -74,6 +75,7 @@ def test_factors_equal_what_peft_merges(family: str, rslora: bool, tmp_path: Pat
     assert forms == {LowRank, Absent}
 
 
+@pytest.mark.slow
 def test_patterns_give_a_module_its_own_rank_and_scale(tmp_path: Path) -> None:
     from tvlens.weights.matching import load_pair
 

@@ -353,6 +353,7 @@ def test_a_hooked_model_computes_with_the_vector_and_comes_back(folders: dict[st
         list(_vector(folders).apply_to(lens))
 
 
+@pytest.mark.slow
 def test_a_hooked_model_of_another_base_is_refused(llama: dict[str, Path], tmp_path: Path) -> None:
     from tvlens.models.lens import LensModel
 
@@ -372,6 +373,7 @@ def test_a_hooked_model_of_another_base_is_refused(llama: dict[str, Path], tmp_p
         pass
 
 
+@pytest.mark.slow
 def test_a_hooked_model_that_ties_is_not_given_two_ends(tmp_path: Path) -> None:
     from tvlens.models.lens import LensModel
 
@@ -387,6 +389,7 @@ def test_a_hooked_model_that_ties_is_not_given_two_ends(tmp_path: Path) -> None:
         assert torch.allclose(lens(ids, mask), expected(ids, mask), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "text"),
     [("head", "L1H2"), ("kv_head", "L1K1"), ("neuron", "L1N5"), ("kv_group", "L1G1")],

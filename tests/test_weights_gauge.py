@@ -90,6 +90,7 @@ def test_a_copy_that_computes_the_same_is_called_the_same_function(
     assert pair.load_report.identical is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_copies_rounded_to_bfloat16_are_the_same_function_up_to_that_rounding(
     bases: dict[str, Path], tmp_path: Path, family: str
@@ -101,6 +102,7 @@ def test_copies_rounded_to_bfloat16_are_the_same_function_up_to_that_rounding(
     assert 1e-4 < found.residual < ROUNDED[torch.bfloat16]
 
 
+@pytest.mark.slow
 def test_heads_with_directions_of_very_different_strength_are_aligned_too(tmp_path: Path) -> None:
     """A basis is fitted to rounded weights; in the weakest direction it is least certain."""
 
@@ -194,6 +196,7 @@ def test_keys_turned_across_rotary_pairs_are_another_function(
         assert _judged(bases[family], copy).value is same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo2"])
 def test_a_noise_copy_of_the_same_size_is_another_function(
     bases: dict[str, Path], tmp_path: Path, family: str
@@ -215,6 +218,7 @@ def test_a_noise_copy_of_the_same_size_is_another_function(
     assert "differs by" in found.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_a_small_change_of_one_neuron_shows_through_every_change_of_coordinates(
     llama: Path, tmp_path: Path, dtype: torch.dtype, size: float
@@ -234,6 +238,7 @@ def test_a_small_change_of_one_neuron_shows_through_every_change_of_coordinates(
     assert found.reason.startswith("L0.W_in differs by")
 
 
+@pytest.mark.slow
 def test_a_dead_neuron_does_not_disturb_the_others(llama: Path, tmp_path: Path) -> None:
     def kill(model: nn.Module, views: Views, generator: torch.Generator) -> None:
         views["in"][3].zero_()
@@ -386,6 +391,7 @@ def test_what_was_not_trained_stays_as_it_is(llama: Path, tmp_path: Path, traine
         assert float(delta.norm()) > 0.05 if own else float(delta.abs().max()) < 1e-6, component
 
 
+@pytest.mark.slow
 def test_floors_follow_the_weights_into_the_base_coordinates(llama: Path, tmp_path: Path) -> None:
     """A neuron that a copy stores a thousand times longer was rounded so much more coarsely."""
 
@@ -446,6 +452,7 @@ def test_labels_of_a_copy_in_other_coordinates_are_those_of_the_fine_tune(
 # --- refusals, the command line and the prompts -------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_adapter_has_the_bases_coordinates_already(llama: Path, tmp_path: Path) -> None:
     from tvlens.study.plan import StudyPlan
     from tvlens.study.runner import run_study

@@ -108,6 +108,7 @@ def test_heads_are_cut_as_the_live_bridge_cuts_them(checkpoint: Path) -> None:
             assert torch.equal(slices_of_heads(whole, part, count), host), part
 
 
+@pytest.mark.slow
 def test_a_gain_is_what_the_live_norm_multiplies_by(checkpoint: Path) -> None:
     """The oracle runs the norm: of +1 and -1 in turn it gives back the gain with that sign."""
     from tvlens.weights.matching import load_pair

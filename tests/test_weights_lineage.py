@@ -149,6 +149,7 @@ def test_the_base_is_told_from_siblings_and_strangers() -> None:
     assert found["likeliest"] == "demo:base"
 
 
+@pytest.mark.slow
 def test_a_chain_ranks_the_nearest_ancestor_first(base: Path, tmp_path: Path) -> None:
     from tvlens.study.inspection import parent_ranking
 
@@ -164,6 +165,7 @@ def test_a_chain_ranks_the_nearest_ancestor_first(base: Path, tmp_path: Path) ->
     assert "d_head: 16 in wide, 8 in tuned" in rows[3]["reason"]
 
 
+@pytest.mark.slow
 def test_siblings_that_learned_the_same_cannot_be_told_from_a_chain(
     base: Path, tmp_path: Path
 ) -> None:

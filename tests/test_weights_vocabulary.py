@@ -70,6 +70,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_permuted_vocabulary_is_compared_token_by_token(base: Path, tmp_path: Path) -> None:
     from tvlens.geometry.decompose import decompose
     from tvlens.weights.matching import load_pair
