@@ -17,7 +17,6 @@ upstream of it. They do not add up to the change of the metric.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -30,7 +29,7 @@ from tvlens.tables import Table
 
 from .atp_star import atp_star, qk_fix
 from .directions import Patch, Question, question
-from .input_lines import ig_inputs, quadrature
+from .input_lines import along_inputs
 from .nodes import DEFAULT_PARTS, Site, activation_sites
 from .patching import exact_activations
 from .products import first_order
@@ -61,7 +60,6 @@ _ESTIMATORS: dict[Estimator, Callable[..., ByHook]] = {
     "first_order": first_order,
     "qk_fix": qk_fix,
     "atp_star": atp_star,
-    "ig_inputs": ig_inputs,
 }
 ADDITIVE = ("first_order", "ig_inputs")
 """Estimators whose scores of single positions sum to the score of all together."""
@@ -155,10 +153,10 @@ def activation_scores(
     asked.refuse_vanishing_gradient()
     batch, sites = asked.usable(batch), activation_sites(asked.receiver, parts)
     means, run = asked.means(batch, sites), asked.run(batch, estimator)
-    made = _ESTIMATORS[estimator]
+    along = None
     if estimator == "ig_inputs":
-        rule = quadrature(asked, batch, rows_at_once=rows_at_once)
-        made, run = partial(ig_inputs, nodes=rule.nodes), replace(run, **rule.facts)
+        along = along_inputs(asked, batch, rows_at_once=rows_at_once)
+    made = _ESTIMATORS[estimator] if along is None else along
     width, parts, placed = int(batch.lengths.max()), [], []
     for rows in batch.chunks(rows_at_once):
         patch, scored = asked.patch(rows, means), None
@@ -172,6 +170,7 @@ def activation_scores(
             parts.append({cut: t.double().sum(1) for cut, t in scored.items()})
         else:
             parts.append(_by_cut(patch, sites, made, by_position=False))
+    run = run if along is None else replace(run, **along.facts)
     positions = _joined(placed) if by_position else None
     return ActivationScores(_joined(parts), run, positions)
 

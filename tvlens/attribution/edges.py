@@ -40,7 +40,7 @@ from tvlens.tables import Table
 
 from .directions import Patch, Question, question
 from .edge_graph import EdgeGraph, Reader
-from .input_lines import InputLine, quadrature
+from .input_lines import InputLine, along_inputs
 from .nodes import activations, wide
 from .products import START, metric_value
 from .tables import EDGES_PER_PROMPT, Direction, Edge, EdgeEstimator, MethodRun, edge_table
@@ -159,19 +159,22 @@ def edge_scores(
     """
     asked.refuse_vanishing_gradient()
     batch, graph = asked.usable(batch), EdgeGraph(asked.receiver)
-    run, rule = edge_run(asked, batch, estimator), [(0.0, 1.0)]
+    run, rule, along = edge_run(asked, batch, estimator), [(0.0, 1.0)], None
     if estimator == "ig_inputs":
-        found = quadrature(asked, batch, rows_at_once=rows_at_once)
-        run, rule = replace(run, **found.facts), gauss_legendre(found.nodes)
+        along = along_inputs(asked, batch, rows_at_once=rows_at_once)
+        rule = gauss_legendre(along.nodes)
     means, parts = source_means(asked, batch, graph), []
     for rows in batch.chunks(min(rows_at_once, prompts_at_once(graph, batch))):
         patch = asked.patch(rows, means)
         exchanged, gradients = differences(patch, graph), 0.0
-        line = InputLine.of(patch) if estimator == "ig_inputs" else None
+        line = InputLine.of(patch) if along is not None else None
         for s, weight in rule:
             passed = _Pass(graph, patch, line.hook(s) if line is not None else None)
             gradients = gradients + weight * passed.products(exchanged)
         parts.append(patch.sign * gradients)
+        if along is not None:  # the embedding is the first source
+            along.note(patch, parts[-1][:, 0].sum(1))
+    run = run if along is None else replace(run, **along.facts)
     return EdgeScores(graph, torch.cat(parts), run)
 
 

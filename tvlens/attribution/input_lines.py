@@ -17,9 +17,9 @@ prompt and its corrupt prompt have such a line.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -37,33 +37,52 @@ NODE_COUNTS = (8, 16, 32, 64)
 """Nodes tried in turn: half way between two tokens lies no token, and norms turn fast there."""
 COMPLETE = 0.01
 """Mean gap over mean change at which more nodes are not tried; ranks need less."""
+SEARCHED = 4
+"""Prompts on which the number of nodes is found."""
 EMBEDDING = Site(NODES["embed"][0], None, START)
 
 
-class Quadrature(NamedTuple):
-    """How many nodes an integral along the inputs takes, and what they leave of it.
+@dataclass(eq=False)
+class AlongInputs:
+    """An estimator at a number of nodes; it remembers what they leave of the integral.
 
     Attributes:
-        nodes: Their number.
-        gaps: Per prompt: metric(s = 1) - metric(s = 0) minus the scores of the embedding, in the
-            direction's sign.
-        change: Mean size of that difference over prompts.
+        nodes: Quadrature nodes.
+        gaps: Of every chunk of prompts: metric(s = 1) - metric(s = 0) minus the scores of the
+            embedding, in the direction's sign.
+        changes: Of every chunk that difference.
     """
 
     nodes: int
-    gaps: Float64[Tensor, " batch"]
-    change: float
+    gaps: list[Float64[Tensor, " batch"]] = field(default_factory=list)
+    changes: list[Float64[Tensor, " batch"]] = field(default_factory=list)
+
+    def __call__(
+        self, patch: Patch, sites: Sequence[Site], *, by_position: bool = False
+    ) -> dict[str, Float[Tensor, "batch ..."]]:
+        """Scores of every site by hook name, as ``ig_inputs`` gives them."""
+        asked = [*sites, *([] if EMBEDDING in sites else [EMBEDDING])]
+        found = ig_inputs(patch, asked, by_position=by_position, nodes=self.nodes)
+        self.note(patch, found[START].flatten(1).sum(1))
+        return {site.hook: found[site.hook] for site in sites}
+
+    def note(self, patch: Patch, embedding: Float[Tensor, " batch"]) -> None:
+        """Remember what is left when the embedding has these scores."""
+        change = change_of(patch)
+        self.changes.append(change)
+        self.gaps.append(change - embedding.cpu().double())
 
     @property
     def completeness(self) -> float:
         """mean |gap| / mean |change|; 0 is perfect."""
-        return float(self.gaps.abs().mean()) / max(self.change, NOISE)
+        gaps, changes = torch.cat(self.gaps), torch.cat(self.changes)
+        return float(gaps.abs().mean()) / max(float(changes.abs().mean()), NOISE)
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the rows of such scores say about it."""
         status = "incomplete" if self.completeness > INCOMPLETE else "ok"
-        return {"nodes": self.nodes, "gap": self.gaps.tolist(), "status": status}
+        return {"nodes": self.nodes, "gap": torch.cat(self.gaps).tolist(), "status": status}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +159,10 @@ def ig_inputs(
     return total
 
 
-def quadrature(asked: Question, batch: Batch, *, rows_at_once: int) -> Quadrature:
-    """The fewest of ``NODE_COUNTS`` that make the embedding's scores sum up, or the most of them.
+def along_inputs(asked: Question, batch: Batch, *, rows_at_once: int) -> AlongInputs:
+    """The estimator with as many nodes as make the embedding's scores sum up, or the most.
+
+    The number is found on a few of the prompts; ``facts`` say what it leaves on all.
 
     Args:
         asked: The direction.
@@ -152,18 +173,19 @@ def quadrature(asked: Question, batch: Batch, *, rows_at_once: int) -> Quadratur
         HostError: The direction has no line between inputs.
     """
     require_line(asked.direction)
-    patches = [asked.patch(rows, {}) for rows in batch.chunks(rows_at_once)]
-    change = torch.cat([_change(patch) for patch in patches])
-    size, found = float(change.abs().mean()), Quadrature(NODE_COUNTS[0], change, 0.0)
+    step = max(1, len(batch) // SEARCHED)
+    some = batch.rows(range(0, len(batch), step)[:SEARCHED])
+    tried = AlongInputs(NODE_COUNTS[0])
     for nodes in NODE_COUNTS:
-        scores = [ig_inputs(patch, [EMBEDDING], nodes=nodes)[START] for patch in patches]
-        found = Quadrature(nodes, change - torch.cat(scores).sum(1).cpu().double(), size)
-        if found.completeness <= COMPLETE:
+        tried = AlongInputs(nodes)
+        for rows in some.chunks(rows_at_once):
+            tried(asked.patch(rows, {}), [EMBEDDING])
+        if tried.completeness <= COMPLETE:
             break
-    return found
+    return AlongInputs(tried.nodes)
 
 
-def _change(patch: Patch) -> Float64[Tensor, " batch"]:
+def change_of(patch: Patch) -> Float64[Tensor, " batch"]:
     """metric(s = 1) - metric(s = 0) of every prompt, in the direction's sign."""
     line, values = InputLine.of(patch), []
     for s in (1.0, 0.0):
