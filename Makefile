@@ -28,7 +28,7 @@ test-deep: all
 HOST_TESTS := $(wildcard tests/test_models_*.py) tests/test_families.py tests/test_weights_layout.py \
 	tests/test_weights_memory.py $(addprefix tests/test_attribution_,weights.py exact.py gates.py \
 	activations.py nodes.py tokens.py atp.py patching.py parts.py circuits.py layer_integrals.py \
-	grafting.py)
+	grafting.py edges.py edge_circuits.py input_lines.py)
 
 test-tl39: .venv-tl39/.installed
 	$(BIN39)/python -m pytest -q -n 2 --dist loadfile -m "not deep and not demo" $(HOST_TESTS)

@@ -14,7 +14,9 @@ from markupsafe import escape
 from tests.test_reporting import parsed
 from tests.tiny_checkpoints import add_noise, copy_with, tiny_llama
 from tvlens import cli
+from tvlens.attribution import fidelity
 from tvlens.errors import StudyError
+from tvlens.reporting import edge_tables
 from tvlens.study.plan import StudyPlan
 from tvlens.study.runner import run_study
 from tvlens.study.store import Study
@@ -387,6 +389,33 @@ def test_a_scan_in_bfloat16_is_near_and_says_what_it_is(study: Study, attributio
     assert "Withheld: the ranking was not checked" in words
 
 
+def test_the_page_has_the_largest_edges_beside_exact_patches_and_what_sets_carry(
+    study: Study, attribution
+) -> None:
+    page = (study.folder / "report.html").read_text("utf-8")
+    words = parsed(study.folder / "report.html").words
+    assert 'id="m1-edges"' in page
+    assert words.count("Check against exact patching:") == len(SERIES) + 2
+    rows = attribution[(attribution["space"] == "edge") & attribution["prompt"].isna()]
+    rows = rows[(rows["direction"] == "tuned_into_base") & (rows["estimator"] == "first_order")]
+    largest = rows.loc[rows["score"].abs().idxmax()]
+    section = page[page.index('id="m1-edges"') :]
+    row = f"{largest['source']}</th><td>{largest['target']}</td>"
+    assert f"{largest['score']:+.3g}" in section[section.index(row) : section.index(row) + 200]
+    sets = study.table("edge_circuits").to_frame()
+    judged = sets[
+        (sets["split"] == "judge")
+        & (sets["curve"] == "restored")
+        & (sets["at"] == "tuned")
+        & (sets["ranked_by"] == "edge_first_order")
+        & (sets["k"] == 4)
+    ]
+    assert f"{judged['value'].item():.0%}" in section
+    assert "restored by exchanging these edges alone" in words
+    assert "lost when all other edges are exchanged and these are not" in words
+    assert edge_tables.SLOPES == fidelity.SLOPE_TO_PASS
+
+
 def test_force_removes_the_positions_too(study: Study, root: Path) -> None:
     from tvlens.study.store import prepared_folder
 
@@ -402,6 +431,7 @@ def test_force_removes_the_positions_too(study: Study, root: Path) -> None:
         (("--nodes", "zz"), "no activation 'zz'"),
         (("--direction", "sideways"), "no direction 'sideways'"),
         (("--direction", "tuned_into_base@tuned"), "cannot be taken at 'tuned'"),
+        (("--estimator", "ig_inputs"), "no direction that is asked for has two prompts"),
     ],
 )
 def test_words_that_mean_nothing_are_refused_before_anything_is_made(

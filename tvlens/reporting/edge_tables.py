@@ -11,6 +11,8 @@ from .graft_tables import percents, share
 from .scores import group_decisions, mean_scores
 
 TOP = 12  # edges of a table that fits a screen
+SLOPES = (0.8, 1.25)
+"""As a check needs them (``attribution.fidelity``, which would load torch here)."""
 _FIGURES = "Spearman {:.2f}, exact {:.2f} times the estimate"
 _CURVES = {
     "restored": "restored by exchanging these edges alone",
@@ -62,6 +64,9 @@ def _text(checks: pd.DataFrame) -> str:
             f"Of {row.n:.0f} edges {which}: {_FIGURES.format(row.spearman, row.slope)}."
             for row in rows_of(known)
         ]
+        low, high = SLOPES
+        if stratum == "top" and not known["slope"].dropna().between(low, high).all():
+            words.append("Do not read sizes off the largest estimates.")
     return " ".join(words)
 
 
