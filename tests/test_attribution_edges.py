@@ -124,6 +124,10 @@ def test_edges_equal_those_of_transformerlens(family):
     """Where each head has keys of its own; TransformerLens refuses grouped ones."""
     from transformer_lens.tools.analysis import attribution_patching as theirs
 
+    try:
+        how = theirs.EdgeAttributionConfig(granularity="edge")
+    except NotImplementedError:
+        pytest.skip("TransformerLens 3.9 has no edges")
     hooked, rows = pairs.hooked_pair(family), batch()
     found = scored(hooked, rows)
     places = {str(edge.component): found.graph.place(edge) for edge in found.graph.edges}
@@ -139,7 +143,7 @@ def test_edges_equal_those_of_transformerlens(family):
             lambda logits, last=length - 1, a=answer, w=wrong: (
                 logits[0, last, a] - logits[0, last, w]
             ),
-            theirs.EdgeAttributionConfig(granularity="edge"),
+            how,
         )
         summed = {}
         for (source, target), score in result.edge_scores.items():
