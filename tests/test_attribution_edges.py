@@ -216,13 +216,15 @@ def _written(model, ids, source):
     if source.part == "embed":
         return inner.embed_tokens(ids).detach()
     block = inner.layers[source.layer]
-    module = block.self_attn.o_proj if source.part == "result" else block.mlp
+    module = block.mlp if source.part == "mlp_out" else block.self_attn.o_proj
     handle = module.register_forward_hook(lambda m, args, out: kept.update(x=args[0], y=out))
     with torch.no_grad():
         model(ids)
     handle.remove()
     if source.part == "mlp_out":
         return kept["y"]
+    if source.part == "b_O":
+        return module.bias.detach().expand_as(kept["y"])
     width = 8
     part = slice(source.index * width, (source.index + 1) * width)
     return kept["x"][..., part] @ module.weight[:, part].T.detach()
@@ -270,6 +272,103 @@ def _one_reader_moved(model, target, change):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_a_set_of_edges_is_a_plain_forward_of_transformers_with_streams_of_their_own(share):
+    """As above, with what sources write in that very run: upstream edges have changed it."""
+    from tvlens.attribution.edge_graph import EdgeGraph
+    from tvlens.attribution.edge_patching import edges_together
+
+    hooked, rows = pairs.hooked_pair("llama"), batch(lengths=(6,))
+    graph = EdgeGraph(hooked.tuned)
+    drawn = torch.rand(graph.exists.shape, generator=torch.Generator().manual_seed(1)) < share
+    ours = edges_together(asked(hooked), rows, drawn)
+    model = pairs.hf_model("llama")
+    pairs.noised(model)
+    clean, corrupt = rows.ids, rows.corrupted().ids
+    given = {source: _written(model, clean, source) for source in graph.sources}
+    chosen = {
+        target: [graph.sources[u] for u in range(graph.seen[v]) if drawn[u, v]]
+        for v, target in enumerate(graph.targets)
+    }
+    with torch.no_grad(), _OwnStreams(model, chosen, given):
+        logits = model(corrupt).logits[0, 5]
+    answer, wrong = int(rows.answer_ids[0][0]), int(rows.wrong_ids[0][0])
+    assert float(ours) == pytest.approx(float(logits[answer] - logits[wrong]), abs=1e-5)
+
+
+class _OwnStreams:
+    """torch hooks: every target's norm sees the stream with its chosen sources exchanged."""
+
+    def __init__(self, model, chosen, given):
+        self.model, self.chosen, self.given = model.model, chosen, given
+        self.written, self.seen, self.handles = {}, {}, []
+
+    def __enter__(self):
+        embed = pairs.component("node", None, None, "embed")
+        self.on(self.model.embed_tokens, lambda m, args, out: self.written.update({embed: out}))
+        for layer, block in enumerate(self.model.layers):
+            before, middle = block.input_layernorm, block.post_attention_layernorm
+            for norm in (before, middle):
+                self.on(norm, lambda m, args, out: self.seen.update({m: args[0]}))
+            attention = block.self_attn
+            for name, kind in (("q", "head"), ("k", "kv_head"), ("v", "kv_head")):
+                read = self.reading(layer, before, kind, f"{name}_input")
+                self.on(getattr(attention, f"{name}_proj"), read)
+            self.on(attention.o_proj, self.writing(layer))
+            self.on(block.mlp, self.mlp(layer, middle))
+        last = pairs.component("node", None, None, "logits")
+        self.handles.append(
+            self.model.norm.register_forward_pre_hook(
+                lambda m, args: (args[0] + self.change(last),)
+            )
+        )
+
+    def __exit__(self, *raised):
+        for handle in self.handles:
+            handle.remove()
+
+    def on(self, module, hook):
+        self.handles.append(module.register_forward_hook(hook))
+
+    def change(self, target):
+        sources = self.chosen[target]
+        return sum((self.given[one] - self.written[one] for one in sources), 0.0)
+
+    def again(self, module, norm, target):
+        return module.forward(norm.forward(self.seen[norm] + self.change(target)))
+
+    def reading(self, layer, norm, kind, part):
+        def hook(module, args, out):
+            moved = out.clone()
+            for index in range(out.shape[-1] // 8):
+                here = slice(8 * index, 8 * index + 8)
+                target = pairs.component(kind, layer, index, part)
+                moved[..., here] = self.again(module, norm, target)[..., here]
+            return moved
+
+        return hook
+
+    def writing(self, layer):
+        def hook(module, args, out):
+            for head in range(4):
+                here = slice(8 * head, 8 * head + 8)
+                result = args[0][..., here] @ module.weight[:, here].T
+                self.written[pairs.component("head", layer, head, "result")] = result
+            bias = pairs.component("bias", layer, None, "b_O")
+            self.written[bias] = module.bias.expand_as(out)
+
+        return hook
+
+    def mlp(self, layer, norm):
+        def hook(module, args, out):
+            target = pairs.component("node", layer, None, "mlp_in")
+            out = self.again(module, norm, target)
+            self.written[pairs.component("node", layer, None, "mlp_out")] = out
+            return out
+
+        return hook
+
+
 def test_an_edge_into_a_shared_key_is_the_sum_over_copies_of_it():
     """The same function with a key and value for every query head."""
     from tvlens.models.lens import LensModel, _bridge
