@@ -32,6 +32,7 @@ def comparisons(pair: str) -> list[Comparison]:
     bars = (
         ("nodes", "host_nodes", 0.4),
         ("nodes", "passes", 1.25),
+        ("edges", "passes", 4.0),
         ("swap_node", "one_pass", 1.5),
         ("gate_node", "one_pass", 2.1),
         ("heads_exact", "heads_naive", 0.6),

@@ -9,6 +9,7 @@ metric is the logit difference of two tokens. Parameters are frozen, backward pa
 
     nodes             tvlens, first order of every head, neuron and MLP output, clean into corrupt
     host_nodes        TransformerLens's attribution_patch, nodes only, the same prompts and metric
+    edges             tvlens, first order of every edge of the residual stream, the same prompts
     passes            two forwards and one backward, nothing else
     one_pass          one forward and one backward, nothing else
     swap_node         one node of the weight integral by swapped weights: heads, neurons, matrices
@@ -70,6 +71,16 @@ def nodes(base: str, tuned: str) -> Work:
         return sum(float(values.abs().sum()) for values in scores.values())
 
     return work
+
+
+def edges(base: str, tuned: str) -> Work:
+    """First order of every edge."""
+    from tvlens.attribution.directions import question
+    from tvlens.attribution.edges import edge_scores
+
+    hooked, batch, metric = setting(base)
+    asked = question(hooked, metric, "clean_into_corrupt", at="base")
+    return lambda: float(edge_scores(asked, batch).values.abs().sum())
 
 
 def host_nodes(base: str, tuned: str) -> Work:
@@ -187,7 +198,8 @@ def heads_naive(base: str, tuned: str) -> Work:
 
 
 SIDES: dict[str, Callable[[str, str], Work]] = {
-    **{side.__name__: side for side in (nodes, host_nodes, passes, swap_node, gate_node)},
+    **{side.__name__: side for side in (nodes, edges, host_nodes, passes)},
+    **{side.__name__: side for side in (swap_node, gate_node)},
     "one_pass": partial(passes, forwards=1),
     "heads_exact": heads_exact,
     "heads_naive": heads_naive,
