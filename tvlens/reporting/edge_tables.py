@@ -74,11 +74,11 @@ def _largest(estimates: pd.DataFrame, exact: pd.DataFrame) -> DataTable:
     means, pairs = mean_scores(estimates), beside_exact(estimates, exact)
     order = means["score"].abs().sort_values(ascending=False, kind="stable").index[:TOP]
     nothing = (float("nan"), float("nan"))
+    ends = estimates.drop_duplicates("component").set_index("component")[["source", "target"]]
     rows = []
     for row in rows_of(means.loc[order]):
-        source, _, target = str(row.component).partition("->")
         shown = map(signed, (float(row.score), *pairs.get(str(row.component), nothing)))
-        rows.append((source, target, *shown))
+        rows.append((*ends.loc[row.component], *shown))
     unit = estimates["unit"].dropna()
     return DataTable(
         f"The {len(rows)} largest of {len(means):,} mean scores"

@@ -55,7 +55,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "attribution": (
         *_KEYS,
         *("method", "space", "estimator", "direction", "at", "prompt"),
-        *("score", "metric", "unit", "n", "nodes", "gap", "geometric_part"),
+        *("score", "metric", "unit", "n", "nodes", "gap", "geometric_part", "source", "target"),
     ),
     "fidelity": (
         *("tuned", "method", "kind", "stratum", "n", "spearman", "spearman_worst", "slope"),
