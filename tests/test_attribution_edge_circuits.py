@@ -36,26 +36,18 @@ def test_all_edges_are_all_of_the_change_and_shares_are_those_of_runs(hooked, di
     whole = frame[frame["k"] == 95]
     assert len(whole) == 4
     assert (whole["value"] - 1).abs().max() < 1e-5
-    question, none = asked(hooked, direction), torch.zeros_like(found.graph.exists)
-    clean, corrupt = (
-        float(edges_together(question, rows.rows(JUDGE), given).mean())
-        for given in (
-            (found.graph.exists, none)
-            if direction == "clean_into_corrupt"
-            else (none, found.graph.exists)
-        )
-    )
+    question, every = asked(hooked, direction), found.graph.exists
+    none = torch.zeros_like(every)
+    ends = (every, none) if direction == "clean_into_corrupt" else (none, every)
+
+    def clean_and_corrupt(split):
+        return [float(edges_together(question, rows.rows(split), given).mean()) for given in ends]
+
+    clean, corrupt = clean_and_corrupt(JUDGE)
     change = clean - corrupt
     # by hand: the four edges whose mean over the choosing prompts favours the change most
-    chosen_clean, chosen_corrupt = (
-        float(edges_together(question, rows.rows(CHOOSE), given).mean())
-        for given in (
-            (found.graph.exists, none)
-            if direction == "clean_into_corrupt"
-            else (none, found.graph.exists)
-        )
-    )
-    toward = 1.0 if chosen_clean > chosen_corrupt else -1.0
+    higher, lower = clean_and_corrupt(CHOOSE)
+    toward = 1.0 if higher > lower else -1.0
     means = {edge: toward * float(found.of(edge)[CHOOSE].mean()) for edge in found.graph.edges}
     four = sorted(means, key=lambda edge: -means[edge])[:4]
     given = none.clone()
