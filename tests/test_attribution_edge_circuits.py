@@ -71,6 +71,8 @@ def test_all_edges_are_all_of_the_change_and_shares_are_those_of_runs(hooked, di
         assert row["value"].item() == pytest.approx(value, abs=1e-4)
         assert row["ci_low"].item() <= value + 1e-6
         assert row["n"].item() == 3
+        assert row["change"].item() == pytest.approx(end - start, abs=1e-5)
+        assert row["change_low"].item() <= end - start <= row["change_high"].item()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from tvlens import cli
 from tvlens.attribution import fidelity
 from tvlens.errors import StudyError
 from tvlens.reporting import edge_tables
+from tvlens.reporting.graft_tables import share
 from tvlens.study.plan import StudyPlan
 from tvlens.study.runner import run_study
 from tvlens.study.store import Study
@@ -414,6 +415,17 @@ def test_the_page_has_the_largest_edges_beside_exact_patches_and_what_sets_carry
     assert "restored by exchanging these edges alone" in words
     assert "lost when all other edges are exchanged and these are not" in words
     assert edge_tables.SLOPES == fidelity.SLOPE_TO_PASS
+    change = judged.iloc[0]
+    assert f"The logit_diff changes by {change['change']:+.3g}" in words
+
+
+@pytest.mark.parametrize(("low", "said"), [(-0.1, "mean nothing"), (0.1, "to 1).")])
+def test_shares_of_no_sure_change_mean_nothing(low: float, said: str) -> None:
+    row = pd.Series({"metric": "logprob", "change": 0.5, "change_low": low, "change_high": 1.0})
+    assert said in edge_tables._changes(row)
+    assert ("mean nothing" in edge_tables._changes(row)) == (low < 0)
+    assert edge_tables._changes(row.replace(1.0, None)) == ""
+    assert [share(value) for value in (-0.001, 0.0, -0.1, -1.0)] == ["0%", "0%", "-10%", "-100%"]
 
 
 def test_force_removes_the_positions_too(study: Study, root: Path) -> None:

@@ -33,7 +33,7 @@ from .directions import Question
 from .edge_graph import EdgeGraph
 from .edge_patching import sets_of_edges
 from .edges import EdgeScores
-from .grafting import QUESTIONS, share_of_change
+from .grafting import QUESTIONS, Interval, share_of_change
 from .grafting import Question as Asked
 from .weights import NOISE
 
@@ -58,9 +58,14 @@ EDGE_CIRCUITS_SCHEMA = pa.schema(
         ("ci_low", pa.float64()),
         ("ci_high", pa.float64()),
         ("n", pa.int32()),
+        ("change", pa.float64()),
+        ("change_low", pa.float64()),
+        ("change_high", pa.float64()),
     ]
 )
-"""``ranked_by`` is the method whose scores chose the set, or ``random``."""
+"""``ranked_by`` is the method whose scores chose the set, or ``random``; ``change`` is what the
+shares are of, mean over prompts of M(all) - M(none): where it is not surely different from 0 they
+mean nothing."""
 
 
 class _Set(NamedTuple):
@@ -210,9 +215,13 @@ class _Search:
     ) -> Float64[Tensor, "set prompt"]:
         return sets_of_edges(self.asked, self.batch.rows(self.rows[split]), sets)
 
-    def _change(self, split: str) -> float:
+    def change(self, split: str) -> Interval:
+        """Mean of M(all) - M(none), with its bootstrap."""
         none, every = self.ends[split]
-        return float((every - none).mean())
+        return share_of_change(every - none, torch.ones_like(every), self.seed)
+
+    def _change(self, split: str) -> float:
+        return self.change(split).mean
 
 
 def _table(points: Sequence[_Point], search: _Search) -> Table:
@@ -237,4 +246,7 @@ def _table(points: Sequence[_Point], search: _Search) -> Table:
         "ci_high": [p.high for p in points],
         "n": [len(search.rows[p.split]) for p in points],
     }
+    changes = {split: search.change(split) for split in search.rows}
+    for name, end in (("change", "mean"), ("change_low", "low"), ("change_high", "high")):
+        columns[name] = [getattr(changes[p.split], end) for p in points]
     return Table.of("edge_circuits", EDGE_CIRCUITS_SCHEMA, columns)

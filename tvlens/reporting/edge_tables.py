@@ -102,13 +102,24 @@ def edge_circuit_tables(study: StudyFolder, tuned: str) -> list[DataTable]:
             DataTable(
                 f"Share of the change {_CURVES[str(curve)]}: {str(direction).replace('_', ' ')}, "
                 f"in {at}, of {int(rows['of'].iloc[0]):,} edges, chosen on other prompts; 95 % "
-                "intervals over prompts. Every value is a run, no estimate.",
+                "intervals over prompts. Every value is a run, no estimate."
+                + _changes(rows.iloc[0]),
                 ("edges", *(head for name in ranked for head in (name, "95 %")), "at random"),
                 tuple(_sizes(rows, ranked)),
                 text_columns=0,
             )
         )
     return found
+
+
+def _changes(row: pd.Series) -> str:
+    """What the shares are of; nothing where a study does not say."""
+    low, high = row["change_low"], row["change_high"]
+    if pd.isna(low) or pd.isna(high):
+        return ""
+    text = f" The {row['metric']} changes by {signed(row['change'])} ({interval(low, high)})"
+    unsure = ": not surely different from 0, so that shares of it mean nothing."
+    return text + (unsure if low <= 0 <= high else ".")
 
 
 def _sizes(rows: pd.DataFrame, ranked: list[str]) -> list[tuple[str, ...]]:
@@ -119,10 +130,6 @@ def _sizes(rows: pd.DataFrame, ranked: list[str]) -> list[tuple[str, ...]]:
             own = of_size[of_size["ranked_by"] == name].iloc[0]
             cells += [share(own["value"]), percents(own["ci_low"], own["ci_high"])]
         drawn = of_size[of_size["ranked_by"] == "random"]["value"]
-        found.append(
-            (
-                *cells,
-                percents(drawn.min(), drawn.max()) if len(drawn) else interval(float("nan"), 0.0),
-            )
-        )
+        cells.append(percents(drawn.min(), drawn.max()))
+        found.append(tuple(cells))
     return found

@@ -76,7 +76,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "edge_circuits": (
         *("tuned", "direction", "at", "curve", "ranked_by", "draw", "split", "k", "of"),
-        *("value", "ci_low", "ci_high"),
+        *("value", "ci_low", "ci_high", "metric", "change", "change_low", "change_high"),
     ),
     "shares": (
         *("base", "tuned", "metric", "unit", "level", "of", "geometric_part", "components"),

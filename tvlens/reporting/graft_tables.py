@@ -77,9 +77,10 @@ def _members(question: str, chosen: pd.DataFrame) -> DataTable:
 
 def share(value: float) -> str:
     """A share in whole percent."""
-    return f"{value:.0%}" if pd.notna(value) else NOTHING
+    return f"{value:.0%}".replace("-0%", "0%") if pd.notna(value) else NOTHING
 
 
 def percents(low: float, high: float) -> str:
     """Both ends of a range of shares."""
-    return f"{low:.0%} to {high:.0%}" if pd.notna(low) and pd.notna(high) else interval(low, high)
+    known = pd.notna(low) and pd.notna(high)
+    return f"{share(low)} to {share(high)}" if known else interval(low, high)
