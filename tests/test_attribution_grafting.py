@@ -141,10 +141,10 @@ def test_a_metric_that_does_not_move_and_an_empty_split_are_refused():
 
 
 def test_a_set_that_is_never_enough_is_said_so():
-    from tvlens.attribution.grafting import _facts, _Interval
+    from tvlens.attribution.grafting import Interval, _facts
 
-    found = _facts("restored", None, 0.9, [], 2, _Interval(1.0, 0.5, 1.5))
+    found = _facts("restored", None, 0.9, [], 2, Interval(1.0, 0.5, 1.5))
     assert found["size"] is None
     assert "no number" in found["sentence"]
-    found = _facts("restored", 1, 0.9, [], 2, _Interval(1.0, -0.5, 1.5))
+    found = _facts("restored", 1, 0.9, [], 2, Interval(1.0, -0.5, 1.5))
     assert found["sentence"].startswith("cannot tell")
