@@ -121,7 +121,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("stage", ["sweep", "represent", "combine"])
+@pytest.mark.parametrize(
+    "stage",
+    ["sweep", *(pytest.param(s, marks=pytest.mark.deep) for s in ("represent", "combine"))],
+)
 def test_peak_memory_is_near_the_truth(wide: dict[str, Any], stage: str) -> None:
     """Anonymous memory, within a factor of 1.5."""
     from tvlens.study.inspection import inspection
