@@ -164,6 +164,7 @@ def test_scores_equal_finite_differences_in_double_precision(tmp_path: Path) -> 
             assert ours[label, 0] == pytest.approx(slope, abs=allowed), label
 
 
+@pytest.mark.slow
 def test_a_changed_value_head_is_seen_in_the_query_heads_that_read_it_alone(
     base_folder: Path, tmp_path: Path, batch: Batch
 ) -> None:

@@ -125,6 +125,7 @@ def test_gates_give_the_circuits_that_the_swap_gives():
     assert float((ours.values - swap.values).abs().max()) <= 1e-4 * size
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_heads_with_a_circuit_for_a_part():
     from tvlens.attribution.asking import attribute
 

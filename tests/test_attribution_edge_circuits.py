@@ -91,6 +91,7 @@ def test_sizes_random_sets_and_rows(hooked):
     assert frame["value"][~changed].equals(other["value"][~changed])
 
 
+@pytest.mark.slow
 def test_random_sets_have_as_many_edges_into_each_kind_of_reader(hooked):
     from tvlens.attribution.edge_circuits import _Search
 

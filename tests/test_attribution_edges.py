@@ -179,6 +179,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ENDS)
 @pytest.mark.parametrize("direction", ["clean_into_corrupt", "tuned_into_base"])
 def test_an_exact_edge_is_a_plain_forward_of_transformers_with_one_reader_moved(which, direction):
@@ -369,6 +370,7 @@ class _OwnStreams:
         return hook
 
 
+@pytest.mark.slow
 def test_an_edge_into_a_shared_key_is_the_sum_over_copies_of_it():
     """The same function with a key and value for every query head."""
     from tvlens.models.lens import LensModel, _bridge
@@ -551,6 +553,7 @@ def test_a_family_whose_blocks_do_not_add_up_is_refused():
         attribute_edges(HookedPair.of(*models), batch(), metric(), direction="clean_into_corrupt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_every_stream_and_every_reading_of_it_is_checked(family):
     from tvlens.attribution.edge_graph import EdgeGraph

@@ -119,6 +119,7 @@ def test_every_activations_score_is_the_finite_difference_in_double_precision(fa
         assert ours[str(component), 0] == pytest.approx(slope, abs=allowed), component
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_patches_equal_the_hosts(family):
     from transformer_lens import patching

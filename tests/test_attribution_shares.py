@@ -103,6 +103,7 @@ def test_an_effect_that_may_be_0_has_no_shares_and_no_verdict():
     assert "not surely different from 0" in row["sentence"]
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     """Ratios of means of 16 prompts: percentiles of a bootstrap are a little short."""
     rng = np.random.default_rng(0)

@@ -74,6 +74,7 @@ def test_options_reach_the_merge_and_the_manifest(
     assert run("verify", out)[0] == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_is_written_and_its_losses_said(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:

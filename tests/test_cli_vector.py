@@ -98,6 +98,7 @@ def test_an_existing_file_needs_force(run: Run, folders: dict[str, Path], tmp_pa
     assert out.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_copy_in_other_coordinates_has_no_tuning_vector_in_the_bases(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:

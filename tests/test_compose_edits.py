@@ -76,6 +76,7 @@ def test_nothing_let_in_is_the_base_and_everything_the_stored_tuned_model_bit_fo
             assert torch.equal(logits(lens), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "way"),
     [("llama", "swap"), ("llama", "gates"), ("gpt2", "swap"), ("neox", "gates"), ("neox", "swap")],
@@ -90,6 +91,7 @@ def test_a_dose_is_the_model_on_the_line_also_beyond_its_ends(family, way):
             assert_close(logits(lens), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["swap", "gates"])
 def test_all_let_in_as_a_sum_is_the_tuned_model_within_rounding(way):
     from dataclasses import replace

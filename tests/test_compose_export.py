@@ -250,6 +250,7 @@ def test_what_does_not_fit_the_dtype_is_refused_and_leaves_nothing(
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
 def test_pickles_become_safetensors_shard_by_shard(llama: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
@@ -365,6 +366,7 @@ def test_an_adapter_needs_a_matrix(llama: dict[str, Path], tmp_path: Path) -> No
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_written_over(llama: dict[str, Path], tmp_path: Path) -> None:
     out, found = tmp_path / "m", _merge(llama["base"], [llama["a"]])
     out.mkdir()

@@ -45,6 +45,7 @@ def _change(folders: dict[str, Path], name: str, tensor: str = NAME) -> Tensor:
     return (tuned[tensor] - base[tensor]).double()
 
 
+@pytest.mark.slow
 def test_every_component_of_every_pair_has_a_row(folders: dict[str, Path]) -> None:
     frame = _table(folders, "a", "b", "lora").to_frame()
     pairs = frame.groupby(["tuned", "other"]).size().to_dict()

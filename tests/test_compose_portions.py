@@ -46,6 +46,7 @@ def parts_by_numpy(base, delta, part):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("global",), ("scale", "within"), NEW, ("new_read", "reroute")])
 def test_a_portion_is_the_sum_of_its_parts_in_every_matrix_and_nothing_elsewhere(names):
     from tvlens.compose.portions import geometric_parts, portion

@@ -78,6 +78,7 @@ def test_chance_shares_of_noise(noisy: pd.DataFrame) -> None:
     assert noisy.loc[noisy["kind"] == "matrix", "g_write"].abs().mean() < 0.05
 
 
+@pytest.mark.slow
 def test_an_unchanged_component_has_zeros_a_cosine_of_one_and_no_shares() -> None:
     frame = decompose(fake_pair(LAYOUT)).to_frame()
     assert (frame["delta_norm"] == 0).all()
@@ -104,6 +105,7 @@ def test_a_head_scaled_in_w_o_has_that_gain_in_w_o_and_ov_and_nowhere_else() -> 
     assert set(changed) == {"L0.W_O", "L0H3.W_O", "L0H3.OV"}
 
 
+@pytest.mark.slow
 def test_a_scaled_shared_w_v_scales_the_ov_of_every_head_that_reads_it() -> None:
     component = Component("matrix", 1, None, "W_V")
     base = base_weights(LAYOUT)[component]

@@ -62,6 +62,7 @@ def test_the_largest_eigenvalue_is_the_last_of_all(
     assert float(largest_eigenvalue(products.float())) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_largest_eigenvalue_by_iteration_is_that_of_the_tridiagonal_form(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

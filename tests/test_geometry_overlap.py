@@ -112,6 +112,7 @@ def test_one_random_pair_in_a_thousand_exceeds_the_bound(ranks: tuple[int, int],
     assert largest_cosine_bound(*ranks[::-1], d) == bound
 
 
+@pytest.mark.slow
 def test_beyond_the_exact_ranks_the_bound_is_a_little_too_strict() -> None:
     from tvlens.geometry.overlap import EXACT_RANK, _johnstone_bound
 

@@ -70,6 +70,7 @@ def test_attribution_runs_on_the_rows_that_both_have_and_says_so(
     torch.testing.assert_close(torch.stack(values), torch.stack(plain), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [tiny_gpt2, tiny_neox, partial(tiny_llama, tie_word_embeddings=True)]
 )

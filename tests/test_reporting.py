@@ -468,6 +468,7 @@ def test_a_kind_with_too_few_components_is_judged_by_all_kinds():
     assert set(decisions(rows(matrix=None), kinds).values()) == {"not checked"}
 
 
+@pytest.mark.slow
 def test_an_unchecked_ranking_is_withheld(tmp_path):
     from tvlens.reporting.report import render_report
 
@@ -700,6 +701,7 @@ def test_any_single_table_makes_a_page(tmp_path, kept):
     assert ("The answer" in words) == (kept not in (4, 5))  # prompts, findings answer nothing
 
 
+@pytest.mark.slow
 def test_identical_models_are_said_to_be_identical(tmp_path):
     from tvlens.reporting.report import render_report
     from tvlens.tables import Table

@@ -94,6 +94,7 @@ def test_a_study_without_combinations_has_no_such_section(tmp_path):
     assert 'id="combined"' not in page_of(study)
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_section(tmp_path):
     from tvlens.reporting.report import page_of
 

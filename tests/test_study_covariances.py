@@ -83,6 +83,7 @@ def test_a_file_serves_the_base_and_no_step_that_starts_elsewhere(pair, known, f
     assert "not tested against what parent reads" in later.warnings[0]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out_and_said(pair, monkeypatch) -> None:
     from tvlens.study import covariances
 

@@ -367,6 +367,7 @@ def test_the_bytes_are_those_of_the_files_without_their_headers(pair) -> None:
         assert counted == size
 
 
+@pytest.mark.slow
 def test_the_bytes_that_decompose_reads_are_counted(pair, monkeypatch) -> None:
     from tvlens.geometry.decompose import decompose
     from tvlens.study.work import read_bytes
@@ -475,6 +476,7 @@ def test_the_products_of_a_pass_are_those_that_run(wide_pair) -> None:
         assert both == pytest.approx(whole, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_products_of_a_weight_node_are_those_that_run(wide_pair, prompts) -> None:
     from tvlens.attribution.sites import weight_path
     from tvlens.attribution.weights import node_rows
@@ -771,6 +773,7 @@ def test_without_a_tokenizer_attribution_cannot_run_and_the_rest_is_planned(tmp_
     assert found["stages"]["decompose"]["tables"]["weights"]["rows"] > 0
 
 
+@pytest.mark.slow
 def test_all_neurons_have_rows_where_that_is_asked_for() -> None:
     from tvlens.study.inspection import inspection
 

@@ -110,6 +110,7 @@ def test_parts_are_saved_and_said(run: Run, folders: dict[str, Path], tmp_path: 
     assert found.name == "tuned[L1.W_out; the parts new_write,new_both]"
 
 
+@pytest.mark.slow
 def test_along_a_direction_is_the_studys_own_triplet(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_what_is_weighed_is_not_chosen_too(
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
 def test_parts_that_an_adapter_has_none_of_are_refused_and_leave_nothing(
     run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:

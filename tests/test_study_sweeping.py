@@ -376,6 +376,7 @@ def test_the_random_vector_of_directions_has_their_rank_and_length():
     assert swept.whole is not swept.moved  # other components are drawn from the whole vector
 
 
+@pytest.mark.slow
 def test_other_components_in_place_of_directions_are_moved_by_as_much(tmp_path, monkeypatch):
     from tvlens.attribution.partition import partition
     from tvlens.compose.controls import length

@@ -51,6 +51,7 @@ def test_a_seed_decides_the_bytes(tmp_path: Path) -> None:
     assert changed == {name for name in one if name.endswith(".safetensors")}
 
 
+@pytest.mark.slow
 def test_tensors_and_slabs_are_drawn_apart(tmp_path: Path) -> None:
     from tvlens.weights.sources.opening import open_source
 

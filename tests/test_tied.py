@@ -34,6 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"tied": tied, "untied": untied}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [("tied", "untied"), ("untied", "tied")])
 def test_both_uses_of_the_tied_tensor_have_their_own_difference(
     folders: dict[str, Path], first: str, second: str

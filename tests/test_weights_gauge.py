@@ -116,6 +116,7 @@ def test_heads_with_directions_of_very_different_strength_are_aligned_too(tmp_pa
     assert _judged(base, copy).value is True
 
 
+@pytest.mark.slow
 def test_neurons_behind_a_relu_have_a_positive_factor(tmp_path: Path) -> None:
     base = tiny_gpt2(tmp_path / "base", activation_function="relu")
     edits = (copies.rescale_neurons, copies.permute_neurons)
@@ -123,6 +124,7 @@ def test_neurons_behind_a_relu_have_a_positive_factor(tmp_path: Path) -> None:
     assert (found.value, found.by) == (True, ("permutation", "scale"))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_twin_differs_by_rounding_alone(llama: Path, tmp_path: Path) -> None:
     pair = _pair(llama, saved_copy(llama, tmp_path / "twin", (), dtype=torch.bfloat16))
     found = pair.load_report.same_function
@@ -164,6 +166,7 @@ def _heads_across_groups(model: nn.Module, views: Views, generator: torch.Genera
         views[name].copy_(views[name].roll(1, 0).clone())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit",
     [_wrong("in"), _wrong("ln1"), _transposed_value_basis, _heads_across_groups],
@@ -296,6 +299,7 @@ def _changed_neuron(model: nn.Module, views: Views, generator: torch.Generator) 
     views["in"][7].add_(torch.randn(32, generator=generator, dtype=torch.float64) * 0.1)
 
 
+@pytest.mark.slow
 def test_one_changed_neuron_of_a_permuted_copy_is_all_that_is_left(
     llama: Path, tmp_path: Path
 ) -> None:
@@ -313,6 +317,7 @@ def test_one_changed_neuron_of_a_permuted_copy_is_all_that_is_left(
     assert changed == {("W_in", 7)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["permuted", "all"])
 def test_one_changed_neuron_shows_through_every_change_of_coordinates(
     llama: Path, tmp_path: Path, how: str
@@ -466,6 +471,7 @@ def test_an_adapter_has_the_bases_coordinates_already(llama: Path, tmp_path: Pat
     assert "is an adapter" in said[0]
 
 
+@pytest.mark.slow
 def test_canonical_is_refused_where_it_means_nothing(llama: Path, tmp_path: Path) -> None:
     from tvlens.study.plan import StudyPlan
     from tvlens.study.runner import run_study

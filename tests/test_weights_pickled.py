@@ -136,6 +136,7 @@ def test_safetensors_win_over_a_pickle_and_the_report_says_so(original: Path, fo
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_in_a_pickle_is_the_adapter(original: Path, tmp_path: Path) -> None:
     from tvlens.weights.matching import load_pair
 
