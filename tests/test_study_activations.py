@@ -402,7 +402,15 @@ def test_the_page_has_the_largest_edges_beside_exact_patches_and_what_sets_carry
     largest = rows.loc[rows["score"].abs().idxmax()]
     section = page[page.index('id="m1-edges"') :]
     row = f"{largest['source']}</th><td>{largest['target']}</td>"
-    assert f"{largest['score']:+.3g}" in section[section.index(row) : section.index(row) + 200]
+    # the exact column is of the same direction and the same edge
+    exact = attribution[
+        (attribution["method"] == "exact_edge")
+        & (attribution["direction"] == "tuned_into_base")
+        & (attribution["component"] == largest["component"])
+    ]
+    cells = section[section.index(row) : section.index(row) + 200]
+    assert f"{largest['score']:+.3g}" in cells
+    assert f"{exact['score'].mean():+.3g}</td></tr>" in cells
     sets = study.table("edge_circuits").to_frame()
     judged = sets[
         (sets["split"] == "judge")

@@ -138,7 +138,7 @@ class EdgeGraph:
         """Where there is an edge."""
         return torch.arange(len(self.sources))[:, None] < torch.tensor(self.seen)
 
-    @property
+    @cached_property
     def edges(self) -> list[Edge]:
         """Every edge, source by source."""
         places = self.exists.nonzero().tolist()
@@ -150,10 +150,7 @@ class EdgeGraph:
         Raises:
             HostError: The model has no such edge.
         """
-        source, target = (
-            {component: i for i, component in enumerate(all_)}.get(one)
-            for one, all_ in zip(edge, (self.sources, self.targets), strict=True)
-        )
+        source, target = (known.get(one) for one, known in zip(edge, self._places, strict=True))
         if source is None or target is None or source >= self.seen[target]:
             raise HostError(
                 f"this model has no edge from {edge.source} to {edge.target}.", hint=_HINT
@@ -383,6 +380,15 @@ class EdgeGraph:
             return [Component("node", layer, None, "attn_out")]
         heads = [Component("head", layer, i, "result") for i in range(self.model.n_heads)]
         return [*heads, *([Component("bias", layer, None, "b_O")] if self._biased else [])]
+
+    @cached_property
+    def _places(self) -> tuple[dict[Component, int], dict[Component, int]]:
+        """Places of sources and of targets."""
+        rows, columns = (
+            {component: place for place, component in enumerate(ends)}
+            for ends in (self.sources, self.targets)
+        )
+        return rows, columns
 
     @cached_property
     def _biased(self) -> bool:

@@ -365,14 +365,13 @@ class _Exchanged(NamedTuple):
             drawn = _drawn(same, self.count, self.seed)
             wanted = [component for part in drawn.values() for component in part]
             rows = self.batch.with_corrupt() if direction in CORRUPTED else self.batch
-            how = {"direction": direction, "at": at, "mean_over": rows}
-            yield same, self._exact(wanted, checked_rows(rows, self.seed, self.size), how), drawn
-
-    def _exact(self, wanted: Sequence[Component], rows: Batch, how: dict[str, Any]) -> Table:
-        if all(component.kind == "edge" for component in wanted):
-            edges = EdgeGraph(self.hooked.base).named(wanted)
-            return exact_edges(self.hooked, rows, self.metric, edges, **how)
-        return exact_activations(self.hooked, rows, self.metric, wanted, **how)
+            how: dict[str, Any] = {"direction": direction, "at": at, "mean_over": rows}
+            asked = self.hooked, checked_rows(rows, self.seed, self.size), self.metric
+            if space == "edge":
+                exact = exact_edges(*asked, EdgeGraph(self.hooked.base).named(wanted), **how)
+            else:
+                exact = exact_activations(*asked, wanted, **how)
+            yield same, exact, drawn
 
 
 def _drawn(series: Table, count: int, seed: int) -> dict[str, list[Component]]:
